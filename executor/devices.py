@@ -1,0 +1,129 @@
+"""CPU and CUDA behind one face: time stamps, synchronisation, memory, backend. No other file asks which it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from typing import Any, Protocol
+
+import torch
+
+from planner.errors import DEVICE, PlanError
+
+
+class Backend(Protocol):
+    """What a rank needs to know about its device."""
+
+    name: str
+    communication: str
+    device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything asked of it."""
+
+    def stamp(self) -> Any:
+        """Note the present in the device's own order of work, without waiting for it."""
+
+    def seconds(self, stamp: Any) -> float:
+        """Seconds of a stamp on the host's monotonic clock; only after `synchronize`."""
+
+
+class Cpu:
+    """The host's cores: work is done when the call returns."""
+
+    name, communication = "cpu", "gloo"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Nothing is ever outstanding."""
+
+    def stamp(self) -> int:
+        """Nanoseconds of the monotonic clock, which all processes of a host share."""
+        return time.monotonic_ns()
+
+    def seconds(self, stamp: int) -> float:
+        """Convert to seconds."""
+        return stamp / 1e9
+
+
+class Cuda:
+    """One GPU: stamps are events on the current stream, tied to the host's clock by a first synchronised one."""
+
+    name, communication = "cuda", "nccl"
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        torch.cuda.synchronize()
+        self._base = torch.cuda.Event(enable_timing=True)
+        self._base.record()
+        torch.cuda.synchronize()
+        self._host = time.monotonic_ns() / 1e9
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
+
+    def stamp(self) -> torch.cuda.Event:
+        """Record an event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, stamp: torch.cuda.Event) -> float:
+        """Seconds since the base event, put on the host's clock."""
+        return self._host + self._base.elapsed_time(stamp) / 1e3
+
+
+def kinds() -> tuple[str, ...]:
+    """Kinds of devices this machine has, the one to prefer first."""
+    return ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def open_device(kind: str, index: int = 0) -> Backend:
+    """Open a device. Raises `PlanError` (exit 5) when this machine has none of its kind or too few."""
+    if kind == "cpu":
+        return Cpu()
+    if kind not in kinds() or index >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise PlanError(
+            what=f"there is no device {kind}:{index}",
+            where="this machine",
+            why=f"torch {torch.__version__} finds {found}",
+            fix="use --device cpu",
+            code=DEVICE,
+        )
+    return Cuda(index)
+
+
+def describe(kind: str) -> str:
+    """The device as it is named in a profile: its model and no host name."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name(0)
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory_bytes(kind: str) -> int:
+    """Memory of one device: of the host for the CPU, within the limit of its control group."""
+    if kind == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+        return min(total, int(limit)) if limit != "max" else total
+    except OSError:
+        return total

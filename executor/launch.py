@@ -1,0 +1,72 @@
+"""Start the ranks of a job through torchrun's elastic agent, wait for them, and say which one failed and why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from planner.errors import RUN_FAILED, PlanError
+
+# Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
+_SHUTDOWN_S = "3"
+
+
+def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) -> None:
+    """Run `entry(argument)` in `ranks` new processes on this host until all have ended.
+
+    What they print goes to `logs`. Raises `PlanError` (exit 6) with the first failing rank's traceback, and
+    `KeyboardInterrupt` when interrupted; no process is left either way.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = _SHUTDOWN_S
+    logs.mkdir(parents=True, exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+    )
+    try:
+        elastic_launch(config, entry)(argument)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise _failed(rank, failure, logs) from None
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+
+
+def _failed(rank: int, failure: object, logs: Path) -> PlanError:
+    data = getattr(failure, "error_file_data", None) or {}
+    message = data.get("message", {}) if isinstance(data, dict) else {}
+    if isinstance(message, dict) and message.get("message"):
+        why = str(message["message"])
+        traceback = str(message.get("extraInfo", {}).get("py_callstack", "")).strip()
+    else:
+        why = f"it ended with exit code {getattr(failure, 'exitcode', '?')}, without an exception (killed?)"
+        traceback = ""
+    return PlanError(
+        what=f"rank {rank} failed and the run was stopped",
+        where=f"rank {rank}\n{traceback}" if traceback else f"rank {rank}",
+        why=why,
+        fix=f"correct the cause and run again; the ranks' output is in {logs}",
+        code=RUN_FAILED,
+        details={"rank": rank, "traceback": traceback},
+    )

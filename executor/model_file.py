@@ -1,0 +1,178 @@
+"""The user's model file: ordinary Python with `model()` and `batch(n)`, and what it may leave out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.errors import PlanError
+
+Loss = Callable[[Any, Any], torch.Tensor]
+DEFAULT_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """The functions of a model file. `path` is as given, with `:name` where another model was picked."""
+
+    path: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[Any, Any]]
+    loss: Loss
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    layers: Callable[[nn.Module], Any] | None
+    batch_size: int
+
+    def build(self, seed: int) -> nn.Module:
+        """Make the model with weights that depend on `seed` alone. Raises `PlanError` when `model()` fails."""
+        torch.manual_seed(seed)
+        with explained(self.path, "model()"):
+            model = self.model()
+        if not isinstance(model, nn.Module):
+            raise PlanError(
+                what="model() does not return a torch module",
+                where=self.path,
+                why=f"it returns {type(model).__name__}",
+                fix="return an nn.Module from model()",
+            )
+        return model
+
+    def draw(self, samples: int, seed: int) -> tuple[tuple[Any, ...], Any]:
+        """Draw a batch that depends on `seed` alone: the inputs as a tuple of tensors, and the targets.
+
+        The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails or its inputs are
+        no tensors.
+        """
+        import random
+
+        import numpy as np
+
+        state, legacy = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]), explained(self.path, f"batch({samples})"):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
+                drawn = self.batch(samples)
+        finally:
+            random.setstate(state)
+            np.random.set_state(legacy)
+        if not isinstance(drawn, tuple) or len(drawn) != 2:
+            why = f"it returns {type(drawn).__name__}"
+            raise PlanError(
+                what="batch(n) does not return (inputs, targets)",
+                where=self.path,
+                why=why,
+                fix="return a tuple of two: inputs and targets",
+            )
+        inputs = drawn[0] if isinstance(drawn[0], (tuple, list)) else (drawn[0],)
+        for tensor in inputs:
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != samples:
+                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise PlanError(
+                    what=f"batch({samples}) does not return {samples} samples",
+                    where=self.path,
+                    why=f"an input is {shape}",
+                    fix="make every input a tensor whose first dimension is n",
+                )
+        return tuple(inputs), drawn[1]
+
+
+class explained:  # noqa: N801 - reads as a clause: with explained(path, "model()")
+    """Turn an exception of the user's code into a `PlanError` that shows where in their file it came from."""
+
+    def __init__(self, path: str, call: str) -> None:
+        self.path, self.call = path, call
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, PlanError) or not isinstance(error, Exception):
+            return
+        frames = traceback.extract_tb(error.__traceback__)
+        file = self.path.partition(":")[0]
+        mine = [f for f in frames if Path(f.filename).name == Path(file).name] or frames
+        raise PlanError(
+            what=f"{self.call} fails",
+            where=f"{file}:{mine[-1].lineno}, in {mine[-1].name}",
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
+            fix=f"correct it until python -c \"import {Path(file).stem} as m; m.model()(m.batch(2)[0])\" works",
+        ) from error
+
+
+def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    """Cross entropy for integer targets (classes in the last dimension of the outputs), mean squared error else."""
+    if not targets.is_floating_point():
+        return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+    return nn.functional.mse_loss(outputs, targets)
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with torch's own settings."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def sha256(path: str) -> str:
+    """Hash of the file behind a `file.py[:name]`."""
+    return hashlib.sha256(Path(path.partition(":")[0]).read_bytes()).hexdigest()
+
+
+def load(path: str) -> ModelFile:
+    """Import `file.py[:name]`. With a name, `name()` is the model and `name_batch` and so on go before `batch`.
+
+    Raises `PlanError` (exit 2) for a missing file, a file that does not import, or missing functions.
+    """
+    file, _, name = path.partition(":")
+    source = Path(file)
+    if not source.is_file():
+        raise PlanError(
+            what="there is no such model file",
+            where=file,
+            why="the path names no file",
+            fix=f"plan init {source.name if source.suffix == '.py' else 'model.py'}   (writes a template)",
+        )
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    if spec is None or spec.loader is None:
+        raise PlanError(
+            what="the model file is not a Python file", where=file, why="its name must end in .py", fix="rename it"
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module
+    sys.path.insert(0, str(source.parent.resolve()))
+    try:
+        with explained(file, "importing it"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+
+    def find(function: str) -> Any:
+        wanted = name if name and function == "model" else f"{name}_{function}" if name else function
+        return getattr(module, wanted, None if wanted == name else getattr(module, function, None))
+
+    for required, signature in (("model", f"{name or 'model'}() -> nn.Module"), ("batch", "batch(n) -> (inputs, targets)")):
+        if not callable(find(required)):
+            raise PlanError(
+                what=f"the model file has no {signature.partition('(')[0]}()",
+                where=file,
+                why=f"foreplan calls {signature}",
+                fix=f"define {signature} in {file}; plan init shows a template",
+            )
+    return ModelFile(
+        path=path,
+        model=find("model"),
+        batch=find("batch"),
+        loss=find("loss") or default_loss,
+        optimizer=find("optimizer") or default_optimizer,
+        layers=find("layers"),
+        batch_size=int(find("batch_size") or DEFAULT_BATCH),
+    )

@@ -1,0 +1,285 @@
+"""One rank of a run: its stage, its row of the program, its stamps. The loop over the actions is `Rank.step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+from torch.utils import _pytree as pytree
+
+from executor.allocator import AllocationRecorder
+from executor.devices import Backend
+from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
+from executor.model_file import ModelFile
+from executor.torch_adapter import PipeStage
+from planner.lowering import lower
+from planner.plan import Plan
+from planner.program import Action, Row, needs
+
+# DDP reduces in buckets as their gradients become ready. One bucket that holds everything makes the reduction one
+# action that follows the last backward, as the program says.
+_ONE_BUCKET_MIB = 1 << 20
+
+
+@dataclass
+class Stamped:
+    """An action with the device's stamps: begun, its wait over, done; `repeats` bracket recomputes inside it."""
+
+    action: Action
+    start: Any
+    ready: Any
+    end: Any
+    repeats: tuple[Any, ...] = ()
+
+
+class Rank:
+    """What one process holds and does.
+
+    All ranks must be made at the same time: making one creates process groups.
+    """
+
+    def __init__(
+        self, file: ModelFile, layered: LayeredModel, plan: Plan, backend: Backend, rank: int, *, seed: int
+    ) -> None:
+        self.file, self.plan, self.backend, self.seed = file, plan, backend, seed
+        self.program = lower(plan)
+        self.row: Row = self.program.rows[rank]
+        self.stage_index = plan.stage_of(rank)
+        count = len(plan.stages)
+        layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
+        self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
+        pipelines = [dist.new_group(list(range(r * count, (r + 1) * count))) for r in range(plan.replicas)]
+        siblings = [dist.new_group(list(range(s, len(plan.devices), count))) for s in range(count)]
+        inputs, outputs = _boundaries(file, layered, layers, plan.samples)
+        self.module = layered.stage(layers, recompute=plan.recompute).to(backend.device)
+        self.names = layered.parameter_names()
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        submodule: torch.nn.Module = self.module
+        if plan.replicas > 1 and trained:
+            submodule = DistributedDataParallel(
+                self.module,
+                process_group=siblings[self.stage_index],
+                bucket_cap_mb=_ONE_BUCKET_MIB,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+            # A lambda, because DDP compares annotations, which are strings here.
+            submodule.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
+        self.reduces = submodule is not self.module
+        self.stage = PipeStage(
+            submodule,
+            self.stage_index,
+            count,
+            backend.device,
+            input_args=inputs,
+            output_args=outputs,
+            group=pipelines[rank // count],
+        )
+        self.stage.prepare(plan.microbatches)
+        self.optimizer = file.optimizer(trained) if trained else None
+        self.share = plan.microbatches // plan.replicas
+        self.inputs: list[tuple[torch.Tensor, ...]] = []
+        self.targets: list[Any] = []
+        self.losses: dict[int, torch.Tensor] = {}
+        self.receiving: dict[Action, list[dist.Work]] = {}
+        self.sending: dict[Action, tuple[list[dist.Work], list[torch.Tensor]]] = {}
+        self.stamped: list[Stamped] = []
+        self.repeats: list[Any] = []
+        self.ready_to_reduce: Any = None
+        self.step_index = 0
+        self.backwards = 0
+
+    def step(self, recorder: AllocationRecorder | None = None, watch: Callable[[Action, str], None] | None = None) -> None:
+        """Perform one step: every action of the row, in order, stamped.
+
+        `recorder` marks each action's range; `watch` is called with the action before and after it.
+        """
+        self.stamped, self.backwards = [], 0
+        self.losses.clear()
+        for action in self.row:
+            if watch:
+                watch(action, "before")
+            with recorder.marked(str(action)) if recorder else record_function(f"PP:{action}"):
+                self._perform(action)
+            if watch:
+                watch(action, "after")
+        for works, _ in self.sending.values():
+            for work in works:
+                work.wait()
+        self.sending.clear()
+        self.stage.clear_runtime_states()
+        self.inputs, self.targets = [], []
+        self.step_index += 1
+
+    def _perform(self, action: Action) -> None:
+        start = self.backend.stamp()
+        receive = needs(action)
+        if receive in self.receiving:
+            for work in self.receiving.pop(receive):
+                work.wait()
+        ready = self.backend.stamp()
+        for send in self.program.completions.get(action, ()):
+            for work in self.sending.pop(send)[0]:
+                work.wait()  # complete already: its receiver has answered
+        self.repeats = []
+        ended = OPS[action.op](self, action)
+        end = self.backend.stamp() if ended is None else ended
+        self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """DDP's all-reduce, with a stamp of when this rank was ready for it."""
+        self.ready_to_reduce = self.backend.stamp()
+        buffer = bucket.buffer().div_(self.plan.replicas)
+        work = dist.all_reduce(buffer, group=self.stage.submod.process_group, async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]
+
+    # The actions. Each returns the stamp of its end where that is not simply now.
+
+    def load(self, action: Action) -> None:
+        """Draw the step's batch and keep this stage's part of it, cut into micro-batches."""
+        inputs, targets = self.file.draw(self.plan.batch, seed=self.seed + self.step_index)
+        if self.is_first:
+            chunks = [_to(tensor, self.backend.device).chunk(self.plan.microbatches) for tensor in inputs]
+            self.inputs = list(zip(*chunks, strict=True))
+        if self.is_last:
+            self.targets = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.plan.microbatches)
+
+    def forward(self, action: Action) -> None:
+        """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
+        m = _microbatch(action)
+        inputs = self.inputs[m] if self.is_first else ()
+        output = self.stage.forward_one_chunk(m, inputs, {}, save_forward_output=False)
+        if self.is_last:
+            self.losses[m] = self.file.loss(output, self.targets[m]) / self.share
+
+    def recompute(self, action: Action) -> Any:
+        """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
+        return self.backend.stamp()
+
+    def backward(self, action: Action) -> Any:
+        """The whole backward of a micro-batch; the last one also reduces the gradients of replicas."""
+        m = _microbatch(action)
+        self.backwards += 1
+        last = self.backwards == self.share
+        if self.plan.recompute:
+            self.module.on_repeat = lambda: self.repeats.append(self.backend.stamp())
+        loss = self.losses[m] if self.is_last else None
+        self.stage.backward_one_chunk(m, loss=loss, full_backward=True, last_backward=last)
+        self.module.on_repeat = None
+        self.stage.release(m)
+        if self.is_last:
+            self.losses[m] = self.losses[m].detach()
+        if last and self.reduces:
+            return self.ready_to_reduce
+        return None
+
+    def send_forward(self, action: Action) -> None:
+        """Post the send of the stage's output."""
+        self.sending[action] = self.stage.post_send(_microbatch(action), forward=True)
+
+    def receive_forward(self, action: Action) -> None:
+        """Post the receive of the stage's input."""
+        self.receiving[action] = self.stage.post_receive(_microbatch(action), forward=True)
+
+    def send_backward(self, action: Action) -> None:
+        """Post the send of the input's gradient."""
+        self.sending[action] = self.stage.post_send(_microbatch(action), forward=False)
+
+    def receive_backward(self, action: Action) -> None:
+        """Post the receive of the output's gradient."""
+        self.receiving[action] = self.stage.post_receive(_microbatch(action), forward=False)
+
+    def reduce_gradients(self, action: Action) -> None:
+        """Done by DDP inside the last backward, from where its beginning is stamped."""
+
+    def optimize(self, action: Action) -> None:
+        """Update the parameters and clear the gradients; DDP's stay, they are its buckets."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=not self.reduces)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes that are known by name between two actions."""
+        parameters = {id(p): p for p in self.module.parameters()}.values()
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        held = [t for _, tensors in self.sending.items() if _.op == "SEND_B" for t in tensors[1]]
+        batch = pytree.tree_leaves((self.inputs, self.targets))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch}
+        return {
+            "parameters": sum(p.nbytes for p in parameters),
+            "buffers": sum(b.nbytes for b in self.module.buffers()),
+            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)),
+            "communication": self.stage.communication_bytes() + sum(t.nbytes for t in held),
+            "input": sum(storages.values()),
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The stage's parameters and buffers under the names they have in the whole model."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return {self.names[id(t)]: t.detach().cpu() for t in tensors if id(t) in self.names}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The gradients under the same names."""
+        return {self.names[id(p)]: p.grad.cpu() for p in self.module.parameters() if p.grad is not None}
+
+
+OPS: dict[str, Callable[[Rank, Action], Any]] = {
+    "LOAD": Rank.load,
+    "F": Rank.forward,
+    "R": Rank.recompute,
+    "B": Rank.backward,
+    "SEND_F": Rank.send_forward,
+    "RECV_F": Rank.receive_forward,
+    "SEND_B": Rank.send_backward,
+    "RECV_B": Rank.receive_backward,
+    "REDUCE_GRAD": Rank.reduce_gradients,
+    "OPTIMIZER": Rank.optimize,
+}
+
+
+def split(tree: Any, parts: int) -> list[Any]:
+    """Cut every tensor of a structure into equal parts along its first dimension."""
+    leaves, shape = pytree.tree_flatten(tree)
+    chunks = [leaf.chunk(parts) if isinstance(leaf, torch.Tensor) else [leaf] * parts for leaf in leaves]
+    return [pytree.tree_unflatten([c[i] for c in chunks], shape) for i in range(parts)]
+
+
+def _microbatch(action: Action) -> int:
+    assert action.microbatch is not None, action
+    return action.microbatch
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _boundaries(
+    file: ModelFile, layered: LayeredModel, layers: range, samples: int
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return empty tensors with the shapes, dtypes and gradient flags of a stage's inputs and outputs.
+
+    One micro-batch goes through the whole model once, before it is cut down to the stage.
+    """
+    values, _ = file.draw(samples, seed=0)
+    whole: list[StageModule] = [layered.stage(range(0, layers.start))] if layers.start else []
+    whole.append(layered.stage(layers))
+    shapes = [values]
+    with torch.random.fork_rng(devices=[]), unchanged_buffers(layered.model):
+        for module in whole:
+            inputs = [v.detach().requires_grad_(v.requires_grad) for v in shapes[-1]]
+            shapes.append(as_tuple(module(*inputs)))
+    taken, made = (
+        tuple(
+            torch.empty(v.shape, dtype=v.dtype, device="meta", requires_grad=v.requires_grad)
+            for v in side
+            if isinstance(v, torch.Tensor)
+        )
+        for side in shapes[-2:]
+    )
+    return taken, made

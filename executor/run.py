@@ -1,0 +1,123 @@
+"""Run a plan for real: launch its ranks, gather what they measured into one outcome, save the trained weights."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import msgspec
+import torch
+
+from executor.launch import launch
+from executor.worker import Job, RankMemory, RankStep, main
+from planner.outcome import Outcome
+from planner.plan import Plan
+from planner.program import REDUCE_GRAD, parse
+from planner.trace import COMPUTE, Event, MemoryPoint, Trace
+
+WARM_UP_STEPS = 3
+
+
+def run(
+    model: str, plan: Plan, *, device: str, steps: int, seed: int, folder: Path, capacity_bytes: tuple[float, ...]
+) -> Outcome:
+    """Train `steps` steps of `plan` (after a few warm-up steps) and return what was measured.
+
+    `folder` receives each rank's results and log, and the trained weights as `weights.pt`, a state dict of the
+    unsplit model. Raises `PlanError` (exit 6) when a rank fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        model=model,
+        plan=plan,
+        device=device,
+        steps=steps,
+        warm_up=WARM_UP_STEPS,
+        seed=seed,
+        folder=str(folder.resolve()),
+    )
+    path = folder / "job.json"
+    path.write_bytes(msgspec.json.encode(job))
+    launch(main, str(path.resolve()), len(plan.devices), folder / "logs")
+    weights: dict[str, torch.Tensor] = {}
+    for rank in range(len(plan.stages)):
+        weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)
+    torch.save(weights, folder / "weights.pt")
+    outcome = partial(plan, folder, capacity_bytes)
+    assert outcome is not None, "every rank has written its steps"
+    memory = [
+        msgspec.json.decode((folder / f"rank{r}.memory.json").read_bytes(), type=RankMemory)
+        for r in range(len(plan.devices))
+    ]
+    return msgspec.structs.replace(outcome, memory_step=_memory_trace(plan, memory))
+
+
+def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outcome | None:
+    """Return what was measured of the steps that every rank has finished and written, if there is one."""
+    files = [folder / f"rank{r}.steps.jsonl" for r in range(len(plan.devices))]
+    if not all(file.exists() for file in files):
+        return None
+    ranks = [[msgspec.json.decode(line, type=RankStep) for line in _whole_lines(file)] for file in files]
+    count = min(len(steps) for steps in ranks)
+    return gather(plan, [steps[:count] for steps in ranks], capacity_bytes) if count else None
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    """The lines that were written to their end before the rank was."""
+    return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def gather(plan: Plan, ranks: list[list[RankStep]], capacity_bytes: tuple[float, ...]) -> Outcome:
+    """Join the ranks' steps into one trace per step.
+
+    A step begins when the step before it ended, so the times of the steps add up to the time of the run.
+    """
+    steps = list(zip(*ranks, strict=True))
+    ends = [max(e.end for of_rank in step for e in of_rank.events) for step in steps]
+    begins = [min(e.start for of_rank in steps[0] for e in of_rank.events), *ends[:-1]]
+    traces = tuple(
+        _trace(plan, [of_rank.events for of_rank in step], begin) for step, begin in zip(steps, begins, strict=True)
+    )
+    times = tuple(trace.end for trace in traces)
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    return Outcome(
+        plan=plan,
+        source="measured",
+        steps=traces,
+        interval_s=(tenths[0], tenths[-1]),
+        capacity_bytes=capacity_bytes,
+        step_times_s=times,
+        losses=tuple(sum(of_rank.loss for of_rank in step) for step in steps),
+    )
+
+
+def _memory_trace(plan: Plan, ranks: list[RankMemory]) -> Trace:
+    begin = min(e.start for rank in ranks for e in rank.events)
+    memory = tuple(_moved(point, -begin) for rank in ranks for point in rank.memory)
+    return msgspec.structs.replace(_trace(plan, [rank.events for rank in ranks], begin), memory=memory)
+
+
+def _moved(point: MemoryPoint, by: float) -> MemoryPoint:
+    return MemoryPoint(point.device, point.time + by, point.bytes)
+
+
+def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:
+    arrivals: dict[str, float] = {}
+    for event in (e for row in rows for e in row if e.lane == COMPUTE and parse(e.action).op == REDUCE_GRAD):
+        arrivals[event.action] = max(arrivals.get(event.action, 0.0), event.start)
+    events = []
+    for event in (e for row in rows for e in row):
+        ready = min(event.end, max(event.ready, arrivals.get(event.action, event.ready)))
+        events.append(
+            Event(
+                event.device,
+                event.lane,
+                event.action,
+                max(0.0, event.start - begin),
+                max(0.0, ready - begin),
+                event.end - begin,
+                event.bytes,
+            )
+        )
+    events.sort(key=lambda e: (e.device, e.start, e.end))
+    return Trace(devices=plan.devices, events=tuple(events))

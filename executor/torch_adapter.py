@@ -1,0 +1,129 @@
+"""Every private name of torch that foreplan touches, in one place, with the version probe: 2.11 to 2.13.
+
+torch.distributed.pipelining is alpha. What is used of it: `PipelineStage`'s chunk methods and point-to-point
+operations (public class, undocumented methods), its receive tables, and the schedule runtime as a test oracle.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import stage as torch_stage
+
+from planner.program import Order
+
+_INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.13; absent in 2.11
+_FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters
+
+
+class PipeStage(PipelineStage):
+    """torch's stage with receive buffers that live only while their micro-batch is in flight.
+
+    torch allocates the buffers of all M micro-batches before the first step and keeps them; a schedule that holds few
+    activations would pay for all of them. Here a buffer is made when its receive is posted and let go behind the
+    backward.
+    """
+
+    def prepare(self, microbatches: int) -> None:
+        """Set up the tables of receives and sends from the static shapes given to the constructor."""
+        self.has_backward = True
+        if _INFERENCE_MODE is not None:
+            self._inference_mode = _INFERENCE_MODE.STATIC
+        options = {"has_backward": True} if _FORWARD_TAKES_BACKWARD else {}
+        self._prepare_forward_infra(microbatches, (), {}, **options)
+        self._prepare_backward_infra(microbatches)
+        self._shapes = {
+            id(info): (tuple(info.buffer.shape), info.buffer.dtype, info.buffer.requires_grad)
+            for info in self._receives()
+        }
+        for info in self._receives():
+            info.buffer = None
+
+    def _receives(self) -> list[Any]:
+        tables = (*self.args_recv_info.values(), *self.grad_recv_info.values())
+        return [
+            info for infos in tables for info in infos if getattr(info, "buffer", None) is not None and info.source is not None
+        ]
+
+    def _allocate(self, infos: Sequence[Any]) -> None:
+        for info in infos:
+            if id(info) in self._shapes:
+                shape, dtype, requires_grad = self._shapes[id(info)]
+                info.buffer = torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
+
+    def post_receive(self, microbatch: int, *, forward: bool) -> list[dist.Work]:
+        """Allocate the buffers of one message and post its receive."""
+        infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
+        self._allocate(infos)
+        return post(self.get_fwd_recv_ops(microbatch) if forward else self.get_bwd_recv_ops(microbatch))
+
+    def post_send(self, microbatch: int, *, forward: bool) -> tuple[list[dist.Work], list[torch.Tensor]]:
+        """Post the send of a micro-batch's outputs or input gradients; the tensors must live until it is complete."""
+        operations = self.get_fwd_send_ops(microbatch) if forward else self.get_bwd_send_ops(microbatch)
+        return post(operations), [operation.tensor for operation in operations]
+
+    def release(self, microbatch: int) -> None:
+        """Let go of a micro-batch's receive buffers, behind its backward."""
+        for infos in (self.args_recv_info[microbatch], self.grad_recv_info.get(microbatch, ())):
+            for info in infos:
+                if id(info) in self._shapes:
+                    info.buffer = None
+        if self.is_first:
+            self.bwd_cache.pop(microbatch, None)
+
+    def message_bytes(self, microbatch: int, *, forward: bool) -> int:
+        """Bytes of one received message."""
+        infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
+        shapes = [self._shapes[id(info)] for info in infos if id(info) in self._shapes]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in shapes)
+
+    def communication_bytes(self) -> int:
+        """Bytes of the receive buffers and unsent gradients alive now."""
+        tables = (*self.args_recv_info.values(), *self.grad_recv_info.values())
+        buffers = [i.buffer for infos in tables for i in infos if id(i) in self._shapes and i.buffer is not None]
+        unsent = [t for grads in self.bwd_cache.values() for t in grads if t is not None] if not self.is_first else []
+        return sum(t.nbytes for t in (*buffers, *unsent))
+
+
+def post(operations: list[dist.P2POp]) -> list[dist.Work]:
+    """Post point-to-point operations of one message together."""
+    return list(dist.batch_isend_irecv(operations)) if operations else []
+
+
+def oracle(
+    stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]
+) -> Any:
+    """Return torch's own schedule runtime, fed with the same order of computes: the reference of the tests."""
+    runtime = schedules._PipelineScheduleRuntime(stages, microbatches, loss_fn=loss, scale_grads=False)
+    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(order)}
+    runtime._prepare_schedule_with_comms(table)
+    return runtime
+
+
+def torch_lowering(order: Order, stages: int) -> list[list[str]]:
+    """Return what torch's lowering makes of an order, as text."""
+    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(order)}
+    where = {action.stage: d for d, row in enumerate(order) for action in row}
+    lowered = schedules._add_send_recv(table, stage_to_rank=lambda s: where[s], num_stages=stages)
+    return [[str(action) for action in lowered[d]] for d in sorted(lowered)]
+
+
+def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int]]]:
+    """Read a profiler run with `profile_memory`: (nanoseconds, change in bytes) events, and spans of marked ranges.
+
+    Ranges are those of `record_function` whose name starts with "PP:"; each name must occur once.
+    """
+    changes: list[tuple[int, int]] = []
+    spans: dict[str, tuple[int, int]] = {}
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+        elif event.name().startswith("PP:"):
+            spans[event.name()[3:]] = (event.start_ns(), event.start_ns() + event.duration_ns())
+    changes.sort(key=lambda change: change[0])
+    return changes, spans

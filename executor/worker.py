@@ -1,0 +1,202 @@
+"""What a process of a run does from its start to its end: join, build, step, record, save."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from executor.allocator import AllocationRecorder
+from executor.devices import Backend, open_device
+from executor.layers import cut
+from executor.model_file import load
+from executor.rank import Rank, Stamped
+from planner.memory import KINDS
+from planner.plan import Plan
+from planner.program import RECEIVES, RECV_FORWARD, REDUCE_GRAD, Action, needs
+from planner.trace import COMPUTE, LINK, Event, MemoryPoint
+
+PEER_TIMEOUT_S = 60.0
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of a run are told. `folder` receives their results."""
+
+    model: str
+    plan: Plan
+    device: str
+    steps: int
+    warm_up: int
+    seed: int
+    folder: str
+
+
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank measured of one step: events in seconds of the shared clock, and its part of the mean loss."""
+
+    events: tuple[Event, ...]
+    loss: float
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """The events and the memory curve of the step in which a rank's memory was recorded."""
+
+    events: tuple[Event, ...]
+    memory: tuple[MemoryPoint, ...]
+
+
+FLUSH_S = 1.0
+"""Finished steps are written at most this often, so that writing does not disturb the steps."""
+
+
+@record
+def main(path: str) -> None:
+    """Run one rank of the job written at `path`. Rank and world come from torchrun's environment."""
+    job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
+    backend = join(job.device, job.plan.threads)
+    rank = dist.get_rank()
+    file = load(job.model)
+    model = file.build(job.seed)
+    layered = cut(file, model)
+    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed + 1)
+    del model, layered
+    gc.collect()
+    offset = clock_offset(backend)
+    folder = Path(job.folder)
+    pending: list[tuple[list[Stamped], list[torch.Tensor]]] = []
+    flushed = time.monotonic()
+    with (folder / f"rank{rank}.steps.jsonl").open("ab") as file_of_steps:
+        for step in range(job.warm_up + job.steps):
+            me.step()
+            if step >= job.warm_up:
+                pending.append((me.stamped, list(me.losses.values())))
+            if time.monotonic() - flushed > FLUSH_S or step == job.warm_up + job.steps - 1:
+                backend.synchronize()
+                for stamped, losses in pending:
+                    loss = sum(float(part) for part in losses) / job.plan.replicas
+                    found = RankStep(events=events(me, stamped, rank, backend, offset), loss=loss)
+                    file_of_steps.write(msgspec.json.encode(found) + b"\n")
+                file_of_steps.flush()
+                pending.clear()
+                flushed = time.monotonic()
+    torch.save(me.state(), folder / f"rank{rank}.pt")
+    found_memory = memory_step(me, rank, backend, offset)
+    (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))
+    # Not in a `finally`: a rank that fails must report before its peers notice that it is gone.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def join(device: str, threads: int) -> Backend:
+    """Bind this process to its parent's life and to its device, and join the process group."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its launcher
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    backend = open_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend.communication, timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S))
+    return backend
+
+
+def clock_offset(backend: Backend, rounds: int = 9) -> float:
+    """Return what to add to this rank's clock to get rank 0's, in seconds.
+
+    Cristian's method: the round trip with the least delay decides. Ranks of one boot share the clock: offset 0.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    boots: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(boots, boot)
+    offset = 0.0
+    for rank in range(1, dist.get_world_size()):
+        if boots[rank] == boots[0] or dist.get_rank() not in (0, rank):
+            continue
+        trips = []
+        stamp = torch.zeros(1, dtype=torch.float64, device=backend.device)
+        for _ in range(rounds):
+            if dist.get_rank() == 0:
+                dist.recv(stamp, rank)
+                dist.send(torch.tensor([time.monotonic()], dtype=torch.float64, device=backend.device), rank)
+            else:
+                before = time.monotonic()
+                dist.send(stamp, 0)
+                dist.recv(stamp, 0)
+                after = time.monotonic()
+                trips.append((after - before, float(stamp) - (before + after) / 2))
+        if trips:
+            offset = min(trips)[1]
+    return offset
+
+
+def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset: float) -> tuple[Event, ...]:
+    """Turn a step's stamps into events in seconds of the shared clock.
+
+    A recompute happens inside its backward, on the last stage behind the loss's; it is shown in front of it, where
+    the program has it. A transfer is seen to be over when somebody waits for it: the link lane shows it from the
+    posting of its receive to the end of that wait.
+    """
+    found: list[Event] = []
+    posted: dict[Action, float] = {}
+
+    def seconds(stamp: object) -> float:
+        return backend.seconds(stamp) + offset
+
+    for stamped in stamps:
+        action, start, ready = stamped.action, seconds(stamped.start), seconds(stamped.ready)
+        end = seconds(stamped.end)
+        if stamped.repeats:
+            repeat = found.pop()
+            times = [seconds(stamp) for stamp in stamped.repeats]
+            repeated = sum(times[1::2]) - sum(times[::2])
+            start = ready = repeat.ready + repeated
+            found.append(msgspec.structs.replace(repeat, end=start))
+        elif action.op == REDUCE_GRAD:
+            start = ready = found[-1].end
+        elif action.op in RECEIVES:
+            posted[action] = end
+        receive = needs(action)
+        if receive in posted:
+            since = posted.pop(receive)
+            size = me.stage.message_bytes(receive.microbatch or 0, forward=receive.op == RECV_FORWARD)
+            found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))
+        found.append(Event(rank, COMPUTE, str(action), start, ready, end))
+    return tuple(found)
+
+
+def memory_step(me: Rank, rank: int, backend: Backend, offset: float) -> RankMemory:
+    """Perform one more step and record its memory: between actions by kind, inside them at their worst.
+
+    What is known by name is counted; the rest is activations, of which the first step's first action has none.
+    """
+    known: dict[str, dict[str, int]] = {}
+
+    def watch(action: Action, when: str) -> None:
+        if when == "before":
+            known[str(action)] = me.bytes_by_kind()
+
+    with AllocationRecorder(backend) as recorder:
+        me.step(recorder, watch)
+    points: list[MemoryPoint] = []
+    live = 0
+    timed = events(me, me.stamped, rank, backend, offset)
+    times = {e.action: e for e in timed if e.lane == COMPUTE}
+    static = sum(known[str(me.row[0])].values())
+    for action in me.row:
+        name = str(action)
+        peak, kept = recorder.span(name)
+        event = times[name]
+        kinds = dict.fromkeys(KINDS, 0.0) | {k: float(v) for k, v in known[name].items()}
+        kinds["activations"] = max(0.0, static + live - sum(known[name].values()))
+        for time_, inside in ((event.ready, 0), ((event.ready + event.end) / 2, peak)):
+            values = kinds | {"transient": float(inside)}
+            points.append(MemoryPoint(rank, time_, tuple(values[k] for k in KINDS)))
+        live += kept
+    return RankMemory(events=timed, memory=tuple(points))

@@ -1,0 +1,1 @@
+"""The command line: `plan init | profile | simulate | run | report`. One module per command."""

@@ -1,0 +1,37 @@
+"""A trace as a few lines of text."""
+
+from __future__ import annotations
+
+from planner.trace import COMPUTE, Trace
+
+LETTERS = {"F": "F", "B": "B", "R": "R", "OPTIMIZER": "O", "LOAD": "L", "REDUCE_GRAD": "A"}
+
+
+def ascii_timeline(trace: Trace, width: int = 80) -> str:
+    """Draw one line per device: the letter of what it mostly did in each slice of time, a dot where it waited.
+
+    At most eight devices are drawn.
+    """
+    shown = range(min(8, len(trace.devices)))
+    label = max(len(trace.devices[d]) for d in shown)
+    columns = max(10, width - label - 1)
+    slot = trace.end / columns
+    lines = []
+    for d in shown:
+        shares: list[dict[str, float]] = [{} for _ in range(columns)]
+        for event in trace.events:
+            if event.device != d or event.lane != COMPUTE or event.op not in LETTERS:
+                continue
+            first, last = int(event.ready / slot), min(columns - 1, int(event.end / slot))
+            for i in range(first, last + 1):
+                inside = min(event.end, (i + 1) * slot) - max(event.ready, i * slot)
+                letter = LETTERS[event.op]
+                shares[i][letter] = shares[i].get(letter, 0.0) + inside
+        line = "".join(
+            max(share, key=lambda k: share[k]) if sum(share.values()) > slot / 2 else "." for share in shares
+        )
+        lines.append(f"{trace.devices[d]:<{label}} {line}")
+    if len(trace.devices) > len(shown):
+        lines.append(f"... and {len(trace.devices) - len(shown)} more devices")
+    lines.append(" " * (label + 1) + "F forward  B backward  R recompute  A all-reduce  O optimizer  L load  . waiting")
+    return "\n".join(lines)

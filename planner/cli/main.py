@@ -1,0 +1,102 @@
+"""The entry point: the commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from planner import __version__
+from planner.cli import init, profile, report, run, simulate
+from planner.cli.output import failure
+from planner.errors import INTERRUPTED, OK, USAGE, PlanError, nearest
+
+app = typer.Typer(
+    name="plan",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Plan how to train a PyTorch model: measure its layers, simulate every way of spreading them over devices, "
+    "run the best one, and see prediction and measurement side by side.",
+    epilog="Start with: plan init, plan profile model.py, plan simulate --k 2 --m 8, plan run best",
+)
+app.command("init")(init.init)
+app.command("profile")(profile.profile)
+app.command("simulate")(simulate.simulate)
+app.command("run")(run.run)
+app.command("report")(report.report)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"foreplan {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version.")) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run one command and return its exit code; every failure is printed in the same form."""
+    as_json = "--json" in arguments
+    command = next((a for a in arguments if not a.startswith("-")), "")
+    try:
+        result = app(args=arguments, prog_name="plan", standalone_mode=False)
+        return result if isinstance(result, int) else OK
+    except PlanError as error:
+        failure(command, error, as_json=as_json)
+        return error.code
+    except TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
+            return USAGE
+        failure(command, _usage(error), as_json=as_json)
+        return USAGE
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        interrupted = PlanError(
+            what="interrupted",
+            where=f"plan {command}",
+            why="Ctrl-C",
+            fix="start the command again; what was saved before is still there",
+            code=INTERRUPTED,
+        )
+        failure(command, interrupted, as_json=as_json)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return OK
+
+
+def _usage(error: TyperException) -> PlanError:
+    """An unknown flag or command, a missing or malformed argument: with the nearest name that exists."""
+    context: Any = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "plan"
+    known: list[str] = []
+    if context is not None:
+        known = [name for parameter in context.command.params for name in parameter.opts]
+        known += list(getattr(context.command, "commands", {}))
+    message = error.format_message()
+    words = [w.strip("'\".:") for w in message.split()]
+    wrong = getattr(error, "option_name", None) or next((w for w in reversed(words) if w and w not in known), "")
+    close = nearest(str(wrong), known) if "No such" in message else None
+    return PlanError(
+        what=message.rstrip("."),
+        where=path,
+        why=f"did you mean '{close}'?" if close else "the command line could not be understood",
+        fix=f"{path} --help",
+    )
+
+
+if __name__ == "__main__":
+    main()

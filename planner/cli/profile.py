@@ -1,0 +1,150 @@
+"""`plan profile`: measure a model file on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from planner.cli import output
+from planner.errors import PlanError
+from planner.profile import Profile
+from planner.store import Store
+from planner.units import percent, seconds, size
+
+NOISE_LIMIT = 0.05
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="The model file, or file.py:name for another function than model().")],
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: CUDA when there is any.", metavar="KIND")
+    ] = "auto",
+    sizes: Annotated[
+        str | None, typer.Option(help="Micro-batch sizes to measure, for example 1,4,16. Default: powers of two.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to spend on timing the layers.", min=1.0)] = 30.0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure each layer's time and bytes, and this machine's links, on the real device."""
+    chosen = _sizes(sizes)
+    store = Store()
+    store.check_writable()
+    from executor import devices
+    from profiles.measure import measure
+
+    kind = devices.kinds()[0] if device == "auto" else device
+    if kind not in ("cpu", "cuda"):
+        raise PlanError(what=f"unknown device '{kind}'", where="--device", why="known: cpu, cuda, auto", fix="--device cpu")
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output.progress, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done, total=of)
+
+        measured = measure(model, device=kind, sizes=chosen, budget_s=budget, progress=told)
+    path = store.save_profile(measured)
+    if measured.noise > NOISE_LIMIT:
+        output.progress.print(
+            f"note: the measurements vary by {percent(measured.noise)}: close other programs, or measure longer with "
+            f"--budget {2 * budget:.0f}"
+        )
+    if json:
+        output.document("profile", {"path": str(path), **summary(measured)})
+    else:
+        _print(measured, str(path))
+
+
+def _sizes(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise PlanError(
+            what="the sizes are not whole numbers", where="--sizes", why=f"'{text}'", fix="--sizes 1,4,16"
+        ) from error
+
+
+def summary(measured: Profile) -> dict[str, Any]:
+    """The profile's main figures, with units in their names."""
+    samples, threads = _representative(measured)
+    return {
+        "model": measured.key.model,
+        "device": measured.key.device,
+        "noise_fraction": measured.noise,
+        "action_overhead_s": measured.action_s,
+        "samples": samples,
+        "threads": threads,
+        "layers": [
+            {
+                "name": layer.name,
+                "forward_s": _seconds(layer, "forward", samples, threads),
+                "backward_s": _seconds(layer, "backward", samples, threads),
+                "parameter_bytes": layer.parameter_bytes,
+                "saved_bytes": next(s.saved_bytes for s in layer.sizes if s.samples == samples),
+                "output_bytes": next(s.output_bytes for s in layer.sizes if s.samples == samples),
+                "forward_flop": next(s.flop for s in layer.sizes if s.samples == samples),
+            }
+            for layer in (*measured.layers, measured.loss)
+        ],
+        "links": [
+            {"latency_s": link.latency_s, "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s}
+            for link in measured.machine.links
+        ],
+        "slowdown": [[n, factor] for n, factor in measured.machine.hosts[0].slowdown],
+    }
+
+
+def _representative(measured: Profile) -> tuple[int, int]:
+    sizes = [s.samples for s in measured.layers[0].sizes]
+    return sizes[len(sizes) // 2], measured.layers[0].times[-1].threads
+
+
+def _seconds(layer: Any, kind: str, samples: int, threads: int) -> float:
+    times = next(t for t in layer.times if t.threads == threads)
+    return float(next(t.median_s for t in getattr(times, kind) if t.samples == samples))
+
+
+def _print(measured: Profile, path: str) -> None:
+    from rich.table import Table
+
+    samples, threads = _representative(measured)
+    word = "thread" if threads == 1 else "threads"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{samples} samples, {threads} {word}")
+    table.add_column("layer")
+    for name in ("forward", "backward", "parameters", "saved", "output"):
+        table.add_column(name, justify="right")
+    for layer in (*measured.layers, measured.loss):
+        sizes = next(s for s in layer.sizes if s.samples == samples)
+        table.add_row(
+            layer.name.replace("[", "\\["),
+            seconds(_seconds(layer, "forward", samples, threads)),
+            seconds(_seconds(layer, "backward", samples, threads)),
+            size(layer.parameter_bytes),
+            size(sizes.saved_bytes),
+            size(sizes.output_bytes),
+        )
+    output.results.print(table)
+    parameters = sum(layer.parameter_bytes for layer in measured.layers)
+    output.results.print(
+        f"{measured.key.model} on {measured.key.device}, {measured.key.cores} cores, torch {measured.key.torch}: "
+        f"{size(parameters)} of parameters, noise {percent(measured.noise)}"
+    )
+    whole = measured.whole[len(measured.whole) // 2]
+    layers_s, whole_s = whole.layers_forward_s + whole.layers_backward_s, whole.forward_s + whole.backward_s
+    output.results.print(
+        f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)} at {whole.samples} samples; "
+        f"{seconds(measured.action_s)} of framework per action"
+    )
+    for link in measured.machine.links:
+        output.results.print(
+            f"link: latency {seconds(link.latency_s)}, bandwidth {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"
+        )
+    output.results.print(f"saved {path}")
+    output.results.print("next: plan simulate --k 2 --m 8")

@@ -1,0 +1,116 @@
+"""`plan report`: one HTML page about a run, or about the last simulation's best plan."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from planner import __version__
+from planner.cli import output
+from planner.errors import PlanError
+from planner.outcome import Outcome
+from planner.profile import Profile
+from planner.ranking import Ranking
+from planner.simulate import placed
+from planner.simulate import simulate as predict
+from planner.store import Run, Store
+
+
+def report(
+    run: Annotated[
+        str | None, typer.Argument(help="The name of a run under .plan/runs. Default: the last one.")
+    ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Show the last simulation's best plan, without a run.")
+    ] = False,
+    plan: Annotated[str | None, typer.Option(help="With --simulated: another plan than the best.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
+    store = Store()
+    if simulated or plan is not None:
+        ranking = store.load_ranking()
+        path = store.profile_path(ranking.profile)
+        profile = store.load_profile(path)
+        predicted = predict(profile, store.plan(plan or "best"), ranking.cluster)
+        page = _write(None, predicted, profile, ranking, out, f"plan report --simulated --out {out.name}")
+    else:
+        folder, result = store.load_run(run)
+        profile = store.load_profile(Path(result.profile))
+        page = write_page(store, folder, result, profile, out)
+    if json:
+        output.document("report", {"report": str(page), "bytes": page.stat().st_size})
+    else:
+        output.results.print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB): open it in a browser")
+
+
+def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: Path) -> Path:
+    """Write the page of a run."""
+    try:
+        ranking: Ranking | None = store.load_ranking()
+    except PlanError:
+        ranking = None
+    if ranking is not None and str(result.measured.plan) not in {str(o.plan) for o in ranking.outcomes}:
+        ranking = None
+    return _write(result, result.predicted, profile, ranking, out, f"plan report {folder.name} --out {out.name}")
+
+
+def _write(
+    result: Run | None, predicted: Outcome, profile: Profile, ranking: Ranking | None, out: Path, command: str
+) -> Path:
+    from planner.cli.run import compared
+    from reports.page import Report, write
+
+    write(
+        Report(
+            predicted=predicted,
+            measured=result.measured if result else None,
+            comparison=compared(result, profile) if result else None,
+            ranking=ranking,
+            profile=profile,
+            environment=environment(profile),
+            assumptions=assumptions(predicted, profile),
+            command=command,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        ),
+        out,
+    )
+    return out
+
+
+def environment(profile: Profile) -> dict[str, str]:
+    """What the figures depend on, without names of hosts, people or folders."""
+    return {
+        "foreplan": __version__,
+        "model file": profile.key.model,
+        "device": profile.key.device,
+        "cores": str(profile.key.cores),
+        "dtype": profile.key.dtype,
+        "torch": profile.key.torch,
+        "Python": profile.key.python,
+        "profiled": profile.created,
+        "noise of the profile": f"{100 * profile.noise:.1f} %",
+    }
+
+
+def assumptions(predicted: Outcome, profile: Profile) -> tuple[str, ...]:
+    """What the prediction takes for granted, in sentences."""
+    machine = placed(predicted.plan, profile.machine) if profile.machine.elastic else profile.machine
+    sentences = [
+        "Layer times are medians of the profile, interpolated between measured micro-batch sizes.",
+        "A send completes when its receive is posted; transfers on one link share it fairly.",
+        "The step includes input, loss, gradient synchronisation, optimizer and the framework's own time per action.",
+        "Memory counts tensors as torch's allocator hands them out, not the process's code and libraries.",
+        "The interval is the step simulated at the 10th and at the 90th percentile of all measured times.",
+    ]
+    if len(machine.devices) > 1 and machine.devices[0].shares_cores:
+        host = machine.hosts[0]
+        sentences.append(
+            f"{len(machine.devices)} processes share {host.cores} cores; "
+            f"{', '.join(f'{n} busy ones are each {f:.2f} times slower' for n, f in host.slowdown if n > 1)}."
+        )
+    return tuple(sentences)

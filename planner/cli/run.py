@@ -1,0 +1,180 @@
+"""`plan run`: execute a plan for real, and hold the prediction against it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from planner.cli import output
+from planner.cli.simulate import figures, require_same
+from planner.errors import TOLERANCE, PlanError
+from planner.outcome import Comparison, Error, compare
+from planner.plan import Plan, Stage
+from planner.profile import Profile
+from planner.simulate import replay
+from planner.simulate import simulate as predict
+from planner.store import Run, Store
+from planner.units import percent, rate, seconds, size
+
+
+def run(
+    plan: Annotated[str, typer.Argument(help="best, a plan of the last simulation, or the path of a plan file.")] = "best",
+    steps: Annotated[int, typer.Option(help="Training steps to measure.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
+    profile: Annotated[
+        str | None, typer.Option(help="A profile's path or name. Default: the one that was simulated.")
+    ] = None,
+    check: Annotated[
+        float | None, typer.Option(help="Fail (exit 7) when the step time is off by more than so many per cent.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run a plan with real processes, record every action, and compare it with the prediction."""
+    if steps < 1:
+        raise PlanError(what="--steps must be positive", where="--steps", why=f"it is {steps}", fix="--steps 20")
+    store = Store()
+    store.check_writable()
+    wanted = store.plan(plan)
+    path = store.profile_path(profile or _simulated_with(store, plan))
+    measured_profile = store.load_profile(path)
+    from executor.run import partial
+    from executor.run import run as execute
+    from profiles.measure import key_of
+
+    kind = "cuda" if not measured_profile.machine.elastic else "cpu"
+    require_same(measured_profile, key_of(measured_profile.model_path, kind), path)
+    chosen = on_this_machine(wanted, measured_profile)
+    predicted = predict(measured_profile, chosen, measured_profile.machine)
+    folder = store.new_run(chosen)
+    output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {steps} steps …")
+    try:
+        measured = execute(
+            measured_profile.model_path,
+            chosen,
+            device=kind,
+            steps=steps,
+            seed=seed,
+            folder=folder,
+            capacity_bytes=predicted.capacity_bytes,
+        )
+    except (PlanError, KeyboardInterrupt):
+        kept = partial(chosen, folder, predicted.capacity_bytes)
+        if kept is not None:
+            store.save_run(folder, Run(profile=str(path), predicted=predicted, measured=kept, partial=True))
+            output.progress.print(f"kept {len(kept.steps)} finished steps in {folder}")
+        raise
+    result = Run(profile=str(path), predicted=predicted, measured=measured)
+    store.save_run(folder, result)
+    comparison = compared(result, measured_profile)
+    from planner.cli.report import write_page
+
+    page = write_page(store, folder, result, measured_profile, folder / "report.html")
+    if json:
+        output.document("run", {**as_data(result, comparison), "report": str(page), "weights": str(folder / "weights.pt")})
+    else:
+        _print(result, comparison)
+        output.results.print(f"weights {folder / 'weights.pt'} (a state dict of the unsplit model)")
+        output.results.print(f"report {page}: open it in a browser")
+    if check is not None and abs(comparison.total.relative) > check / 100:
+        raise PlanError(
+            what=f"the step time is predicted {percent(abs(comparison.total.relative))} off",
+            where=str(chosen),
+            why=f"--check allows {check:g} %",
+            fix="look at the replay and cost errors for the cause, or profile again",
+            code=TOLERANCE,
+        )
+
+
+def _simulated_with(store: Store, reference: str) -> str | None:
+    """The profile that the last simulation used, for the plans that come from it."""
+    if reference.endswith(".toml"):
+        return None
+    name = store.load_ranking().profile
+    return name if (store.root / "profiles" / f"{name}.json").exists() else None
+
+
+def on_this_machine(plan: Plan, profile: Profile) -> Plan:
+    """Return the plan on this machine's devices, in its own order.
+
+    Raises `PlanError` (exit 5) when the machine has fewer.
+    """
+    names = [device.name for device in profile.machine.take(len(plan.devices)).devices]
+    renamed = dict(zip(plan.devices, names, strict=True))
+    threads = profile.machine.take(len(plan.devices)).devices[0].threads
+    stages = tuple(Stage(layers=s.layers, devices=tuple(renamed[d] for d in s.devices)) for s in plan.stages)
+    return msgspec.structs.replace(plan, stages=stages, threads=threads)
+
+
+def compared(result: Run, profile: Profile) -> Comparison:
+    """Compare a run with its prediction, and with its own durations put through the simulator."""
+    replays = tuple(
+        replay(profile, result.measured.plan, profile.machine, trace) for trace in result.measured.steps
+    )
+    return compare(result.predicted, result.measured, replays=replays)
+
+
+def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
+    """A run as JSON data: figures of both worlds and the errors split by cause, as fractions."""
+
+    def error(e: Error, unit: str) -> dict[str, Any]:
+        return {
+            "name": e.name,
+            f"predicted_{unit}": e.predicted,
+            f"measured_{unit}": e.measured,
+            "relative_error": e.relative,
+        }
+
+    return {
+        "plan": str(result.measured.plan),
+        "steps": len(result.measured.steps),
+        "predicted": figures(result.predicted),
+        "measured": figures(result.measured),
+        "losses": list(result.measured.losses),
+        "errors": {
+            "total": error(comparison.total, "s"),
+            "replay": error(comparison.replay, "s") if comparison.replay else None,
+            "costs": [error(e, "s") for e in comparison.costs],
+            "memory": [
+                {**error(e, "bytes"), "kinds": [error(k, "bytes") for k in kinds]}
+                for e, kinds in zip(comparison.memory, comparison.memory_kinds, strict=True)
+            ],
+        },
+        "steps_inside_interval_fraction": comparison.inside,
+        "noise_fraction": comparison.noise,
+    }
+
+
+def _print(result: Run, comparison: Comparison) -> None:
+    from rich.table import Table
+
+    predicted, measured = result.predicted, result.measured
+    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {len(measured.steps)} steps", title_justify="left")
+    table.add_column("")
+    for name in ("predicted", "measured", "error"):
+        table.add_column(name, justify="right")
+
+    def row(name: str, mine: str, theirs: str, error: float | None) -> None:
+        table.add_row(name, mine, theirs, "" if error is None else f"{100 * error:+.1f} %")
+
+    row("step", seconds(predicted.step_s), seconds(measured.step_s), comparison.total.relative)
+    row("throughput", rate(predicted.throughput), rate(measured.throughput), None)
+    row("bubble", percent(predicted.bubble), percent(measured.bubble), None)
+    if comparison.replay:
+        row(
+            "step, replayed",
+            seconds(comparison.replay.predicted),
+            seconds(comparison.replay.measured),
+            comparison.replay.relative,
+        )
+    for memory in comparison.memory:
+        row(f"peak memory {memory.name}", size(memory.predicted), size(memory.measured), memory.relative)
+    for cost in comparison.costs:
+        row(f"  {cost.name}", seconds(cost.predicted), seconds(cost.measured), cost.relative)
+    output.results.print(table)
+    inside = f"{percent(comparison.inside)} of the steps are inside the predicted interval"
+    output.results.print(f"noise of the steps {percent(comparison.noise)}; {inside}")
+    if measured.losses:
+        output.results.print(f"loss {measured.losses[0]:.4g} at first, {measured.losses[-1]:.4g} at last")
+

@@ -1,0 +1,153 @@
+"""`plan simulate`: all strategies for K devices and M micro-batches, ranked."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from planner import cluster as clusters
+from planner import strategies
+from planner.cli import output
+from planner.cli.draw import ascii_timeline
+from planner.errors import ARTEFACT, PlanError
+from planner.limits import limits
+from planner.outcome import Outcome
+from planner.profile import Profile, ProfileKey
+from planner.ranking import Ranking, rank
+from planner.store import Store
+from planner.units import percent, rate, seconds, size
+
+
+def simulate(
+    k: Annotated[int, typer.Option("--k", help="Number of devices (partitions).")] = 2,
+    m: Annotated[int, typer.Option("--m", help="Number of micro-batches per step.")] = 8,
+    batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the model file's batch_size.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="Only this strategy; may be repeated. Default: all of them.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="A profile's path or name. Default: the last one.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="A TOML file with other hardware than this machine.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them."""
+    store = Store()
+    path = store.profile_path(profile)
+    measured = store.load_profile(path)
+    if profile is None:
+        check_fresh(measured, path)
+    hardware = clusters.read(cluster) if cluster else measured.machine
+    chosen = [strategies.get(name) for name in strategy] if strategy else None
+    ranking = rank(
+        measured, hardware, k=k, m=m, batch=measured.batch if batch is None else batch, name=path.stem, strategies=chosen
+    )
+    store.save_ranking(ranking)
+    best = ranking.best
+    if json:
+        output.document("simulate", as_data(ranking, measured))
+    else:
+        _print(ranking, best, measured)
+
+
+def check_fresh(measured: Profile, path: Path) -> None:
+    """Raise `PlanError` (exit 4) when the model file or torch have changed since the profile, saying what."""
+    source = Path(measured.model_path.partition(":")[0])
+    current: dict[str, Any] = {"torch": importlib.metadata.version("torch")}
+    if source.is_file():
+        import hashlib
+
+        current["source_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    key = measured.key
+    fields = {f: current.get(f, getattr(key, f)) for f in key.__struct_fields__}
+    require_same(measured, ProfileKey(**fields), path)
+
+
+def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
+    """Raise `PlanError` (exit 4) with every field in which a profile's key differs from what it would be now."""
+    changed = measured.key.differences(now)
+    if changed:
+        raise PlanError(
+            what="the profile is stale",
+            where=str(path),
+            why="changed since it was measured: " + "; ".join(changed),
+            fix=f"plan profile {measured.model_path}",
+            code=ARTEFACT,
+        )
+
+
+def as_data(ranking: Ranking, measured: Profile) -> dict[str, Any]:
+    """The ranking as JSON data, with units in the names."""
+    return {
+        "k": ranking.k,
+        "m": ranking.m,
+        "batch_samples": ranking.batch,
+        "cluster": ranking.cluster.name,
+        "profile": ranking.profile,
+        "best": str(ranking.best.plan),
+        "limits": [limit.text for limit in limits(ranking.best, measured)],
+        "plans": [figures(outcome) for outcome in ranking.outcomes],
+        "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
+    }
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    """An outcome's figures, with units in the names."""
+    low, high = outcome.throughput_interval
+    return {
+        "plan": str(outcome.plan),
+        "source": outcome.source,
+        "throughput_samples_per_s": outcome.throughput,
+        "throughput_low_samples_per_s": low,
+        "throughput_high_samples_per_s": high,
+        "step_s": outcome.step_s,
+        "step_low_s": outcome.interval_s[0],
+        "step_high_s": outcome.interval_s[1],
+        "bubble_fraction": outcome.bubble,
+        "span_bubble_s": outcome.trace.span_bubble_s,
+        "peak_bytes": outcome.peak_bytes,
+        "peak_bytes_per_device": [point.total for point in outcome.peak],
+        "capacity_bytes_per_device": list(outcome.capacity_bytes),
+        "fits": outcome.fits,
+    }
+
+
+def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
+    from rich.table import Table
+
+    where = ranking.cluster
+    cores = where.hosts[0].cores
+    title = f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
+    title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for name, justify in (
+        ("plan", "left"),
+        ("samples/s", "right"),
+        ("interval", "right"),
+        ("step", "right"),
+        ("bubble", "right"),
+        ("peak memory", "right"),
+        ("fits", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for outcome in ranking.outcomes:
+        low, high = outcome.throughput_interval
+        table.add_row(
+            str(outcome.plan),
+            rate(outcome.throughput).removesuffix(" samples/s"),
+            f"{rate(low).removesuffix(' samples/s')} to {rate(high).removesuffix(' samples/s')}",
+            seconds(outcome.step_s),
+            percent(outcome.bubble),
+            size(outcome.peak_bytes),
+            "yes" if outcome.fits else "no",
+            style="bold" if outcome is best else None,
+        )
+    output.results.print(table)
+    for rejected in ranking.rejected:
+        output.results.print(f"not possible: {rejected.strategy}: {rejected.why}", markup=False)
+    output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
+    print(ascii_timeline(best.trace, width=min(100, output.results.width)))
+    for limit in limits(best, measured):
+        output.results.print(f"limit: {limit.text}", markup=False)
+    output.results.print(f"next: plan run best")

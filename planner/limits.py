@@ -1,0 +1,65 @@
+"""What keeps a plan from being faster: where its devices' time goes, the largest loss first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from planner.outcome import Outcome
+from planner.profile import Profile
+from planner.trace import COMPUTE
+from planner.units import percent, seconds
+
+
+class Limit(NamedTuple):
+    """One loss: the share of all devices' time, and a sentence."""
+
+    share: float
+    text: str
+
+
+def limits(outcome: Outcome, profile: Profile) -> list[Limit]:
+    """Return the losses that matter (2 % of the devices' time and more), largest first; or that there is none."""
+    trace = outcome.trace
+    count, whole = len(trace.devices), trace.end * len(trace.devices)
+    busiest = max(range(count), key=lambda d: trace.busy[d])
+    found: list[Limit] = []
+    uneven = sum(trace.busy[busiest] - busy for busy in trace.busy) / whole
+    if uneven > 0.02:
+        mean = sum(trace.busy) / count
+        over = trace.busy[busiest] / mean - 1
+        found.append(
+            Limit(uneven, f"stages are uneven: {trace.devices[busiest]} works {percent(over)} more than the mean")
+        )
+    idle = trace.makespan_bubble - uneven
+    if idle > 0.02 and count > 1:
+        stages, m = len(outcome.plan.stages), outcome.plan.microbatches
+        why = f"a bubble of {percent(idle)} of the devices' time"
+        if outcome.plan.schedule in ("gpipe", "1f1b") and stages > 1:
+            ideal = (stages - 1) / (m + stages - 1)
+            why += f"; with equal stages and free transfers it would be (K-1)/(M+K-1) = {percent(ideal)}"
+        elif stages > 1:
+            why += ": one device works at a time"
+        found.append(Limit(idle, why))
+    by_op: dict[str, float] = {}
+    for event in trace.events:
+        if event.lane == COMPUTE:
+            by_op[event.op] = by_op.get(event.op, 0.0) + event.work
+    for op, what in (
+        ("R", "recomputing forwards"),
+        ("OPTIMIZER", "the optimizer"),
+        ("LOAD", "loading input"),
+        ("REDUCE_GRAD", "reducing gradients"),
+    ):
+        share = by_op.get(op, 0.0) / whole
+        if share > 0.02:
+            found.append(Limit(share, f"{what}: {percent(share)} of the devices' time"))
+    threads = sum(1 for e in trace.devices) * outcome.plan.threads
+    cores = profile.machine.hosts[0].cores if profile.machine.hosts else threads
+    if profile.machine.elastic and threads > cores:
+        share = 1 - cores / threads
+        found.append(Limit(share, f"{count} processes share {cores} cores: each runs at most at {percent(cores / threads)}"))
+    found.sort(key=lambda limit: -limit.share)
+    if not found:
+        work = seconds(max(trace.busy))
+        found.append(Limit(0.0, f"the layers' own computing: {work} of the {seconds(trace.end)} step"))
+    return found

@@ -1,0 +1,262 @@
+"""A program: for every device, the ordered actions it performs. Printable, saved as CSV, proved before it is run.
+
+Both interpreters walk it: the simulator with costs, the executor with tensors. It knows neither.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from functools import cached_property
+from typing import NamedTuple
+
+from planner.errors import PlanError
+
+# Operations. The letters are those of torch.distributed.pipelining; LOAD, R and OPTIMIZER are ours.
+FORWARD = "F"
+BACKWARD = "B"
+RECOMPUTE = "R"
+SEND_FORWARD, RECV_FORWARD = "SEND_F", "RECV_F"
+SEND_BACKWARD, RECV_BACKWARD = "SEND_B", "RECV_B"
+REDUCE_GRAD = "REDUCE_GRAD"
+OPTIMIZER = "OPTIMIZER"
+LOAD = "LOAD"
+
+SENDS = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
+RECEIVES = {receive: send for send, receive in SENDS.items()}
+OPS = (FORWARD, BACKWARD, RECOMPUTE, *SENDS, *RECEIVES, REDUCE_GRAD, OPTIMIZER, LOAD)
+
+_PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\d*)")
+
+
+class Action(NamedTuple):
+    """What a device does once: stage, operation and, where it has one, micro-batch.
+
+    >>> str(Action(2, FORWARD, 0)), parse("1SEND_B12")
+    ('2F0', Action(stage=1, op='SEND_B', microbatch=12))
+    """
+
+    stage: int
+    op: str
+    microbatch: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}"
+
+
+Row = tuple[Action, ...]
+Order = tuple[Row, ...]
+"""Compute actions only, one row per device of a pipeline: what a schedule returns."""
+
+
+def parse(text: str) -> Action:
+    """Read an action as `str` prints it. Raises `ValueError` for anything else."""
+    match = _PATTERN.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"'{text}' is not an action such as 2F0, 1SEND_B3 or 0OPTIMIZER")
+    stage, op, microbatch = match.groups()
+    return Action(int(stage), op, int(microbatch) if microbatch else None)
+
+
+def grid(rows: Order, *, mark: tuple[int, int] | None = None) -> str:
+    """Print rows of actions as a table; the cell `mark` = (device, position) stands between > and <.
+
+    >>> print(grid(((Action(0, "F", 0), Action(0, "B", 0)),), mark=(0, 1)))
+    0F0 >0B0<
+    """
+    cells = [
+        [f">{action}<" if mark == (d, i) else str(action) for i, action in enumerate(row)] for d, row in enumerate(rows)
+    ]
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(max(map(len, cells), default=0))]
+    return "\n".join(" ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in cells)
+
+
+class Message(NamedTuple):
+    """One transfer: which device sends it with which action, and which device receives it with which action."""
+
+    source: int
+    send: Action
+    target: int
+    receive: Action
+
+
+class Program:
+    """The rows of all devices. Equal when their rows are equal; immutable."""
+
+    def __init__(self, rows: Order) -> None:
+        self.rows = rows
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.rows == other.rows
+
+    def __hash__(self) -> int:
+        return hash(self.rows)
+
+    def __str__(self) -> str:
+        return grid(self.rows)
+
+    @cached_property
+    def where(self) -> dict[Action, int]:
+        """Device of every action that has a micro-batch: such an action occurs once in the whole program."""
+        return {action: d for d, row in enumerate(self.rows) for action in row if action.microbatch is not None}
+
+    @cached_property
+    def messages(self) -> dict[Action, Message]:
+        """Every transfer, by its send and by its receive."""
+        found: dict[Action, Message] = {}
+        for send, source in self.where.items():
+            if send.op in SENDS:
+                receive = counterpart(send)
+                message = Message(source, send, self.where.get(receive, -1), receive)
+                found[send] = found[receive] = message
+        return found
+
+    @cached_property
+    def completions(self) -> dict[Action, tuple[Action, ...]]:
+        """Which sends are known to be complete once an action has its input, because of who waits for whom.
+
+        A send that device p's action C has taken is complete when anything that p sent after C arrives. So a sender
+        can let go of the tensor there without asking, and without ever waiting. Sends that nothing acknowledges are
+        complete at the end of the step.
+        """
+        takes: dict[Action, tuple[int, int, Action]] = {}
+        sends: dict[tuple[int, int], list[tuple[int, Action]]] = defaultdict(list)
+        for d, row in enumerate(self.rows):
+            for i, action in enumerate(row):
+                receive = needs(action)
+                if receive in self.messages and receive not in takes:
+                    takes[receive] = (d, i, action)
+                if action.op in SENDS:
+                    sends[d, self.messages[action].target].append((i, action))
+        known: dict[Action, list[Action]] = defaultdict(list)
+        for receive, (d, i, _) in takes.items():
+            message = self.messages[receive]
+            answer = next((send for j, send in sends[d, message.source] if j > i), None)
+            if answer is not None:
+                known[takes[counterpart(answer)][2]].append(message.send)
+        return {action: tuple(done) for action, done in known.items()}
+
+    @cached_property
+    def replicas(self) -> dict[int, tuple[int, ...]]:
+        """Devices that hold each stage, in order: those that reduce its gradients together."""
+        holders: dict[int, list[int]] = defaultdict(list)
+        for d, row in enumerate(self.rows):
+            for stage in sorted({action.stage for action in row if action.op == FORWARD}):
+                holders[stage].append(d)
+        return {stage: tuple(devices) for stage, devices in holders.items()}
+
+    def to_csv(self) -> str:
+        """Return one line per device."""
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows([[str(a) for a in row] for row in self.rows])
+        return buffer.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str) -> Program:
+        """Read what `to_csv` writes."""
+        return cls(tuple(tuple(parse(cell) for cell in line) for line in csv.reader(io.StringIO(text))))
+
+
+def counterpart(action: Action) -> Action:
+    """Return the receive of a send or the send of a receive.
+
+    >>> str(counterpart(parse("1SEND_F3"))), str(counterpart(parse("0RECV_B2")))
+    ('2RECV_F3', '1SEND_B2')
+    """
+    up = 1 if action.op in (SEND_FORWARD, RECV_BACKWARD) else -1
+    return Action(action.stage + up, (SENDS | RECEIVES)[action.op], action.microbatch)
+
+
+def needs(action: Action) -> Action | None:
+    """Return the receive that must have completed before `action` computes, if it takes its input from outside.
+
+    Whether that receive exists is the program's matter: the first stage's forward receives nothing. A recompute waits
+    for the gradient as its backward does, because `torch.utils.checkpoint` starts it from inside the backward.
+    """
+    op = {FORWARD: RECV_FORWARD, BACKWARD: RECV_BACKWARD, RECOMPUTE: RECV_BACKWARD}.get(action.op)
+    return Action(action.stage, op, action.microbatch) if op else None
+
+
+def prove(program: Program, stages: int, microbatches: int) -> None:
+    """Prove that the program computes a step and ends: what fails here is never started.
+
+    Every stage runs every micro-batch forward and backward once, forward first; each send has its receive; messages
+    between two devices are sent and received in the same order; and nothing waits in a circle even when a send only
+    completes once its receive is posted (gloo is rendezvous for every size).
+    Raises `PlanError` with the bad cell marked in the grid.
+    """
+    position: dict[tuple[int, Action], int] = {}
+    for d, row in enumerate(program.rows):
+        for i, action in enumerate(row):
+            if (d, action) in position or (action.microbatch is not None and program.where[action] != d):
+                raise _disproved(program, (d, i), f"{action} occurs twice")
+            position[d, action] = i
+    for stage in range(stages):
+        for m in range(microbatches):
+            forward, backward = Action(stage, FORWARD, m), Action(stage, BACKWARD, m)
+            if forward not in program.where or backward not in program.where:
+                raise _disproved(program, None, f"{forward} or {backward} is missing")
+            d = program.where[forward]
+            if program.where[backward] != d or position[d, backward] < position[d, forward]:
+                raise _disproved(program, (d, position[d, forward]), f"{backward} must follow {forward} on its device")
+    _prove_messages(program, position)
+    _prove_progress(program)
+
+
+def _prove_messages(program: Program, position: dict[tuple[int, Action], int]) -> None:
+    for action, d in program.where.items():
+        if action.op in SENDS or action.op in RECEIVES:
+            if counterpart(action) not in program.where:
+                raise _disproved(program, (d, position[d, action]), f"{action} has no {counterpart(action)}")
+    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    received: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for d, row in enumerate(program.rows):
+        for action in row:
+            if action.op in SENDS:
+                sent[d, program.messages[action].target].append(action)
+            elif action.op in RECEIVES:
+                received[program.messages[action].source, d].append(counterpart(action))
+    for pair, sends in sent.items():
+        for expected, posted in zip(sends, received[pair], strict=True):
+            if expected != posted:
+                cell = (pair[0], position[pair[0], expected])
+                raise _disproved(program, cell, f"{expected} is sent where device {pair[1]} receives {posted}")
+
+
+def _prove_progress(program: Program) -> None:
+    at = [0] * len(program.rows)
+    posted: set[Action] = set()
+    reducing: dict[Action, set[int]] = defaultdict(set)
+
+    def passes(d: int, action: Action) -> bool:
+        if action.op == REDUCE_GRAD:
+            reducing[action].add(d)
+            return len(reducing[action]) == len(program.replicas[action.stage])
+        receive = needs(action)
+        if receive in program.messages:
+            return {receive, program.messages[receive].send} <= posted
+        return True
+
+    moved = True
+    while moved:
+        moved = False
+        for d, row in enumerate(program.rows):
+            while at[d] < len(row) and passes(d, row[at[d]]):
+                posted.add(row[at[d]])
+                at[d] += 1
+                moved = True
+    for d, row in enumerate(program.rows):
+        if at[d] < len(row):
+            raise _disproved(program, (d, at[d]), f"{row[at[d]]} waits for ever")
+
+
+def _disproved(program: Program, cell: tuple[int, int] | None, why: str) -> PlanError:
+    where = f"device {cell[0]}, action {cell[1]}" if cell else "the whole program"
+    return PlanError(
+        what="the program is not a valid step",
+        where=f"{where}\n{grid(program.rows, mark=cell)}",
+        why=why,
+        fix="correct the schedule that generated it (planner/schedules.py)",
+    )

@@ -1,0 +1,150 @@
+"""The simulator: a SimPy process per device walks its row of the program and emits the trace it leaves.
+
+It means what the executor does. Receives are posted where they stand; a transfer starts when both ends are posted
+(rendezvous) and shares its links with others; a compute waits for its message, then for its share of the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import simpy
+
+from planner.cluster import Cluster
+from planner.costs import Costs, Quantile, costs_of
+from planner.lowering import lower
+from planner.memory import memory_curve
+from planner.outcome import Outcome
+from planner.plan import Plan
+from planner.profile import Profile
+from planner.program import RECEIVES, REDUCE_GRAD, SENDS, Action, Program, needs
+from planner.resources import Alone, FairShare, Process
+from planner.trace import COMPUTE, LINK, Event, Trace
+
+
+def simulate(profile: Profile, plan: Plan, cluster: Cluster) -> Outcome:
+    """Predict one step of `plan` on `cluster`: its trace, its memory curve and the interval of its step time.
+
+    The interval simulates the step at the 10th and the 90th percentile of all measured times at once.
+    """
+    program = lower(plan)
+    taken = placed(plan, cluster)
+
+    def run(quantile: Quantile) -> Trace:
+        return interpret(program, costs_of(profile, plan, program, taken, quantile=quantile), plan.devices)
+
+    trace = run("median")
+    low, high = sorted((run("low").end, run("high").end))
+    trace = msgspec.structs.replace(trace, memory=memory_curve(trace, program, plan, profile))
+    return Outcome(
+        plan=plan,
+        source="simulated",
+        steps=(trace,),
+        interval_s=(min(low, trace.end), max(high, trace.end)),
+        capacity_bytes=tuple(float(device.memory_bytes) for device in taken.devices),
+    )
+
+
+def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> Trace:
+    """Put the measured computing times of one step through the simulator."""
+    program = lower(plan)
+    costs = costs_of(profile, plan, program, placed(plan, cluster))
+    return interpret(program, costs.replayed(measured), plan.devices)
+
+
+def placed(plan: Plan, cluster: Cluster) -> Cluster:
+    """Return the cluster reduced to the plan's devices, in the order of the program's rows."""
+    taken = cluster.take(len(plan.devices))
+    by_name = {device.name: device for device in taken.devices}
+    return msgspec.structs.replace(taken, devices=tuple(by_name[name] for name in plan.devices))
+
+
+def interpret(program: Program, costs: Costs, devices: tuple[str, ...]) -> Trace:
+    """Walk the program with the costs from time 0 and return what happened."""
+    run = _Run(program, costs)
+    run.env.run()
+    run.events.sort(key=lambda event: (event.device, event.start, event.end))
+    return Trace(devices=devices, events=tuple(run.events))
+
+
+class _Run:
+    def __init__(self, program: Program, costs: Costs) -> None:
+        self.program, self.costs = program, costs
+        self.env = simpy.Environment()
+        self.events: list[Event] = []
+        messages = program.messages
+        self.posted: Mapping[Action, simpy.Event] = {action: self.env.event() for action in messages}
+        self.arrived: Mapping[Action, simpy.Event] = {a: self.env.event() for a in messages if a.op in RECEIVES}
+        self.reducing = {stage: _Meeting(self.env, len(program.replicas[stage])) for stage in costs.reductions}
+        self.links = _links(self.env, costs.cluster)
+        self.cores = _cores(self.env, costs)
+        for device, row in enumerate(program.rows):
+            self.env.process(self.device(device, row))
+        for action, message in messages.items():
+            if action.op in SENDS:
+                self.env.process(self.transfer(action, message.receive, message.source, message.target))
+
+    def device(self, device: int, row: tuple[Action, ...]) -> Process:
+        seconds, cores = self.costs.seconds[device], self.cores[device]
+        for action in row:
+            start = ready = self.env.now
+            receive = needs(action)
+            if action in self.posted:
+                self.posted[action].succeed()
+            elif receive in self.arrived:
+                yield self.arrived[receive]
+                ready = self.env.now
+            elif action.op == REDUCE_GRAD and action.stage in self.reducing:
+                yield self.reducing[action.stage].join()
+                ready = self.env.now
+                yield self.env.timeout(self.costs.reductions[action.stage])
+            if seconds[action] > 0:
+                yield cores.use(seconds[action])
+            self.events.append(Event(device, COMPUTE, str(action), start, ready, self.env.now))
+
+    def transfer(self, send: Action, receive: Action, source: int, target: int) -> Process:
+        posted_receive = self.posted[receive]
+        yield self.posted[send] & posted_receive
+        start = self.env.now
+        way, seconds = self.costs.ways[source, target], self.costs.transfers[send]
+        if seconds > 0:
+            yield simpy.AllOf(self.env, [self.links[index].use(seconds) for index in way])
+        size = self.costs.sizes[send]
+        self.events.append(Event(target, LINK, str(receive), start, start, self.env.now, size))
+        self.arrived[receive].succeed()
+
+
+class _Meeting:
+    """Fires when all replicas have come."""
+
+    def __init__(self, env: simpy.Environment, expected: int) -> None:
+        self.missing, self.complete = expected, env.event()
+
+    def join(self) -> simpy.Event:
+        self.missing -= 1
+        if self.missing == 0:
+            self.complete.succeed()
+        return self.complete
+
+
+def _links(env: simpy.Environment, cluster: Cluster) -> list[FairShare | Alone]:
+    return [FairShare(env, lambda active: 1.0 / active) if link.shared else Alone(env) for link in cluster.links]
+
+
+def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
+    """One pool per host whose CPU devices share cores; everything else computes alone."""
+    pools: dict[tuple[str, int], FairShare] = {}
+    sharing: list[FairShare | Alone] = []
+    hosts = {host.name: host for host in costs.cluster.hosts}
+    for device in costs.cluster.devices:
+        neighbours = [d for d in costs.cluster.devices if d.host == device.host and d.shares_cores]
+        if not (costs.contended and device.shares_cores and len(neighbours) > 1):
+            sharing.append(Alone(env))
+            continue
+        key = (device.host, device.threads)
+        if key not in pools:
+            host, threads = hosts[device.host], device.threads
+            pools[key] = FairShare(env, lambda active, host=host, threads=threads: host.speed(active, threads))
+        sharing.append(pools[key])
+    return sharing

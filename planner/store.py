@@ -1,0 +1,205 @@
+"""The `.plan/` folder: what was measured and simulated, written atomically, found again by name.
+
+    .plan/profiles/<model>-<device>.json      .plan/plans/<plan>.toml
+    .plan/simulation.json                     .plan/runs/<number>-<plan>/outcome.json
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from planner import plan as plans
+from planner.errors import ARTEFACT, PlanError, unknown
+from planner.outcome import Outcome
+from planner.plan import Plan
+from planner.profile import Profile, decode
+from planner.ranking import Ranking
+
+T = TypeVar("T")
+FOLDER = ".plan"
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A measured run with the prediction it is held against. `partial` when it was interrupted or failed."""
+
+    profile: str
+    predicted: Outcome
+    measured: Outcome
+    partial: bool = False
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace a file in one step, so that no reader and no crash ever sees half of it.
+
+    Raises `PlanError` (exit 4) when the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> PlanError:
+    return PlanError(
+        what="a file cannot be written",
+        where=str(folder),
+        why=error.strerror or str(error),
+        fix="make the folder writable or free some space, or run plan in another folder",
+        code=ARTEFACT,
+    )
+
+
+class Store:
+    """The artefacts below one folder."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or Path(FOLDER)
+
+    def check_writable(self) -> None:
+        """Raise `PlanError` (exit 4) now rather than after minutes of measuring."""
+        probe = self.root / ".writable"
+        write(probe, b"")
+        probe.unlink(missing_ok=True)
+
+    def save_profile(self, profile: Profile) -> Path:
+        """Save a profile under its model and device; it becomes the one that `plan simulate` uses."""
+        device = "".join(c if c.isalnum() else "-" for c in profile.key.device).strip("-")
+        stem = profile.key.model.removesuffix(".py").replace(":", "-").replace(".py", "")
+        path = self.root / "profiles" / f"{stem}-{device}.json"
+        write(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
+        return path
+
+    def profile_path(self, given: str | None) -> Path:
+        """Return the path of a profile: as given, by its name in the store, or the one written last.
+
+        Raises `PlanError` (exit 4) when there is none.
+        """
+        folder = self.root / "profiles"
+        known = sorted(folder.glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name)) if folder.is_dir() else []
+        if given is None:
+            if not known:
+                raise PlanError(
+                    what="there is no profile yet",
+                    where=str(folder),
+                    why="plans are simulated from measured layers",
+                    fix="plan profile model.py   (plan init writes a model.py)",
+                    code=ARTEFACT,
+                )
+            return known[-1]
+        if Path(given).is_file():
+            return Path(given)
+        for path in known:
+            if given in (path.stem, path.name):
+                return path
+        names = [path.stem for path in known]
+        raise unknown("profile", given, names, where="--profile", fix="plan profile model.py", code=ARTEFACT)
+
+    def load_profile(self, path: Path) -> Profile:
+        """Read a profile. Raises `PlanError` (exit 4) when it is damaged."""
+        return decode(self._read(path), str(path))
+
+    def save_ranking(self, ranking: Ranking) -> None:
+        """Save a simulation, and each of its plans as a file that can be edited and run."""
+        for outcome in ranking.outcomes:
+            write(self.root / "plans" / f"{outcome.plan}.toml", plans.to_toml(outcome.plan).encode())
+        write(self.root / "simulation.json", msgspec.json.encode(ranking))
+
+    def load_ranking(self) -> Ranking:
+        """Read the last simulation. Raises `PlanError` (exit 4) when there is none or it is damaged."""
+        path = self.root / "simulation.json"
+        if not path.exists():
+            raise PlanError(
+                what="there is no simulation yet",
+                where=str(path),
+                why="'best' and the names of plans come from the last simulation",
+                fix="plan simulate --k 2 --m 8",
+                code=ARTEFACT,
+            )
+        return self._decode(path, Ranking, "plan simulate --k 2 --m 8")
+
+    def plan(self, reference: str) -> Plan:
+        """Return the plan that is meant: `best`, a name of the last simulation, or the path of a plan file.
+
+        Raises `PlanError` with the nearest name (exit 2), or exit 3 when nothing fits.
+        """
+        if reference.endswith(".toml") or os.sep in reference:
+            return plans.read(Path(reference))
+        ranking = self.load_ranking()
+        if reference == "best":
+            return ranking.best.plan
+        by_name = {str(outcome.plan): outcome.plan for outcome in ranking.outcomes}
+        if reference not in by_name:
+            fix = "plan simulate --k 2 --m 8   (then run one of the plans it names)"
+            raise unknown("plan", reference, ["best", *by_name], where="the last simulation", fix=fix)
+        return by_name[reference]
+
+    def new_run(self, plan: Plan) -> Path:
+        """Make and return the folder of a new run."""
+        folder = self.root / "runs"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = [int(p.name.partition("-")[0]) for p in folder.iterdir() if p.name.partition("-")[0].isdigit()]
+            path = folder / f"{max(numbers, default=0) + 1:04d}-{plan}"
+            path.mkdir()
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        return path
+
+    def save_run(self, folder: Path, run: Run) -> None:
+        """Save what a run measured."""
+        write(folder / "outcome.json", msgspec.json.encode(run))
+
+    def load_run(self, reference: str | None = None) -> tuple[Path, Run]:
+        """Return a run by the name of its folder, or the last one. Raises `PlanError` (exit 4) when there is none."""
+        folder = self.root / "runs"
+        known = sorted(p.parent for p in folder.glob("*/outcome.json")) if folder.is_dir() else []
+        if not known:
+            raise PlanError(
+                what="there is no finished run yet",
+                where=str(folder),
+                why="a report shows a run",
+                fix="plan run best",
+                code=ARTEFACT,
+            )
+        chosen = known[-1] if reference is None else next((p for p in known if reference in (p.name, str(p))), None)
+        if chosen is None:
+            names = [p.name for p in known]
+            raise unknown("run", str(reference), names, where=str(folder), fix="plan run best", code=ARTEFACT)
+        return chosen, self._decode(chosen / "outcome.json", Run, "plan run best")
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise PlanError(
+                what="a file cannot be read",
+                where=str(path),
+                why=error.strerror or str(error),
+                fix="plan profile model.py",
+                code=ARTEFACT,
+            ) from error
+
+    def _decode(self, path: Path, kind: type[T], fix: str) -> T:
+        try:
+            return msgspec.json.decode(self._read(path), type=kind)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise PlanError(
+                what=f"the {kind.__name__.lower()} cannot be read", where=str(path), why=str(error), fix=fix, code=ARTEFACT
+            ) from error

@@ -1,0 +1,47 @@
+"""Human units, used only where something is printed; everything inside is seconds and bytes."""
+
+from __future__ import annotations
+
+
+def seconds(value: float) -> str:
+    """Format seconds with three significant digits.
+
+    >>> seconds(0.0123), seconds(2.5e-05), seconds(83.0)
+    ('12.3 ms', '25 µs', '83 s')
+    """
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {unit}" if abs(value) < 999.5 * factor else f"{value / factor:.0f} {unit}"
+    return f"{value / 1e-9:.3g} ns" if value else "0 s"
+
+
+def size(value: float) -> str:
+    """Format bytes in binary units.
+
+    >>> size(1536), size(3 * 2**30)
+    ('1.50 KiB', '3.00 GiB')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(value) >= 1024**power:
+            scaled = value / 1024**power
+            return f"{scaled:.2f} {unit}" if abs(scaled) < 100 else f"{scaled:.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def rate(value: float) -> str:
+    """Format samples per second with three significant digits.
+
+    >>> rate(1234.5), rate(3.14159)
+    ('1230 samples/s', '3.14 samples/s')
+    """
+    digits = f"{value:.3g}"
+    return f"{float(digits):.0f} samples/s" if value >= 100 else f"{digits} samples/s"
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction as per cent.
+
+    >>> percent(0.12345)
+    '12.3 %'
+    """
+    return f"{100 * fraction:.1f} %"

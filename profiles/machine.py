@@ -1,0 +1,266 @@
+"""Measure the machine: links over the real backend, what an action costs by itself, how busy cores slow each other.
+
+All of it in one job of real ranks, started as a run's are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from executor import devices
+from executor.devices import Backend
+from executor.launch import launch
+from executor.layers import cut
+from executor.model_file import load
+from executor.rank import Rank
+from executor.worker import join
+from planner.cluster import Cluster, Device, Host, Link
+from planner.plan import Plan, Stage
+from profiles.chain import Chain
+
+MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
+ROUNDS = 15
+PROBE_STEPS = 12
+PROBE_MICROBATCHES = 8
+CONTENTION_PASSES = 6
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks of the probe are told."""
+
+    model: str
+    device: str
+    samples: int
+    folder: str
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """What they find: seconds by message bytes, posting and action overheads, slowdown by busy processes."""
+
+    transfers: tuple[tuple[int, float], ...]
+    reductions: tuple[tuple[int, float], ...]
+    post_s: float
+    action_s: float
+    slowdown: tuple[tuple[int, float], ...]
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine as a cluster, and the executor's own time per forward or backward."""
+
+    cluster: Cluster
+    action_s: float
+
+
+def measure(model: str, kind: str, samples: int) -> Machine:
+    """Measure this machine with the devices of one kind.
+
+    A single GPU has no link to measure. Raises `PlanError` (exit 6) when a rank of the probe fails.
+    """
+    cores = devices.cores()
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        host = Host(name="local", cores=cores, memory_bytes=devices.memory_bytes("cpu"))
+        gpus = tuple(
+            Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1) for i in range(count)
+        )
+        cluster = Cluster(name="this machine", hosts=(host,), devices=gpus)
+        ranks = count
+    else:
+        host = Host(name="local", cores=cores, memory_bytes=devices.memory_bytes("cpu"))
+        cluster = Cluster(name="this machine", hosts=(host,), elastic=True)
+        ranks = max(2, min(cores, 8))
+    if ranks < 2:
+        return Machine(cluster=cluster, action_s=0.0)
+    with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
+        probe = Probe(model=model, device=kind, samples=samples, folder=folder)
+        path = Path(folder) / "probe.json"
+        path.write_bytes(msgspec.json.encode(probe))
+        launch(main, str(path), ranks, Path(folder) / "logs")
+        found = msgspec.json.decode((Path(folder) / "found.json").read_bytes(), type=Found)
+    if kind == "cpu":
+        host = msgspec.structs.replace(host, slowdown=found.slowdown)
+    first, last = found.transfers[0], found.transfers[-1]
+    link = Link(
+        between=("local", "local"),
+        latency_s=first[1],
+        bandwidth_bytes_per_s=(last[0] - first[0]) / max(last[1] - first[1], 1e-9),
+        points=found.transfers,
+    )
+    cluster = msgspec.structs.replace(
+        cluster,
+        hosts=(host,),
+        links=(link,),
+        post_s=found.post_s,
+        all_reduce=found.reductions,
+        all_reduce_devices=ranks,
+    )
+    return Machine(cluster=cluster, action_s=found.action_s)
+
+
+@record
+def main(path: str) -> None:
+    """Run one rank of the probe."""
+    probe = msgspec.json.decode(Path(path).read_bytes(), type=Probe)
+    backend = join(probe.device, 1)
+    transfers = [(size, _transfer(size, backend)) for size in MESSAGE_BYTES]
+    reductions = [(size, _reduction(size, backend)) for size in MESSAGE_BYTES]
+    post_s, action_s = _overheads(backend)
+    slowdown = _slowdown(probe, backend) if probe.device == "cpu" else ((1, 1.0),)
+    if dist.get_rank() == 0:
+        found = Found(
+            transfers=_ascending(transfers),
+            reductions=_ascending(reductions),
+            post_s=post_s,
+            action_s=action_s,
+            slowdown=slowdown,
+        )
+        (Path(probe.folder) / "found.json").write_bytes(msgspec.json.encode(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ascending(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """A larger message never takes less: what noise says against that is raised to the smaller one's time."""
+    longest, kept = 0.0, []
+    for size, seconds in points:
+        longest = max(longest, seconds)
+        kept.append((size, longest))
+    return tuple(kept)
+
+
+def _timed(backend: Backend, rounds: int, work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(rounds + 2):
+        backend.synchronize()
+        begin = time.monotonic()
+        work()
+        backend.synchronize()
+        times.append(time.monotonic() - begin)
+    return statistics.median(times[2:])
+
+
+def _transfer(size: int, backend: Backend) -> float:
+    """One way of a ping-pong between the ranks 0 and 1."""
+    rank = dist.get_rank()
+    tensor = torch.ones(max(1, size // 4), device=backend.device)
+
+    def there_and_back() -> None:
+        if rank == 0:
+            dist.send(tensor, 1)
+            dist.recv(tensor, 1)
+        elif rank == 1:
+            dist.recv(tensor, 0)
+            dist.send(tensor, 0)
+
+    dist.barrier()
+    return _timed(backend, ROUNDS, there_and_back) / 2
+
+
+def _reduction(size: int, backend: Backend) -> float:
+    tensor = torch.ones(max(1, size // 4), device=backend.device)
+    dist.barrier()
+    return _timed(backend, ROUNDS, lambda: dist.all_reduce(tensor))
+
+
+class _Nothing(torch.nn.Module):
+    """A layer with a parameter that computes next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+def _overheads(backend: Backend) -> tuple[float, float]:
+    """Run a pipeline whose layers compute nothing through the executor itself.
+
+    Returns the seconds that posting a message takes, and those of a forward or backward beyond the layer's own.
+    """
+    from executor.model_file import ModelFile
+
+    layers = dist.get_world_size()
+    file = ModelFile(
+        path="probe",
+        model=lambda: torch.nn.Sequential(*(_Nothing() for _ in range(layers))),
+        batch=lambda n: (torch.ones(n, 8), torch.ones(n, 8)),
+        loss=lambda outputs, targets: (outputs - targets).sum(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        layers=None,
+        batch_size=PROBE_MICROBATCHES,
+    )
+    plan = Plan(
+        strategy="probe",
+        schedule="gpipe",
+        stages=tuple(Stage(layers=(str(i),), devices=(f"d{i}",)) for i in range(layers)),
+        microbatches=PROBE_MICROBATCHES,
+        batch=PROBE_MICROBATCHES,
+    )
+    rank = Rank(file, cut(file, file.build(0)), plan, backend, dist.get_rank(), seed=0)
+    posts, actions = [], []
+    for step in range(PROBE_STEPS):
+        rank.step()
+        backend.synchronize()
+        if step < 2:
+            continue
+        for stamped in rank.stamped:
+            seconds = backend.seconds(stamped.end) - backend.seconds(stamped.ready)
+            if stamped.action.op in ("SEND_F", "RECV_F", "SEND_B", "RECV_B"):
+                posts.append(seconds)
+            elif stamped.action.op in ("F", "B"):
+                actions.append(seconds)
+    module, x = rank.module, torch.ones(1, 8, device=backend.device, requires_grad=True)
+    direct = []
+    for _ in range(50):
+        backend.synchronize()
+        begin = backend.stamp()
+        output = module(x)
+        middle = backend.stamp()
+        torch.autograd.backward(output, torch.ones_like(output))
+        end = backend.stamp()
+        backend.synchronize()
+        direct += [backend.seconds(middle) - backend.seconds(begin), backend.seconds(end) - backend.seconds(middle)]
+    return statistics.median(posts), max(0.0, statistics.median(actions) - statistics.median(direct))
+
+
+def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
+    """How much slower the model's passes become when more processes run them at once, cores not yet exhausted.
+
+    Rank 0 alone and together with others, in turn, so that drift hits both.
+    """
+    file = load(probe.model)
+    chain = Chain(file, cut(file, file.build(0)), backend.device)
+    inputs, targets = chain.draw(probe.samples)
+    world = dist.get_world_size()
+    counts = [n for n in (2, 4, 8) if n <= min(world, devices.cores())]
+    alone: dict[int, list[float]] = {n: [] for n in counts}
+    together: dict[int, list[float]] = {n: [] for n in counts}
+
+    def one_pass() -> float:
+        begin = time.monotonic()
+        file.loss(chain.whole(*inputs), targets).backward()
+        return time.monotonic() - begin
+
+    one_pass()
+    for _ in range(3):
+        for n in counts:
+            torch.set_num_threads(max(1, devices.cores() // n))
+            for busy, found in ((1, alone), (n, together)):
+                dist.barrier()
+                if dist.get_rank() < busy:
+                    found[n] += [one_pass() for _ in range(CONTENTION_PASSES)]
+                dist.barrier()
+    if dist.get_rank() > 0:
+        return ()
+    ratios = [(n, statistics.median(together[n]) / statistics.median(alone[n])) for n in counts]
+    return ((1, 1.0), *((n, max(1.0, ratio)) for n, ratio in ratios))

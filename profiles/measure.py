@@ -1,0 +1,132 @@
+"""Measure a model file on this machine: the whole profile, in one call."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from executor import devices
+from executor.layers import cut
+from executor.model_file import ModelFile, load, sha256
+from planner.errors import PlanError
+from planner.profile import LayerProfile, Profile, ProfileKey, Timing
+from profiles import machine
+from profiles.chain import Chain
+from profiles.sizes import Static, measure_sizes, measure_static, values_of
+from profiles.times import LayerTimer
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being measured, and how much of how much is done."""
+
+
+def measure(
+    path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress
+) -> Profile:
+    """Measure every layer of the model file at `path`, and the machine, on `device`.
+
+    `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
+    bounds the time spent on timing layers. Raises `PlanError` when the model file fails.
+    """
+    file = load(path)
+    backend = devices.open_device(device)
+    layered = cut(file, file.build(seed=0).to(backend.device))
+    chain = Chain(file, layered, backend.device)
+    sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))
+    if len(sizes) < 3 or sizes[0] < 1:
+        raise PlanError(
+            what="a profile needs at least three micro-batch sizes",
+            where="--sizes" if sizes else file.path,
+            why=f"the sizes are {', '.join(map(str, sizes))}: time is not linear in the size",
+            fix="plan profile model.py --sizes 1,4,16   (positive and different)",
+        )
+    measured = []
+    by_size = {}
+    for i, samples in enumerate(sizes):
+        progress("bytes of every layer", i, len(sizes))
+        layer_sizes, by_size[samples] = measure_sizes(chain, backend, samples)
+        measured.append(layer_sizes)
+    static = [*measure_static(chain, backend), Static(parameter_bytes=0, buffer_bytes=0, gradient_bytes=0, optimizer_bytes=0, optimizer_peak_bytes=0)]
+    settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
+    timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
+    timer.run(budget_s)
+    loads = [_load(file, n) for n in _batches(file.batch_size)]
+    progress("links, overheads and contention", 0, 1)
+    probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)))
+    progress("links, overheads and contention", 1, 1)
+    names = [*(layer.name for layer in layered.layers), "loss"]
+    profiles = tuple(
+        LayerProfile(
+            name=name,
+            parameter_bytes=static[part].parameter_bytes,
+            buffer_bytes=static[part].buffer_bytes,
+            gradient_bytes=static[part].gradient_bytes,
+            optimizer_bytes=static[part].optimizer_bytes,
+            optimizer_peak_bytes=static[part].optimizer_peak_bytes,
+            times=timer.layer(part),
+            sizes=tuple(by_samples[part] for by_samples in measured),
+        )
+        for part, name in enumerate(names)
+    )
+    return Profile(
+        key=key_of(path, device),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model_path=path,
+        layers=profiles[:-1],
+        loss=profiles[-1],
+        values=values_of(chain, by_size),
+        tied=layered.tied(),
+        whole=timer.whole(),
+        load=tuple(timing for timing, _ in loads),
+        batch_bytes=tuple(sizes_ for _, sizes_ in loads),
+        batch=file.batch_size,
+        action_s=probed.action_s,
+        noise=timer.noise(),
+        machine=probed.cluster,
+    )
+
+
+def key_of(path: str, device: str) -> ProfileKey:
+    """What a profile of this file on this machine, made now, would be valid for."""
+    return ProfileKey(
+        model=path.replace("\\", "/").rpartition("/")[2],
+        source_sha256=sha256(path),
+        device=devices.describe(device),
+        dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+        cores=devices.cores(),
+        torch=str(torch.__version__),
+        python=platform.python_version(),
+    )
+
+
+def _powers_of_two(batch: int) -> list[int]:
+    return [2**i for i in range(batch.bit_length()) if 2**i <= batch]
+
+
+def _batches(batch: int) -> list[int]:
+    return sorted({max(1, batch // 4), max(1, batch // 2), batch})
+
+
+def _threads(device: str) -> list[int]:
+    """Threads a rank can have on this machine: all cores for one process, half for two, and so on down to one."""
+    if device != "cpu":
+        return [1]
+    cores = devices.cores()
+    return sorted({max(1, cores // n) for n in (2**i for i in range(cores.bit_length() + 1))}, reverse=True)
+
+
+def _load(file: ModelFile, samples: int) -> tuple[Timing, tuple[int, int, int]]:
+    """Seconds of drawing one batch, and the bytes of its inputs and targets."""
+    times = []
+    for i in range(8):
+        begin = time.monotonic()
+        inputs, targets = file.draw(samples, seed=i)
+        times.append(time.monotonic() - begin)
+    tenths = statistics.quantiles(times[1:], n=10, method="inclusive")
+    leaves = [t for t in torch.utils._pytree.tree_leaves(targets) if isinstance(t, torch.Tensor)]
+    timing = Timing(samples=samples, median_s=statistics.median(times[1:]), low_s=tenths[0], high_s=tenths[8])
+    return timing, (samples, sum(t.nbytes for t in inputs), sum(t.nbytes for t in leaves))

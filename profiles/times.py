@@ -1,0 +1,182 @@
+"""Time every layer at several micro-batch sizes and numbers of threads, interleaved so that drift hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from executor.devices import Backend
+from executor.layers import unchanged_buffers
+from planner.profile import LayerTimes, Timing, WholeStep
+from profiles.chain import Chain, update
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 40
+EXTRA_ROUNDS = 3
+"""Rounds of the measurements that only some plans need: halves of the backward, recomputes."""
+
+Setting = tuple[int, int]
+"""(threads, samples)"""
+
+
+class Stopwatch:
+    """Collects seconds by setting, part and kind."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.seconds: dict[tuple[Setting, int, str], list[float]] = defaultdict(list)
+        self.setting: Setting = (1, 1)
+        self.on = True
+
+    @contextmanager
+    def around(self, part: int, kind: str) -> Iterator[None]:
+        """Time what is done inside."""
+        self.backend.synchronize()
+        begin = self.backend.stamp()
+        yield
+        end = self.backend.stamp()
+        self.backend.synchronize()
+        self.note(part, kind, begin, end)
+
+    def note(self, part: int, kind: str, begin: Any, end: Any) -> None:
+        """Add the seconds between two stamps."""
+        if self.on:
+            self.seconds[self.setting, part, kind].append(self.backend.seconds(end) - self.backend.seconds(begin))
+
+    def timing(self, setting: Setting, part: int, kind: str) -> Timing:
+        """Median and 10th and 90th percentile; zero for what was never run."""
+        found = self.seconds.get((setting, part, kind)) or [0.0]
+        tenths = statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
+        return Timing(
+            samples=setting[1], median_s=statistics.median(found), low_s=max(0.0, tenths[0]), high_s=max(0.0, tenths[8])
+        )
+
+
+WHOLE = -1
+"""The part that is the unsplit model, loss included."""
+
+
+class LayerTimer:
+    """Measures a chain. `progress` is told after every pass how many of how many are done."""
+
+    def __init__(
+        self, chain: Chain, backend: Backend, settings: list[Setting], progress: Callable[[int, int], None]
+    ) -> None:
+        self.chain, self.settings, self.progress = chain, settings, progress
+        self.watch = Stopwatch(backend)
+        self.batches = {samples: chain.draw(samples) for _, samples in settings}
+
+    def run(self, budget_s: float) -> None:
+        """Warm up, then do rounds over all settings for about `budget_s` seconds, at least `MIN_ROUNDS`."""
+        before = torch.get_num_threads()
+        try:
+            with unchanged_buffers(self.chain.layered.model):
+                self.watch.on = False
+                for setting in self.settings:
+                    self._pass(setting)
+                self.watch.on = True
+                stamp = self.watch.backend
+                begin = stamp.stamp()
+                self._round(0, MIN_ROUNDS, extra=True)
+                stamp.synchronize()
+                took = stamp.seconds(stamp.stamp()) - stamp.seconds(begin)
+                rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(took, 1e-6))))
+                for done in range(1, rounds):
+                    self._round(done, rounds, extra=done < EXTRA_ROUNDS)
+        finally:
+            torch.set_num_threads(before)
+            for parameter in self.chain.whole.parameters():
+                parameter.grad = None
+
+    def _round(self, done: int, rounds: int, *, extra: bool) -> None:
+        for i, setting in enumerate(self.settings):
+            self._pass(setting, extra=extra)
+            self.progress(done * len(self.settings) + i + 1, rounds * len(self.settings))
+
+    def _pass(self, setting: Setting, *, extra: bool = False) -> None:
+        threads, samples = setting
+        self.watch.setting = setting
+        torch.set_num_threads(threads)
+        chain, around = self.chain, self.watch.around
+        inputs, targets = self.batches[samples]
+        self._whole(inputs, targets)
+        done = chain.forward(inputs, targets, around)
+        chain.backward(done, around)
+        for i, optimizer in enumerate(chain.optimizers):
+            with around(i, "optimizer"):
+                update(optimizer, chain.layers[i].module.parameters())
+        if extra:
+            gradients = done.gradients
+            done = chain.forward(inputs, targets, _unwatched)
+            done.gradients = gradients
+            chain.halves(done, around)
+            for i, stamps in enumerate(chain.repeats(done, self.watch.backend.stamp)):
+                self.watch.backend.synchronize()
+                if len(stamps) == 2:
+                    self.watch.note(i, "recompute", *stamps)
+
+    def _whole(self, inputs: tuple[torch.Tensor, ...], targets: Any) -> None:
+        chain, around = self.chain, self.watch.around
+        with around(WHOLE, "forward"):
+            loss = chain.file.loss(chain.whole(*inputs), targets)
+        with around(WHOLE, "backward"):
+            loss.backward()
+        with around(WHOLE, "optimizer"):
+            update(chain.whole_optimizer, chain.whole.parameters())
+
+    def layer(self, part: int) -> tuple[LayerTimes, ...]:
+        """The times of one part: a layer, or the loss."""
+        by_threads: dict[int, list[Setting]] = defaultdict(list)
+        for setting in self.settings:
+            by_threads[setting[0]].append(setting)
+
+        def timings(settings: list[Setting], kind: str) -> tuple[Timing, ...]:
+            return tuple(self.watch.timing(s, part, kind) for s in settings)
+
+        return tuple(
+            LayerTimes(
+                threads=threads,
+                forward=timings(settings, "forward"),
+                backward=timings(settings, "backward"),
+                backward_input=timings(settings, "backward_input"),
+                backward_weight=timings(settings, "backward_weight"),
+                recompute=timings(settings, "recompute"),
+                optimizer=self.watch.timing(settings[len(settings) // 2], part, "optimizer"),
+            )
+            for threads, settings in by_threads.items()
+        )
+
+    def whole(self) -> tuple[WholeStep, ...]:
+        """The unsplit model beside the sums over its layers, both as medians."""
+        parts = range(len(self.chain.layers) + 1)
+
+        def total(setting: Setting, kind: str) -> float:
+            return sum(self.watch.timing(setting, part, kind).median_s for part in parts)
+
+        return tuple(
+            WholeStep(
+                threads=setting[0],
+                samples=setting[1],
+                forward_s=self.watch.timing(setting, WHOLE, "forward").median_s,
+                backward_s=self.watch.timing(setting, WHOLE, "backward").median_s,
+                optimizer_s=self.watch.timing(setting, WHOLE, "optimizer").median_s,
+                layers_forward_s=total(setting, "forward"),
+                layers_backward_s=total(setting, "backward"),
+                layers_optimizer_s=total(setting, "optimizer"),
+            )
+            for setting in self.settings
+        )
+
+    def noise(self) -> float:
+        """Half the 10th-to-90th-percentile spread of the whole model's passes over their median; the median setting."""
+        timings = [self.watch.timing(s, WHOLE, kind) for s in self.settings for kind in ("forward", "backward")]
+        return statistics.median((t.high_s - t.low_s) / 2 / t.median_s for t in timings if t.median_s > 0)
+
+
+@contextmanager
+def _unwatched(part: int, kind: str) -> Iterator[None]:
+    yield

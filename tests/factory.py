@@ -1,0 +1,133 @@
+"""Profiles and clusters made by hand, with round numbers, for tests that need no measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.cluster import Cluster, Device, Host, Link
+from planner.lowering import lower
+from planner.plan import Plan, Stage
+from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
+from planner.program import Program
+
+KEY = ProfileKey(
+    model="model.py", source_sha256="0" * 64, device="by hand", dtype="float32", cores=2, torch="2.13.0", python="3.11"
+)
+SIZES = (1, 2, 4, 8)
+
+
+def timings(per_sample_s: float, spread: float = 0.0) -> tuple[Timing, ...]:
+    return tuple(
+        Timing(
+            samples=n,
+            median_s=per_sample_s * n,
+            low_s=per_sample_s * n * (1 - spread),
+            high_s=per_sample_s * n * (1 + spread),
+        )
+        for n in SIZES
+    )
+
+
+def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0, bytes_: int = 1000) -> LayerProfile:
+    """A layer whose times are per sample; its bytes are `bytes_` of everything."""
+    return LayerProfile(
+        name=name,
+        parameter_bytes=bytes_,
+        buffer_bytes=0,
+        gradient_bytes=bytes_,
+        optimizer_bytes=2 * bytes_,
+        optimizer_peak_bytes=0,
+        times=(
+            LayerTimes(
+                threads=1,
+                forward=timings(forward_s, spread),
+                backward=timings(backward_s, spread),
+                backward_input=timings(backward_s / 2, spread),
+                backward_weight=timings(backward_s / 2, spread),
+                recompute=timings(forward_s, spread),
+                optimizer=Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0),
+            ),
+        ),
+        sizes=tuple(
+            LayerSizes(
+                samples=n,
+                saved_bytes=bytes_ * n,
+                output_bytes=bytes_ * n,
+                output_saved=True,
+                forward_peak_bytes=2 * bytes_ * n,
+                backward_first_peak_bytes=bytes_ * n + bytes_,
+                backward_peak_bytes=bytes_ * n,
+                flop=1000 * n,
+            )
+            for n in SIZES
+        ),
+    )
+
+
+def profile(
+    forward_s: Sequence[float],
+    backward_s: Sequence[float] | None = None,
+    *,
+    spread: float = 0.0,
+    names: Sequence[str] | None = None,
+    message_bytes: int = 0,
+    machine: Cluster | None = None,
+) -> Profile:
+    """A chain of layers with the given seconds per sample; backward takes as long as forward unless given."""
+    backward_s = backward_s or forward_s
+    names = names or [f"layer{i}" for i in range(len(forward_s))]
+    layers = tuple(
+        layer(n, f, b, spread=spread) for n, f, b in zip(names, forward_s, backward_s, strict=True)
+    )
+    return Profile(
+        key=KEY,
+        created="2026-01-01T00:00:00+00:00",
+        model_path="model.py",
+        layers=layers,
+        loss=layer("loss", 0.0, 0.0, bytes_=0),
+        values=tuple(
+            Value(
+                name=f"v{i}",
+                source=i,
+                targets=(i + 1,),
+                bytes_at=tuple((n, message_bytes * n) for n in SIZES),
+                gradient=True,
+            )
+            for i in range(len(layers) - 1)
+        ),
+        tied=(),
+        whole=(),
+        load=(Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0), Timing(samples=8, median_s=0.0, low_s=0.0, high_s=0.0)),
+        batch_bytes=((1, 0, 0), (8, 0, 0)),
+        batch=8,
+        action_s=0.0,
+        noise=0.0,
+        machine=machine or devices(len(layers)),
+    )
+
+
+def devices(
+    count: int, *, memory_bytes: int = 10**9, latency_s: float = 0.0, bandwidth: float = 1e15, shared: bool = False
+) -> Cluster:
+    """Separate devices on one host, joined by one link."""
+    return Cluster(
+        name=f"{count} devices",
+        hosts=(Host(name="h", cores=count, memory_bytes=memory_bytes * count),),
+        devices=tuple(Device(name=f"d{i}", memory_bytes=memory_bytes, host="h") for i in range(count)),
+        links=(Link(between=("h", "h"), latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, shared=shared),),
+    )
+
+
+def pipeline(
+    schedule: str, stages: int, microbatches: int, *, batch: int | None = None, recompute: bool = False
+) -> tuple[Plan, Program]:
+    """One layer per stage, one sample per micro-batch."""
+    plan = Plan(
+        strategy=schedule,
+        schedule=schedule,
+        stages=tuple(Stage(layers=(f"layer{s}",), devices=(f"d{s}",)) for s in range(stages)),
+        microbatches=microbatches,
+        batch=batch or microbatches,
+        recompute=recompute,
+    )
+    return plan, lower(plan)
