@@ -70,7 +70,8 @@ def _whole_lines(file: Path) -> list[bytes]:
 def gather(plan: Plan, ranks: list[list[RankStep]], capacity_bytes: tuple[float, ...]) -> Outcome:
     """Join the ranks' steps into one trace per step.
 
-    A step begins when the step before it ended, so the times of the steps add up to the time of the run.
+    A step begins when the step before it ended, so the times of the steps add up to the time of the run. A device
+    that is done early may load its next batch before that: at a negative time.
     """
     steps = list(zip(*ranks, strict=True))
     ends = [max(e.end for of_rank in step for e in of_rank.events) for step in steps]
@@ -113,8 +114,8 @@ def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:
                 event.device,
                 event.lane,
                 event.action,
-                max(0.0, event.start - begin),
-                max(0.0, ready - begin),
+                event.start - begin,
+                ready - begin,
                 event.end - begin,
                 event.bytes,
             )

@@ -72,18 +72,27 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
         """Time for one message of `size` bytes that has the link to itself."""
         if not self.points:
             return self.latency_s + size / self.bandwidth_bytes_per_s
-        if size <= self.points[0][0]:
-            return self.points[0][1]
-        if size >= self.points[-1][0]:
-            return self.points[-1][1] + (size - self.points[-1][0]) / self.bandwidth_bytes_per_s
-        for (small, quick), (large, slow) in pairwise(self.points):
-            if size <= large:
-                return quick + (slow - quick) * (size - small) / (large - small)
-        raise AssertionError("unreachable: the points are ascending")
+        return by_size(self.points, size)
+
+
+def by_size(points: tuple[tuple[int, float], ...], size: float) -> float:
+    """Interpolate seconds measured by message bytes: constant below the smallest, the last slope beyond the largest.
+
+    >>> by_size(((10, 1.0), (20, 3.0)), 5), by_size(((10, 1.0), (20, 3.0)), 15), by_size(((10, 1.0), (20, 3.0)), 30)
+    (1.0, 2.0, 5.0)
+    """
+    if size <= points[0][0] or len(points) == 1:
+        return points[0][1]
+    pairs = list(pairwise(points))
+    (small, quick), (large, slow) = next((pair for pair in pairs if size <= pair[1][0]), pairs[-1])
+    return quick + (slow - quick) * (size - small) / (large - small)
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Hosts, devices and links. `post_s` is what posting one send or receive costs the device that posts it.
+    """Hosts, devices and links.
+
+    `posts` pairs message bytes with the seconds that posting a send or a receive costs the device itself: making the
+    buffer, and what the backend copies before it returns.
 
     `all_reduce` pairs bytes with the measured seconds of an all-reduce over `all_reduce_devices` devices; without
     measurements it follows from the links (ring: 2 (n - 1) messages of bytes / n).
@@ -94,7 +103,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     hosts: tuple[Host, ...]
     devices: tuple[Device, ...] = ()
     links: tuple[Link, ...] = ()
-    post_s: float = 0.0
+    posts: tuple[tuple[int, float], ...] = ()
     all_reduce: tuple[tuple[int, float], ...] = ()
     all_reduce_devices: int = 2
     elastic: bool = False
@@ -189,24 +198,23 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         slowest = max(way, key=lambda i: self.links[i].seconds(size))
         return self.links[slowest].seconds(size) + sum(self.links[i].latency_s for i in way if i != slowest)
 
+    def post_seconds(self, size: float) -> float:
+        """Time that posting a message of `size` bytes keeps the device from computing."""
+        return by_size(self.posts, size) if self.posts else 0.0
+
     def all_reduce_seconds(self, devices: tuple[str, ...], size: float) -> float:
         """Time of a ring all-reduce of `size` bytes over `devices`.
 
-        A ring moves bytes / n in each of 2 (n - 1) rounds (Patarasu and Yuan, JPDC 2009). Measured seconds at
-        `all_reduce_devices` are scaled to another n by that formula's ratio.
+        A ring moves bytes / n in each of 2 (n - 1) rounds (Patarasu and Yuan, JPDC 2009). Seconds measured with
+        another number of devices are those of as many bytes per round, times the ratio of the rounds.
         """
         count = len(devices)
         if count < 2:
             return 0.0
         if self.all_reduce:
-            base = self.all_reduce_devices
-            measured = Link(
-                between=("", ""),
-                latency_s=0.0,
-                bandwidth_bytes_per_s=self.all_reduce[-1][0] / self.all_reduce[-1][1],
-                points=self.all_reduce,
-            )
-            return measured.seconds(size * (1 - 1 / count) / (1 - 1 / base)) * (count / base if size < 2**16 else 1.0)
+            rounds, measured_rounds = 2 * (count - 1), 2 * (self.all_reduce_devices - 1)
+            round_bytes, measured_devices = size / count, self.all_reduce_devices
+            return by_size(self.all_reduce, round_bytes * measured_devices) * rounds / measured_rounds
         ring = [self.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
         return 2 * (count - 1) * max(self.transfer_seconds(way, size / count) for way in ring)
 
@@ -220,7 +228,7 @@ class _ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     hosts: tuple[Host, ...]
     devices: tuple[_DeviceTable, ...]
     links: tuple[Link, ...] = ()
-    post_s: float = 0.0
+    posts: tuple[tuple[int, float], ...] = ()
 
 
 def read(path: Path) -> Cluster:
@@ -238,7 +246,7 @@ def read(path: Path) -> Cluster:
             for table in file.devices
             for index in range(table.count)
         )
-        return Cluster(name=file.name, hosts=file.hosts, devices=devices, links=file.links, post_s=file.post_s)
+        return Cluster(name=file.name, hosts=file.hosts, devices=devices, links=file.links, posts=file.posts)
     except OSError as error:
         raise PlanError(
             what="the cluster file cannot be read",

@@ -19,7 +19,6 @@ from planner.program import (
     FORWARD,
     LOAD,
     OPTIMIZER,
-    RECEIVES,
     RECOMPUTE,
     REDUCE_GRAD,
     SEND_BACKWARD,
@@ -72,10 +71,6 @@ def costs_of(
     """
     ranges = plan.layer_ranges([layer.name for layer in profile.layers])
     stages = [StageCosts(profile, layers, plan.samples, quantile=quantile) for layers in ranges]
-    seconds = tuple(
-        {action: _seconds(action, profile, plan, stages, device, cluster, quantile) for action in row}
-        for row, device in zip(program.rows, cluster.devices, strict=True)
-    )
     sizes = {
         action: profile.crossing_bytes(
             ranges[action.stage].stop if action.op == SEND_FORWARD else ranges[action.stage].start,
@@ -85,6 +80,15 @@ def costs_of(
         for action in program.where
         if action.op in SENDS
     }
+    seconds = tuple(
+        {
+            action: cluster.post_seconds(sizes[program.messages[action].send])
+            if action in program.messages
+            else _seconds(action, profile, plan, stages, device, quantile)
+            for action in row
+        }
+        for row, device in zip(program.rows, cluster.devices, strict=True)
+    )
     pairs = {(m.source, m.target) for m in program.messages.values()}
     names = plan.devices
     ways = {(a, b): cluster.path(names[a], names[b]) for a, b in pairs}
@@ -111,12 +115,9 @@ def _seconds(
     plan: Plan,
     stages: Sequence[StageCosts],
     device: Device,
-    cluster: Cluster,
     quantile: Quantile,
 ) -> float:
     stage = stages[action.stage]
-    if action.op in SENDS or action.op in RECEIVES:
-        return cluster.post_s
     if action.op == REDUCE_GRAD:
         return 0.0
     if action.op == LOAD:

@@ -9,6 +9,7 @@ from planner.program import (
     FORWARD,
     LOAD,
     OPTIMIZER,
+    RECEIVES,
     RECOMPUTE,
     REDUCE_GRAD,
     SEND_BACKWARD,
@@ -30,7 +31,7 @@ def lower(plan: Plan) -> Program:
     share = plan.microbatches // plan.replicas
     order = schedules.get(plan.schedule)(stages, share)
     rows = tuple(_shift(row, share * replica) for replica in range(plan.replicas) for row in order)
-    rows = communicate(rows, stages)
+    rows = prefetch(communicate(rows, stages))
     if plan.recompute:
         rows = recompute(rows)
     if plan.replicas > 1:
@@ -50,14 +51,13 @@ def communicate(rows: Order, stages: int) -> Order:
 
     The rows are played in rounds, one compute per device and round. A send stands right behind the compute that makes
     the tensor; its receive is posted on the other device in the same round. So both ends of every pair of devices see
-    the pair's messages, of both directions, in one and the same order, which is what NCCL demands and gloo allows,
-    and a receive is posted ahead of the compute that waits for it.
+    the pair's messages, of both directions, in one and the same order, which is what NCCL demands and gloo allows.
 
     >>> from planner.program import grid
     >>> from planner.schedules import gpipe
     >>> print(grid(communicate(gpipe(2, 1), 2)))
-    0F0     0SEND_F0 0RECV_B0 0B0
-    1RECV_F0 1F0     1B0      1SEND_B0
+    0F0      0SEND_F0 0RECV_B0 0B0
+    1RECV_F0 1F0      1B0      1SEND_B0
     """
     device = {action: d for d, row in enumerate(rows) for action in row}
     lowered: list[list[Action]] = [[] for _ in rows]
@@ -84,6 +84,39 @@ def communicate(rows: Order, stages: int) -> Order:
                     lowered[d].append(send)
                     lowered[target].append(receive)
     return tuple(tuple(row) for row in lowered)
+
+
+def prefetch(rows: Order) -> Order:
+    """Post every receive one compute earlier, so that a transfer overlaps the compute before the one that needs it.
+
+    A receive never passes another message with the same device, so both ends keep the pair's order; the price is the
+    buffer of one more message.
+
+    >>> from planner.program import grid
+    >>> from planner.schedules import gpipe
+    >>> print(grid(prefetch(communicate(gpipe(2, 2), 2))))
+    0F0      0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1
+    1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
+    """
+    messages = Program(rows).messages
+
+    def partner(action: Action, d: int) -> int | None:
+        message = messages.get(action)
+        return None if message is None else message.source + message.target - d
+
+    moved = []
+    for d, row in enumerate(rows):
+        out: list[Action] = []
+        for action in row:
+            at = len(out)
+            if action.op in RECEIVES:
+                computes = 0
+                while at and computes < 1 and partner(out[at - 1], d) != partner(action, d):
+                    computes += out[at - 1] not in messages
+                    at -= 1
+            out.insert(at, action)
+        moved.append(tuple(out))
+    return tuple(moved)
 
 
 def _source(action: Action, stages: int) -> Action | None:

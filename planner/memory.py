@@ -16,7 +16,6 @@ from planner.program import (
     FORWARD,
     LOAD,
     OPTIMIZER,
-    RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
     SEND_BACKWARD,
@@ -199,8 +198,8 @@ def _inside(op: str, live: _Live, plan: Plan, profile: Profile) -> float:
             return of.forward_peak
         case "R":
             return of.recompute_peak
-        case "B":
-            return of.backward_first_peak if live.first else of.backward_peak
+        case "B":  # the recomputed activations live inside it, as torch's checkpoint has it
+            return of.saved - of.kept + (of.backward_first_peak if live.first else of.backward_peak)
         case "OPTIMIZER":
             return of.optimizer_peak
         case _:
@@ -220,11 +219,9 @@ def _apply(op: str, live: _Live, plan: Plan, profile: Profile, stage: int) -> No
         live.add(communication=of.received_gradient)
     elif op == FORWARD:
         live.add(activations=of.kept)
-    elif op == RECOMPUTE:
-        live.add(activations=of.saved - of.kept)
     elif op == BACKWARD:
         live.add(
-            activations=-of.saved,
+            activations=-of.kept,
             communication=of.sent_gradient - of.received - of.received_gradient,
             gradients=of.gradients if live.first else 0.0,
         )

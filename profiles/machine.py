@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,14 +21,16 @@ from executor import devices
 from executor.devices import Backend
 from executor.launch import launch
 from executor.layers import cut
-from executor.model_file import load
+from executor.model_file import ModelFile, load
 from executor.rank import Rank
 from executor.worker import join
 from planner.cluster import Cluster, Device, Host, Link
 from planner.plan import Plan, Stage
+from planner.program import RECEIVES, SENDS
 from profiles.chain import Chain
 
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
+POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
 PROBE_STEPS = 12
 PROBE_MICROBATCHES = 8
@@ -48,7 +51,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     transfers: tuple[tuple[int, float], ...]
     reductions: tuple[tuple[int, float], ...]
-    post_s: float
+    posts: tuple[tuple[int, float], ...]
     action_s: float
     slowdown: tuple[tuple[int, float], ...]
 
@@ -99,7 +102,7 @@ def measure(model: str, kind: str, samples: int) -> Machine:
         cluster,
         hosts=(host,),
         links=(link,),
-        post_s=found.post_s,
+        posts=found.posts,
         all_reduce=found.reductions,
         all_reduce_devices=ranks,
     )
@@ -113,13 +116,14 @@ def main(path: str) -> None:
     backend = join(probe.device, 1)
     transfers = [(size, _transfer(size, backend)) for size in MESSAGE_BYTES]
     reductions = [(size, _reduction(size, backend)) for size in MESSAGE_BYTES]
-    post_s, action_s = _overheads(backend)
+    posts = [(size, _posting(size, backend)) for size in POST_BYTES]
+    action_s = _action(backend)
     slowdown = _slowdown(probe, backend) if probe.device == "cpu" else ((1, 1.0),)
     if dist.get_rank() == 0:
         found = Found(
             transfers=_ascending(transfers),
             reductions=_ascending(reductions),
-            post_s=post_s,
+            posts=_ascending(posts),
             action_s=action_s,
             slowdown=slowdown,
         )
@@ -129,12 +133,12 @@ def main(path: str) -> None:
 
 
 def _ascending(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """A larger message never takes less: what noise says against that is raised to the smaller one's time."""
-    longest, kept = 0.0, []
-    for size, seconds in points:
-        longest = max(longest, seconds)
-        kept.append((size, longest))
-    return tuple(kept)
+    """A smaller message never takes longer: disturbances only ever add time, so it gets the larger one's."""
+    shortest, kept = float("inf"), []
+    for size, seconds in reversed(points):
+        shortest = min(shortest, seconds)
+        kept.append((size, shortest))
+    return tuple(reversed(kept))
 
 
 def _timed(backend: Backend, rounds: int, work: Callable[[], object]) -> float:
@@ -171,29 +175,27 @@ def _reduction(size: int, backend: Backend) -> float:
     return _timed(backend, ROUNDS, lambda: dist.all_reduce(tensor))
 
 
-class _Nothing(torch.nn.Module):
-    """A layer with a parameter that computes next to nothing."""
+class _Layer(torch.nn.Module):
+    """A layer with one parameter; `busy` makes it compute for a few milliseconds and displace what is in the caches."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, busy: bool) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(1))
+        self.work = torch.ones(1024, 1024) if busy else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.work is not None:
+            self.work @ self.work
         return x * self.scale
 
 
-def _overheads(backend: Backend) -> tuple[float, float]:
-    """Run a pipeline whose layers compute nothing through the executor itself.
-
-    Returns the seconds that posting a message takes, and those of a forward or backward beyond the layer's own.
-    """
-    from executor.model_file import ModelFile
-
-    layers = dist.get_world_size()
+def _pipeline(size: int, backend: Backend, *, busy: bool) -> tuple[Rank, dict[str, list[float]]]:
+    """Run a pipeline with messages of `size` bytes through the executor itself; return seconds by operation."""
+    count = dist.get_world_size()
     file = ModelFile(
         path="probe",
-        model=lambda: torch.nn.Sequential(*(_Nothing() for _ in range(layers))),
-        batch=lambda n: (torch.ones(n, 8), torch.ones(n, 8)),
+        model=lambda: torch.nn.Sequential(*(_Layer(busy=busy) for _ in range(count))),
+        batch=lambda n: (torch.ones(n, size // 4), torch.ones(n, size // 4)),
         loss=lambda outputs, targets: (outputs - targets).sum(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
         layers=None,
@@ -201,36 +203,45 @@ def _overheads(backend: Backend) -> tuple[float, float]:
     )
     plan = Plan(
         strategy="probe",
-        schedule="gpipe",
-        stages=tuple(Stage(layers=(str(i),), devices=(f"d{i}",)) for i in range(layers)),
+        schedule="1f1b",
+        stages=tuple(Stage(layers=(str(i),), devices=(f"d{i}",)) for i in range(count)),
         microbatches=PROBE_MICROBATCHES,
         batch=PROBE_MICROBATCHES,
     )
     rank = Rank(file, cut(file, file.build(0)), plan, backend, dist.get_rank(), seed=0)
-    posts, actions = [], []
+    seconds: dict[str, list[float]] = defaultdict(list)
     for step in range(PROBE_STEPS):
         rank.step()
         backend.synchronize()
-        if step < 2:
-            continue
-        for stamped in rank.stamped:
-            seconds = backend.seconds(stamped.end) - backend.seconds(stamped.ready)
-            if stamped.action.op in ("SEND_F", "RECV_F", "SEND_B", "RECV_B"):
-                posts.append(seconds)
-            elif stamped.action.op in ("F", "B"):
-                actions.append(seconds)
-    module, x = rank.module, torch.ones(1, 8, device=backend.device, requires_grad=True)
+        for stamped in rank.stamped if step >= 2 else []:
+            seconds[stamped.action.op].append(backend.seconds(stamped.end) - backend.seconds(stamped.ready))
+    return rank, seconds
+
+
+def _posting(size: int, backend: Backend) -> float:
+    """Seconds that posting a send or receive takes between layers that compute: the mean over all ranks."""
+    _, seconds = _pipeline(size, backend, busy=True)
+    posts = [s for op in (*SENDS, *RECEIVES) for s in seconds[op]]
+    mean = torch.tensor([statistics.median(posts)], dtype=torch.float64, device=backend.device)
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def _action(backend: Backend) -> float:
+    """Seconds that a forward or backward takes in the executor beyond the layer's own."""
+    rank, seconds = _pipeline(64, backend, busy=False)
+    x = torch.ones(1, 16, device=backend.device, requires_grad=True)
     direct = []
     for _ in range(50):
         backend.synchronize()
         begin = backend.stamp()
-        output = module(x)
+        output = rank.module(x)
         middle = backend.stamp()
         torch.autograd.backward(output, torch.ones_like(output))
         end = backend.stamp()
         backend.synchronize()
         direct += [backend.seconds(middle) - backend.seconds(begin), backend.seconds(end) - backend.seconds(middle)]
-    return statistics.median(posts), max(0.0, statistics.median(actions) - statistics.median(direct))
+    return max(0.0, statistics.median(seconds["F"] + seconds["B"]) - statistics.median(direct))
 
 
 def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:

@@ -54,7 +54,7 @@ def measure(
     settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
     timer.run(budget_s)
-    loads = [_load(file, n) for n in _batches(file.batch_size)]
+    loads = [_load(file, n, timer.evict) for n in _batches(file.batch_size)]
     progress("links, overheads and contention", 0, 1)
     probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)))
     progress("links, overheads and contention", 1, 1)
@@ -119,10 +119,14 @@ def _threads(device: str) -> list[int]:
     return sorted({max(1, cores // n) for n in (2**i for i in range(cores.bit_length() + 1))}, reverse=True)
 
 
-def _load(file: ModelFile, samples: int) -> tuple[Timing, tuple[int, int, int]]:
-    """Seconds of drawing one batch, and the bytes of its inputs and targets."""
+def _load(file: ModelFile, samples: int, between: Callable[[], object]) -> tuple[Timing, tuple[int, int, int]]:
+    """Seconds of drawing one batch, and the bytes of its inputs and targets.
+
+    `between` two draws the model computes, as it does in training: it evicts what the drawing left in the caches.
+    """
     times = []
     for i in range(8):
+        between()
         begin = time.monotonic()
         inputs, targets = file.draw(samples, seed=i)
         times.append(time.monotonic() - begin)

@@ -128,6 +128,12 @@ class LayerTimer:
         with around(WHOLE, "optimizer"):
             update(chain.whole_optimizer, chain.whole.parameters())
 
+    def evict(self) -> None:
+        """Run the largest batch once, unwatched, to leave the caches as training does."""
+        self.watch.on = False
+        self._whole(*self.batches[max(samples for _, samples in self.settings)])
+        self.watch.on = True
+
     def layer(self, part: int) -> tuple[LayerTimes, ...]:
         """The times of one part: a layer, or the loss."""
         by_threads: dict[int, list[Setting]] = defaultdict(list)

@@ -136,7 +136,7 @@ def _print(measured: Profile, path: str) -> None:
         f"{measured.key.model} on {measured.key.device}, {measured.key.cores} cores, torch {measured.key.torch}: "
         f"{size(parameters)} of parameters, noise {percent(measured.noise)}"
     )
-    whole = measured.whole[len(measured.whole) // 2]
+    whole = next(w for w in measured.whole if (w.samples, w.threads) == (samples, threads))
     layers_s, whole_s = whole.layers_forward_s + whole.layers_backward_s, whole.forward_s + whole.backward_s
     output.results.print(
         f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)} at {whole.samples} samples; "

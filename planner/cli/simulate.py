@@ -124,13 +124,13 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
     for name, justify in (
         ("plan", "left"),
         ("samples/s", "right"),
-        ("interval", "right"),
+        ("10 to 90 %", "right"),
         ("step", "right"),
         ("bubble", "right"),
-        ("peak memory", "right"),
+        ("memory", "right"),
         ("fits", "left"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for outcome in ranking.outcomes:
         low, high = outcome.throughput_interval
         table.add_row(

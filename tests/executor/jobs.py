@@ -1,0 +1,77 @@
+"""What the processes of the executor's tests do: one step of several plans, their gradients saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.pipelining import PipelineStage
+
+from executor.layers import cut
+from executor.model_file import load
+from executor.rank import Rank
+from executor.torch_adapter import oracle
+from executor.worker import join
+from planner import schedules
+from planner.plan import Plan
+from planner.program import OPTIMIZER, Action
+
+SEED = 3
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan of a model file; with `oracle` torch's own runtime performs it too."""
+
+    name: str
+    model: str
+    plan: Plan
+    oracle: bool = False
+
+
+class Cases(msgspec.Struct, frozen=True, kw_only=True):
+    folder: str
+    cases: tuple[Case, ...]
+
+
+@record
+def main(path: str) -> None:
+    job = msgspec.json.decode(Path(path).read_bytes(), type=Cases)
+    backend = join("cpu", 1)
+    rank = dist.get_rank()
+    for case in job.cases:
+        file = load(case.model)
+        layered = cut(file, file.build(SEED))
+        me = Rank(file, layered, case.plan, backend, rank, seed=SEED)
+        found: dict[str, torch.Tensor] = {}
+
+        def watch(action: Action, when: str, me: Rank = me, found: dict[str, torch.Tensor] = found) -> None:
+            if action.op == OPTIMIZER and when == "before":
+                found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
+
+        me.step(None, watch)
+        out = Path(job.folder) / f"{case.name}.{rank}.pt"
+        torch.save({"gradients": found, "losses": me.losses, "state": me.state()}, out)
+        if case.oracle:
+            torch.save(_torch_gradients(case, rank), Path(job.folder) / f"{case.name}.torch.{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:
+    """The same order of computes performed by torch's schedule runtime on plain stages."""
+    file = load(case.model)
+    layered = cut(file, file.build(SEED))
+    plan, names = case.plan, layered.parameter_names()
+    layers = plan.layer_ranges([layer.name for layer in layered.layers])[rank]
+    module = layered.stage(layers)
+    stage = PipelineStage(module, rank, len(plan.stages), torch.device("cpu"))
+    order = schedules.get(plan.schedule)(len(plan.stages), plan.microbatches)
+    runtime = oracle(
+        [stage], order, plan.microbatches, lambda output, target: file.loss(output, target) / plan.microbatches
+    )
+    inputs, targets = file.draw(plan.batch, seed=SEED)
+    runtime.step(*(inputs if rank == 0 else ()), target=targets, return_outputs=False)
+    return {names[id(p)]: p.grad for p in module.parameters() if p.grad is not None}

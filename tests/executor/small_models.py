@@ -1,0 +1,113 @@
+"""Model files for tests: small, with every way of having layers. Picked as small_models.py:NAME."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+batch_size = 16
+
+
+def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.randn(n, 12)
+    return inputs, inputs[:, :4].argmax(dim=1)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.Tanh(), nn.LayerNorm(24), nn.Linear(24, 16), nn.ReLU(), nn.Dropout(0.0), nn.Linear(16, 4)
+    )
+
+
+class Skips(nn.Module):
+    """Written out by hand, with a skip over several layers: found by tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 8)
+        self.third, self.fourth = nn.Linear(8, 8), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        early = torch.tanh(self.first(x))
+        late = torch.relu(self.second(early)) + early
+        late = torch.sigmoid(self.third(late))
+        return self.fourth(torch.cat((late, early), dim=1))
+
+
+def skips() -> nn.Module:
+    return Skips()
+
+
+class Tied(nn.Module):
+    """Encoder and decoder share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.middle, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.out.weight = self.into.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.middle(self.into(x))))
+
+
+def tied() -> nn.Module:
+    return Tied()
+
+
+class Dynamic(nn.Module):
+    """Cannot be traced: its forward looks at values. Its file says what the layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+            if x.sum() > 1e9:
+                x = -x
+        return x
+
+
+def untraceable() -> nn.Module:
+    return Dynamic()
+
+
+def listed() -> nn.Module:
+    return Dynamic()
+
+
+def listed_layers(model: Dynamic) -> list[nn.Module]:
+    return list(model.parts)
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(9, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def failing() -> nn.Module:
+    return Failing()
+
+
+class Bomb(nn.Module):
+    """Raises in the third training step of the rank that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 12 and torch.is_grad_enabled():
+            raise ArithmeticError("the bomb went off")
+        return self.linear(x)
+
+
+def bomb() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), Bomb())

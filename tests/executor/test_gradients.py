@@ -1,0 +1,103 @@
+"""Gradients of real processes against one process that accumulates over the same micro-batches: bit for bit."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from executor.launch import launch
+from executor.layers import cut
+from executor.model_file import load
+from executor.rank import split
+from planner import partition
+from planner.plan import Plan, Stage
+from tests.executor.jobs import SEED, Case, Cases, main
+
+HERE = Path(__file__).parent
+MODELS = str(HERE / "small_models.py")
+UNET = str(HERE.parent.parent / "examples" / "unet.py")
+BATCH, MICROBATCHES = 16, 4
+
+
+def plan_of(model: str, schedule: str, k: int, *, recompute: bool = False, replicas: int = 1) -> Plan:
+    file = load(model)
+    names = [layer.name for layer in cut(file, file.build(SEED)).layers]
+    stages = tuple(
+        Stage(layers=tuple(names[i] for i in r), devices=tuple(f"d{replica * k + s}" for replica in range(replicas)))
+        for s, r in enumerate(partition.equal(len(names), k))
+    )
+    return Plan(
+        strategy=schedule, schedule=schedule, stages=stages, microbatches=MICROBATCHES, batch=BATCH, recompute=recompute
+    )
+
+
+def reference(model: str) -> tuple[dict[str, torch.Tensor], float]:
+    """The whole model in this process, gradients accumulated over the micro-batches in ascending order."""
+    file = load(model)
+    whole = file.build(SEED)
+    inputs, targets = file.draw(BATCH, seed=SEED)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    total = 0.0
+    for x, y in zip(zip(*(t.chunk(MICROBATCHES) for t in inputs), strict=True), split(targets, MICROBATCHES), strict=True):
+        loss = file.loss(whole(*x), y) / MICROBATCHES
+        loss.backward()
+        total += float(loss.detach())
+    torch.set_num_threads(before)
+    return {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}, total
+
+
+def cases(k: int) -> list[Case]:
+    found = [
+        Case(
+            name=f"{schedule}-{recompute}",
+            model=MODELS,
+            plan=plan_of(MODELS, schedule, k, recompute=recompute),
+            oracle=not recompute and k > 1,
+        )
+        for schedule, recompute in product(("gpipe", "1f1b", "naive"), (False, True))
+    ]
+    if k == 2:
+        found.append(Case(name="replicas", model=MODELS, plan=plan_of(MODELS, "1f1b", 1, replicas=2)))
+        found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
+    if k == 4:
+        found.append(Case(name="skips", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "1f1b", 4)))
+        found.append(
+            Case(name="skips-recompute", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "gpipe", 4, recompute=True))
+        )
+        found.append(Case(name="unet", model=UNET, plan=plan_of(UNET, "1f1b", 4)))
+        found.append(Case(name="both", model=MODELS, plan=plan_of(MODELS, "1f1b", 2, replicas=2)))
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
+    todo = cases(k)
+    spec = tmp_path / "cases.json"
+    spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(todo))))
+    launch(main, str(spec), k, tmp_path / "logs")
+    for case in todo:
+        expected, total = reference(case.model)
+        ranks = [torch.load(tmp_path / f"{case.name}.{r}.pt", weights_only=True) for r in range(k)]
+        exact = case.plan.replicas == 1
+        for rank, found in enumerate(ranks):
+            for name, gradient in found["gradients"].items():
+                if exact:
+                    assert torch.equal(gradient, expected[name]), f"{case.name}, rank {rank}, {name}"
+                else:
+                    torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+        seen = {name for found in ranks for name in found["gradients"]}
+        assert seen == set(expected), case.name
+        measured = sum(float(loss) for found in ranks for loss in found["losses"].values()) / case.plan.replicas
+        assert measured == pytest.approx(total, rel=1e-6)
+        whole = load(case.model).build(0)
+        whole.load_state_dict({name: t for found in ranks for name, t in found["state"].items()})
+        if case.oracle:
+            for rank in range(k):
+                theirs = torch.load(tmp_path / f"{case.name}.torch.{rank}.pt", weights_only=True)
+                for name, gradient in theirs.items():
+                    assert torch.equal(gradient, ranks[rank]["gradients"][name]), f"torch: {case.name}, {name}"

@@ -1,0 +1,194 @@
+"""The simulator against the longest path of the action graph, and its shared resources against arithmetic."""
+
+from __future__ import annotations
+
+import msgspec
+import networkx as nx
+import pytest
+import simpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner import schedules
+from planner.cluster import Cluster, Host
+from planner.costs import Costs, costs_of
+from planner.lowering import lower
+from planner.memory import KINDS
+from planner.plan import Plan, Stage
+from planner.profile import Profile
+from planner.program import REDUCE_GRAD, SENDS, Program, needs
+from planner.resources import FairShare
+from planner.simulate import interpret, placed, simulate
+from planner.strategies import Question, all_strategies
+from tests.factory import devices, pipeline, profile
+
+COST = st.integers(1, 9).map(float)
+
+
+def longest_path(program: Program, costs: Costs) -> float:
+    """Makespan as the longest path of the action graph: what no contention and no sharing allows to be quicker."""
+    graph: nx.DiGraph = nx.DiGraph()
+    for d, row in enumerate(program.rows):
+        before = None
+        for action in row:
+            begin, end = (d, action, "begin"), (d, action, "end")
+            meet = (0, action, "meet") if action.op == REDUCE_GRAD and action.stage in costs.reductions else None
+            if meet:
+                graph.add_edge(begin, meet, seconds=0.0)
+                graph.add_edge(meet, end, seconds=costs.reductions[action.stage])
+            graph.add_edge(begin, end, seconds=costs.seconds[d][action])
+            if before:
+                graph.add_edge(before, begin, seconds=0.0)
+            before = end
+            receive = needs(action)
+            if receive in program.messages:
+                message = program.messages[receive]
+                graph.add_edge((message.source, message.send, "begin"), (d, receive, "go"), seconds=0.0)
+                graph.add_edge((d, receive, "begin"), (d, receive, "go"), seconds=0.0)
+                # The compute starts once the message is there: its own node, so that its duration comes behind it.
+                graph.add_edge((d, receive, "go"), begin, seconds=costs.transfers[message.send])
+    return float(nx.dag_longest_path_length(graph, weight="seconds"))
+
+
+@given(
+    st.sampled_from(schedules.names()),
+    st.lists(COST, min_size=1, max_size=6),
+    st.integers(1, 12),
+    st.integers(0, 3),
+    st.booleans(),
+    st.data(),
+)
+def test_simulation_is_the_longest_path(
+    name: str, forward: list[float], m: int, latency: int, recompute: bool, data: st.DataObject
+) -> None:
+    p = len(forward)
+    backward = data.draw(st.lists(COST, min_size=p, max_size=p))
+    costs_profile = profile(forward, backward, message_bytes=1)
+    plan, program = pipeline(name, p, m, recompute=recompute)
+    cluster = devices(p, latency_s=float(latency), bandwidth=1e300)
+    costs = costs_of(costs_profile, plan, program, cluster)
+    assert interpret(program, costs, plan.devices).end == longest_path(program, costs)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), COST)
+def test_data_parallel_is_the_longest_path(k: int, share: int, f: float) -> None:
+    cluster = devices(k, bandwidth=1e3)
+    question = Question(profile([f, 2 * f]), cluster, k, k * share, k * share)
+    plan = next(s for s in all_strategies() if s.name == "data-parallel").spread(question)
+    program = lower(plan)
+    costs = costs_of(question.profile, plan, program, cluster)
+    assert interpret(program, costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
+
+
+def test_ring_all_reduce_formula() -> None:
+    """2 (n - 1) rounds of bytes / n (Patarasu and Yuan, 2009)."""
+    cluster = devices(4, latency_s=1.0, bandwidth=100.0)
+    assert cluster.all_reduce_seconds(("d0", "d1", "d2", "d3"), 400.0) == 2 * 3 * (1.0 + 1.0)
+    assert cluster.all_reduce_seconds(("d0",), 400.0) == 0.0
+
+
+def shared_cores(count: int, cores: int) -> Cluster:
+    return Cluster(
+        name="shared",
+        hosts=(Host(name="h", cores=cores, memory_bytes=10**9, slowdown=((1, 1.0), (2, 1.25))),),
+        links=devices(1).links,
+        elastic=True,
+    ).take(count)
+
+
+@pytest.mark.parametrize(("count", "factor"), [(1, 1.0), (2, 1.25), (4, 2.5)])
+def test_cores_are_shared(count: int, factor: float) -> None:
+    """Four processes on two cores take twice as long, and what busy neighbours cost comes on top."""
+    question = Question(profile([1.0]), shared_cores(count, 2), count, count, count)
+    plan = next(s for s in all_strategies() if s.name == "data-parallel").spread(question)
+    assert simulate(question.profile, plan, question.cluster).step_s == pytest.approx(2.0 * factor, abs=1e-6)
+
+
+def test_transfers_share_a_link() -> None:
+    """Two pipelines that send at the same moment over one link take twice as long for it, on links of their own not."""
+    plan = Plan(
+        strategy="gpipe",
+        schedule="gpipe",
+        stages=(Stage(layers=("layer0",), devices=("d0", "d2")), Stage(layers=("layer1",), devices=("d1", "d3"))),
+        microbatches=2,
+        batch=2,
+    )
+    costs = profile([1.0, 1.0], message_bytes=100)
+    shared, own = (
+        simulate(costs, plan, devices(4, bandwidth=100.0, shared=shared)).trace for shared in (True, False)
+    )
+    assert [e.end - e.start for e in own.events if e.lane == "link"] == [1.0] * 4
+    assert [e.end - e.start for e in shared.events if e.lane == "link"] == [2.0] * 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=8))
+def test_fair_share_conserves_work(users: list[tuple[int, int]]) -> None:
+    """A single server shared fairly is busy as long as anyone is there: all are done when it would be by turns."""
+    env = simpy.Environment()
+    server = FairShare(env, lambda active: 1.0 / active)
+    left: list[float] = []
+
+    def user(arrival: int, work: int) -> simpy.events.ProcessGenerator:
+        yield env.timeout(arrival)
+        yield server.use(work)
+        left.append(env.now)
+
+    for arrival, work in users:
+        env.process(user(arrival, work))
+    env.run()
+    clock = 0.0
+    for arrival, work in sorted(users):
+        clock = max(clock, arrival) + work
+    assert max(left) == pytest.approx(clock)
+    assert len(left) == len(users)
+
+
+def test_interval_brackets_the_prediction() -> None:
+    plan, _ = pipeline("gpipe", 3, 4)
+    outcome = simulate(profile([1.0] * 3, spread=0.1), plan, devices(3))
+    low, high = outcome.interval_s
+    assert low == pytest.approx(outcome.step_s * 0.9)
+    assert high == pytest.approx(outcome.step_s * 1.1)
+
+
+def test_memory_of_a_step() -> None:
+    """One layer per stage, 1000 bytes of everything: what is live can be counted by hand."""
+    plan, _ = pipeline("gpipe", 2, 4)
+    outcome = simulate(profile([1.0] * 2, message_bytes=1000), plan, devices(2))
+    first, last = (dict(zip(KINDS, point.bytes, strict=True)) for point in outcome.peak)
+    assert first["parameters"] == 1000
+    assert first["optimizer"] == 2000
+    assert first["activations"] == 4 * 2000, "saved and sent, for four micro-batches"
+    assert last["communication"] == 4 * 1000, "what four micro-batches received"
+    assert last["activations"] == 4 * 2000
+    one = simulate(profile([1.0] * 2, message_bytes=1000), pipeline("1f1b", 2, 4)[0], devices(2))
+    assert dict(zip(KINDS, one.peak[1].bytes, strict=True))["activations"] == 2000, "1F1B holds one on the last stage"
+
+
+def test_recompute_keeps_less() -> None:
+    costs = profile([1.0] * 2, message_bytes=1000)
+    kept, repeated = (
+        simulate(costs, pipeline("gpipe", 2, 8, recompute=recompute)[0], devices(2)) for recompute in (False, True)
+    )
+    assert repeated.peak_bytes < kept.peak_bytes
+    assert repeated.step_s == pytest.approx(kept.step_s * 1.5)
+
+
+def test_memory_limit_decides_whether_it_fits() -> None:
+    plan, _ = pipeline("gpipe", 2, 4)
+    costs: Profile = profile([1.0] * 2)
+    need = simulate(costs, plan, devices(2)).peak_bytes
+    assert simulate(costs, plan, devices(2, memory_bytes=int(need))).fits
+    assert not simulate(costs, plan, devices(2, memory_bytes=int(need) - 1)).fits
+
+
+def test_replay_of_a_simulated_trace_is_the_trace() -> None:
+    """Replayed with its own durations, an uncontended simulation repeats itself."""
+    plan, program = pipeline("1f1b", 3, 5)
+    costs_profile = profile([1.0, 2.0, 3.0])
+    cluster = placed(plan, devices(3))
+    costs = costs_of(costs_profile, plan, program, cluster)
+    trace = interpret(program, costs, plan.devices)
+    again = interpret(program, costs.replayed(trace), plan.devices)
+    assert again == trace
+    assert msgspec.json.decode(msgspec.json.encode(trace), type=type(trace)) == trace
