@@ -27,7 +27,6 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
     `KeyboardInterrupt` when interrupted; no process is left either way.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = _SHUTDOWN_S
     logs.mkdir(parents=True, exist_ok=True)
@@ -44,6 +43,8 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # the agent's own words about ranks that fail; `_failed` says it once
     try:
         elastic_launch(config, entry)(argument)
     except ChildFailedError as error:
@@ -51,6 +52,8 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
         raise _failed(rank, failure, logs) from None
     except SignalException as error:
         raise KeyboardInterrupt from error
+    finally:
+        logging.disable(before)
 
 
 def _failed(rank: int, failure: object, logs: Path) -> PlanError:

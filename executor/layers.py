@@ -240,7 +240,11 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], file: ModelFile) -> Layer
     recorder = _TensorRecorder(fx.GraphModule(model, graph))
     with torch.random.fork_rng(devices=[]), torch.no_grad(), unchanged_buffers(model):
         with explained(file.path, "the model's forward"):
-            recorder.run(*inputs)
+            try:
+                recorder.run(*inputs)
+            except Exception:
+                model(*inputs)  # fails likewise, but in the user's own lines
+                raise
     groups = _group([n for n in graph.nodes if n.op not in ("placeholder", "output")], recorder.tensors)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"][: len(inputs)]
     output = next(node for node in graph.nodes if node.op == "output")

@@ -123,8 +123,20 @@ def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimiz
 
 
 def sha256(path: str) -> str:
-    """Hash of the file behind a `file.py[:name]`."""
-    return hashlib.sha256(Path(path.partition(":")[0]).read_bytes()).hexdigest()
+    """Hash of the file behind a `file.py[:name]`. Raises `PlanError` (exit 2) when there is none."""
+    return hashlib.sha256(_source(path).read_bytes()).hexdigest()
+
+
+def _source(path: str) -> Path:
+    source = Path(path.partition(":")[0])
+    if not source.is_file():
+        raise PlanError(
+            what="there is no such model file",
+            where=str(source),
+            why="the path names no file",
+            fix=f"plan init {source.name if source.suffix == '.py' else 'model.py'}   (writes a template)",
+        )
+    return source
 
 
 def load(path: str) -> ModelFile:
@@ -133,14 +145,7 @@ def load(path: str) -> ModelFile:
     Raises `PlanError` (exit 2) for a missing file, a file that does not import, or missing functions.
     """
     file, _, name = path.partition(":")
-    source = Path(file)
-    if not source.is_file():
-        raise PlanError(
-            what="there is no such model file",
-            where=file,
-            why="the path names no file",
-            fix=f"plan init {source.name if source.suffix == '.py' else 'model.py'}   (writes a template)",
-        )
+    source = _source(path)
     spec = importlib.util.spec_from_file_location(source.stem, source)
     if spec is None or spec.loader is None:
         raise PlanError(

@@ -153,7 +153,10 @@ class Rank:
         """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
         m = _microbatch(action)
         inputs = self.inputs[m] if self.is_first else ()
-        output = self.stage.forward_one_chunk(m, inputs, {}, save_forward_output=False)
+        try:
+            output = self.stage.forward_one_chunk(m, inputs, {}, save_forward_output=False)
+        except RuntimeError as error:  # torch wraps what the user's layer raised
+            raise error.__cause__ or error from None
         if self.is_last:
             self.losses[m] = self.file.loss(output, self.targets[m]) / self.share
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 # Exit codes of every command (DESIGN.md, "What a user meets").
 OK = 0
+INTERNAL = 1
 USAGE = 2
 NOTHING_FITS = 3
 ARTEFACT = 4

@@ -13,7 +13,7 @@ import msgspec
 from planner.errors import ARTEFACT, PlanError
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run of consecutive layers, by name, and the devices that hold it: one per replica."""
 
     layers: tuple[str, ...]

@@ -32,7 +32,7 @@ from profiles.chain import Chain
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
 POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
-PROBE_STEPS = 12
+PROBE_STEPS = 8
 PROBE_MICROBATCHES = 8
 CONTENTION_PASSES = 6
 
@@ -181,7 +181,7 @@ class _Layer(torch.nn.Module):
     def __init__(self, *, busy: bool) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(1))
-        self.work = torch.ones(1024, 1024) if busy else None
+        self.work = torch.ones(512, 512) if busy else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.work is not None:

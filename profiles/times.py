@@ -12,6 +12,7 @@ import torch
 
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
+from executor.model_file import explained
 from planner.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
 
@@ -121,7 +122,7 @@ class LayerTimer:
 
     def _whole(self, inputs: tuple[torch.Tensor, ...], targets: Any) -> None:
         chain, around = self.chain, self.watch.around
-        with around(WHOLE, "forward"):
+        with explained(chain.file.path, "the model's forward"), around(WHOLE, "forward"):
             loss = chain.file.loss(chain.whole(*inputs), targets)
         with around(WHOLE, "backward"):
             loss.backward()

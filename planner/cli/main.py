@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -11,7 +15,8 @@ from typer.exceptions import TyperException
 from planner import __version__
 from planner.cli import init, profile, report, run, simulate
 from planner.cli.output import failure
-from planner.errors import INTERRUPTED, OK, USAGE, PlanError, nearest
+from planner.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
+from planner.store import FOLDER, write
 
 app = typer.Typer(
     name="plan",
@@ -22,11 +27,33 @@ app = typer.Typer(
     "run the best one, and see prediction and measurement side by side.",
     epilog="Start with: plan init, plan profile model.py, plan simulate --k 2 --m 8, plan run best",
 )
-app.command("init")(init.init)
-app.command("profile")(profile.profile)
-app.command("simulate")(simulate.simulate)
-app.command("run")(run.run)
-app.command("report")(report.report)
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn Ctrl-C into an error like all others; typer by itself ends without a word."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise _interrupted(command.__name__) from None
+
+    return guarded
+
+
+def _interrupted(command: str) -> PlanError:
+    return PlanError(
+        what="interrupted",
+        where=f"plan {command}",
+        why="Ctrl-C",
+        fix="start the command again; what was saved before is still there",
+        code=INTERRUPTED,
+    )
+
+
+for _command in (init.init, profile.profile, simulate.simulate, run.run, report.report):
+    app.command(_command.__name__)(_interruptible(_command))
 
 
 def _version(wanted: bool) -> None:
@@ -64,18 +91,32 @@ def invoke(arguments: list[str]) -> int:
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        interrupted = PlanError(
-            what="interrupted",
-            where=f"plan {command}",
-            why="Ctrl-C",
-            fix="start the command again; what was saved before is still there",
-            code=INTERRUPTED,
-        )
-        failure(command, interrupted, as_json=as_json)
+        failure(command, _interrupted(command), as_json=as_json)
         return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return OK
+    except Exception as error:
+        failure(command, _bug(command, error), as_json=as_json)
+        return INTERNAL
+
+
+def _bug(command: str, error: Exception) -> PlanError:
+    """A failure that nobody foresaw: the traceback goes to a file, not over the screen."""
+    text = "".join(traceback.format_exception(error))
+    log = Path(FOLDER) / "error.log"
+    try:
+        write(log, text.encode())
+    except PlanError:
+        sys.stderr.write(text)
+    return PlanError(
+        what=f"plan {command} failed for a reason it does not know",
+        where=f"{error.__traceback__.tb_frame.f_code.co_name if error.__traceback__ else 'plan'}; traceback in {log}",
+        why=f"{type(error).__name__}: {error}",
+        fix=f"report it with {log}; if your model file raised it, correct it there",
+        code=INTERNAL,
+        details={"traceback": text},
+    )
 
 
 def _usage(error: TyperException) -> PlanError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -95,7 +97,7 @@ def failing() -> nn.Module:
 
 
 class Bomb(nn.Module):
-    """Raises in the third training step of the rank that holds it."""
+    """Raises in the fourth training step of the rank that holds it, where the environment says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class Bomb(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.calls > 12 and torch.is_grad_enabled():
+        if self.calls > 12 and "FOREPLAN_TEST_BOMB" in os.environ:
             raise ArithmeticError("the bomb went off")
         return self.linear(x)
 

@@ -1,0 +1,112 @@
+"""Cutting models into layers: the three ways, skips, ties, and models that cannot be cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from executor.layers import LayeredModel, cut
+from executor.model_file import load
+from planner.errors import PlanError
+
+HERE = Path(__file__).parent
+MODELS = HERE / "small_models.py"
+EXAMPLES = HERE.parent.parent / "examples"
+
+
+def layered(path: str) -> LayeredModel:
+    file = load(path)
+    return cut(file, file.build(0))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        str(MODELS),
+        f"{MODELS}:skips",
+        f"{MODELS}:tied",
+        f"{MODELS}:listed",
+        str(EXAMPLES / "gpt.py"),
+        str(EXAMPLES / "digits.py"),
+        str(EXAMPLES / "unet.py"),
+    ],
+)
+def test_every_cut_computes_what_the_model_computes(path: str) -> None:
+    file = load(path)
+    model = file.build(0)
+    parts = cut(file, model)
+    inputs, _ = file.draw(2, seed=1)
+    expected = model(*inputs)
+    count = len(parts.layers)
+    for k in range(1, count + 1):
+        values: tuple[torch.Tensor, ...] = inputs
+        for s in range(k):
+            result = parts.stage(range(s * count // k, (s + 1) * count // k))(*values)
+            values = result if isinstance(result, tuple) else (result,)
+        assert torch.equal(values[0], expected), f"{k} stages"
+
+
+def test_sequential_children_are_layers() -> None:
+    assert [layer.name for layer in layered(str(MODELS)).layers] == [str(i) for i in range(7)]
+
+
+def test_traced_calls_are_layers_and_skips_are_wires() -> None:
+    parts = layered(f"{MODELS}:skips")
+    assert [layer.name for layer in parts.layers] == ["first", "second", "third", "fourth"]
+    early = next(wire for wire in parts.wires if wire.source == 0)
+    assert early.targets == (1, 2), "operations between two calls belong to the call before them"
+    assert early.name in parts.crossing(1)
+    assert early.name in parts.crossing(2), "a skip is relayed past the layers that do not read it"
+    assert early.name not in parts.crossing(3)
+
+
+def test_unet_has_skips() -> None:
+    parts = layered(str(EXAMPLES / "unet.py"))
+    names = [layer.name for layer in parts.layers]
+    spans = {(names[w.source], names[w.targets[-1]]) for w in parts.wires if len(w.targets) > 1 and w.source >= 0}
+    assert any(source == "down1" for source, _ in spans)
+    assert any(source == "down2" for source, _ in spans)
+
+
+def test_tied_parameters_are_found_by_identity() -> None:
+    assert layered(f"{MODELS}:tied").tied() == (("into.weight", "into", "out"),)
+    assert layered(str(MODELS)).tied() == ()
+
+
+def test_listed_layers_keep_their_names_in_the_model() -> None:
+    assert [layer.name for layer in layered(f"{MODELS}:listed").layers] == ["parts.0", "parts.1", "parts.2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "fix"),
+    [
+        ("untraceable", "cannot be traced", "layers(model)"),
+        ("failing", "forward", "correct it"),
+        ("nothing", "has no nothing()", "define nothing()"),
+    ],
+)
+def test_models_that_cannot_be_cut(name: str, what: str, fix: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        layered(f"{MODELS}:{name}")
+    assert what in raised.value.what
+    assert fix in raised.value.fix
+
+
+def test_a_failing_forward_names_the_line() -> None:
+    with pytest.raises(PlanError) as raised:
+        layered(f"{MODELS}:failing")
+    line = next(i for i, text in enumerate(MODELS.read_text().splitlines(), 1) if "self.second(self.first(x))" in text)
+    assert f"small_models.py:{line}" in raised.value.where
+
+
+def test_batches_depend_on_the_seed_alone() -> None:
+    file = load(str(EXAMPLES / "gpt.py"))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = file.draw(4, seed=7)[0][0]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(file.draw(4, seed=7)[0][0], first)
+    assert not torch.equal(file.draw(4, seed=8)[0][0], first)

@@ -1,0 +1,85 @@
+"""Who may import whom (DESIGN.md), and what the command line must not load to answer quickly."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "planner": {"planner"},
+    "executor": {"planner", "executor"},
+    "profiles": {"planner", "executor", "profiles"},
+    "reports": {"planner", "reports"},
+}
+HEAVY = ("torch", "plotly", "numba", "pandas", "sklearn")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_dependencies_run_one_way(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        if path.is_relative_to(ROOT / "planner" / "cli"):
+            continue  # the command line imports the others inside its commands
+        ours = {name.partition(".")[0] for name in imports(path)} & set(ALLOWED)
+        assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        assert not any(name.startswith("planner.cli") for name in imports(path)), f"{path} imports the command line"
+
+
+def test_executor_does_not_see_the_simulator() -> None:
+    for path in (ROOT / "executor").rglob("*.py"):
+        assert "planner.simulate" not in imports(path), path
+
+
+def test_private_names_of_torch_live_in_one_module() -> None:
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name == "torch_adapter.py":
+                continue
+            text = path.read_text()
+            assert "pipelining.schedules" not in text, path
+            assert "pipelining.stage" not in text, path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in ("init", "profile", "simulate", "run", "report"))])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom planner.cli.main import invoke\n"
+        f"code = invoke({arguments!r})\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])\nsys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "Usage: plan" in done.stdout
+
+
+def test_simulate_loads_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys, msgspec
+from pathlib import Path
+from tests.factory import profile
+Path("p.json").write_bytes(msgspec.json.encode(profile([1.0] * 4)))
+from planner.cli.main import invoke
+code = invoke(["simulate", "--k", "2", "--m", "4", "--profile", "p.json", "--json"])
+print("HEAVY", [m for m in ("torch", "plotly", "numba", "pandas") if m in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "HEAVY []" in done.stderr
