@@ -1,6 +1,6 @@
 """An image classifier: a convolutional network on scikit-learn's 1,797 handwritten digits (8 x 8 pixels).
 
-    plan profile examples/digits.py
+plan profile examples/digits.py
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A small GPT that learns to continue Python: next-character loss on the sources of Python's own standard library.
 
-    plan profile examples/gpt.py
+plan profile examples/gpt.py
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A U-Net that removes noise from handwritten digits: its skip connections jump over layers.
 
-    plan profile examples/unet.py
+plan profile examples/unet.py
 """
 
 import functools

@@ -75,7 +75,7 @@ class Cuda:
 
     def seconds(self, stamp: torch.cuda.Event) -> float:
         """Seconds since the base event, put on the host's clock."""
-        return self._host + self._base.elapsed_time(stamp) / 1e3
+        return self._host + float(self._base.elapsed_time(stamp)) / 1e3
 
 
 def kinds() -> tuple[str, ...]:

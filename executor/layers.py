@@ -6,7 +6,9 @@ calls. Parameters keep the names they have in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,11 @@ class LayeredModel:
         made = [(name, MODEL_INPUT) for name in self.inputs]
         made += [(name, i) for i, layer in enumerate(self.layers[:-1]) for name in layer.outputs]
         return tuple(
-            Wire(name=name, source=source, targets=tuple(i for i, l in enumerate(self.layers) if name in l.inputs))
+            Wire(
+                name=name,
+                source=source,
+                targets=tuple(i for i, layer in enumerate(self.layers) if name in layer.inputs),
+            )
             for name, source in made
         )
 
@@ -192,7 +198,7 @@ def _chain(
     values: tuple[Any, ...] = probe
     layers: list[Layer] = []
     taken = inputs
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _unchanged_buffers(model):
+    with _tried_out(model):
         for i, (name, module) in enumerate(named):
             with explained(file.path, f"the forward of layer '{name}'"):
                 values = as_tuple(module(*values))
@@ -202,22 +208,21 @@ def _chain(
     return LayeredModel(model=model, inputs=inputs, layers=tuple(layers))
 
 
-class _unchanged_buffers:  # noqa: N801 - reads as a clause
-    """Keep a model's buffers (batch-norm statistics) as they are while layers are tried out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = [buffer.clone() for buffer in self.model.buffers()]
-
-    def __exit__(self, *error: object) -> None:
-        with torch.no_grad():
-            for buffer, before in zip(self.model.buffers(), self.before, strict=True):
-                buffer.copy_(before)
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep a model's buffers (batch-norm statistics) as they are while it is tried out."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
-unchanged_buffers = _unchanged_buffers
+@contextmanager
+def _tried_out(model: nn.Module) -> Iterator[None]:
+    """Run a model without leaving a trace in its buffers, gradients or the random state."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), unchanged_buffers(model):
+        yield
 
 
 class _CallTracer(fx.Tracer):
@@ -232,19 +237,18 @@ class _CallTracer(fx.Tracer):
 
 
 def _traced(model: nn.Module, inputs: tuple[Any, ...], file: ModelFile) -> LayeredModel:
-    graph = _trace(model, (nn.Sequential,), file)
+    graph = _trace(model, len(inputs), (nn.Sequential,), file)
     calls = [node for node in graph.nodes if node.op == "call_module"]
     if len(calls) == 1:  # a wrapper around the real model: look into that one too
         inner = model.get_submodule(str(calls[0].target))
-        graph = _trace(model, (nn.Sequential, type(inner)), file)
+        graph = _trace(model, len(inputs), (nn.Sequential, type(inner)), file)
     recorder = _TensorRecorder(fx.GraphModule(model, graph))
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), unchanged_buffers(model):
-        with explained(file.path, "the model's forward"):
-            try:
-                recorder.run(*inputs)
-            except Exception:
-                model(*inputs)  # fails likewise, but in the user's own lines
-                raise
+    with _tried_out(model), explained(file.path, "the model's forward"):
+        try:
+            recorder.run(*inputs)
+        except Exception:
+            model(*inputs)  # fails likewise, but in the user's own lines
+            raise
     groups = _group([n for n in graph.nodes if n.op not in ("placeholder", "output")], recorder.tensors)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"][: len(inputs)]
     output = next(node for node in graph.nodes if node.op == "output")
@@ -260,15 +264,18 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], file: ModelFile) -> Layer
     return LayeredModel(model=model, inputs=tuple(p.name for p in placeholders), layers=tuple(layers))
 
 
-def _trace(model: nn.Module, inside: tuple[type[nn.Module], ...], file: ModelFile) -> fx.Graph:
+def _trace(model: nn.Module, inputs: int, inside: tuple[type[nn.Module], ...], file: ModelFile) -> fx.Graph:
+    """Trace the forward with its first `inputs` arguments open and the others at their defaults."""
+    arguments = list(inspect.signature(model.forward).parameters.values())[inputs:]
+    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
     try:
-        return _CallTracer(inside).trace(model)
+        return _CallTracer(inside).trace(model, concrete_args=defaults or None)
     except Exception as error:
         raise PlanError(
             what="the model's forward cannot be traced into layers",
             where=file.path,
             why=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="add layers(model) to the model file: a list of modules of which each takes what the one before returns",
+            fix="add layers(model) to the model file: a list of modules, each taking what the one before returns",
         ) from error
 
 
@@ -299,9 +306,7 @@ def _group(nodes: list[fx.Node], tensors: set[fx.Node]) -> list[list[fx.Node]]:
     i = 0
     while i < len(groups):
         where = {node: j for j, group in enumerate(groups) for node in group}
-        reach = max(
-            (where.get(user, i) for node in groups[i] if node not in tensors for user in node.users), default=i
-        )
+        reach = max((where.get(user, i) for node in groups[i] if node not in tensors for user in node.users), default=i)
         if reach > i:
             groups[i : reach + 1] = [[node for group in groups[i : reach + 1] for node in group]]
         else:

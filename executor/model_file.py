@@ -106,7 +106,7 @@ class explained:  # noqa: N801 - reads as a clause: with explained(path, "model(
             what=f"{self.call} fails",
             where=f"{file}:{mine[-1].lineno}, in {mine[-1].name}",
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
-            fix=f"correct it until python -c \"import {Path(file).stem} as m; m.model()(m.batch(2)[0])\" works",
+            fix=f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works',
         ) from error
 
 
@@ -146,13 +146,13 @@ def load(path: str) -> ModelFile:
     """
     file, _, name = path.partition(":")
     source = _source(path)
-    spec = importlib.util.spec_from_file_location(source.stem, source)
+    spec = importlib.util.spec_from_file_location(f"model_file_{source.stem}", source)
     if spec is None or spec.loader is None:
         raise PlanError(
             what="the model file is not a Python file", where=file, why="its name must end in .py", fix="rename it"
         )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[source.stem] = module
+    sys.modules[spec.name] = module
     sys.path.insert(0, str(source.parent.resolve()))
     try:
         with explained(file, "importing it"):
@@ -164,7 +164,10 @@ def load(path: str) -> ModelFile:
         wanted = name if name and function == "model" else f"{name}_{function}" if name else function
         return getattr(module, wanted, None if wanted == name else getattr(module, function, None))
 
-    for required, signature in (("model", f"{name or 'model'}() -> nn.Module"), ("batch", "batch(n) -> (inputs, targets)")):
+    for required, signature in (
+        ("model", f"{name or 'model'}() -> nn.Module"),
+        ("batch", "batch(n) -> (inputs, targets)"),
+    ):
         if not callable(find(required)):
             raise PlanError(
                 what=f"the model file has no {signature.partition('(')[0]}()",

@@ -94,7 +94,9 @@ class Rank:
         self.step_index = 0
         self.backwards = 0
 
-    def step(self, recorder: AllocationRecorder | None = None, watch: Callable[[Action, str], None] | None = None) -> None:
+    def step(
+        self, recorder: AllocationRecorder | None = None, watch: Callable[[Action, str], None] | None = None
+    ) -> None:
         """Perform one step: every action of the row, in order, stamped.
 
         `recorder` marks each action's range; `watch` is called with the action before and after it.
@@ -131,7 +133,7 @@ class Rank:
         end = self.backend.stamp() if ended is None else ended
         self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
 
-    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
         """DDP's all-reduce, with a stamp of when this rank was ready for it."""
         self.ready_to_reduce = self.backend.stamp()
         buffer = bucket.buffer().div_(self.plan.replicas)
@@ -147,7 +149,9 @@ class Rank:
             chunks = [_to(tensor, self.backend.device).chunk(self.plan.microbatches) for tensor in inputs]
             self.inputs = list(zip(*chunks, strict=True))
         if self.is_last:
-            self.targets = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.plan.microbatches)
+            self.targets = split(
+                pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.plan.microbatches
+            )
 
     def forward(self, action: Action) -> None:
         """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
@@ -270,7 +274,7 @@ def _boundaries(
     One micro-batch goes through the whole model once, before it is cut down to the stage.
     """
     values, _ = file.draw(samples, seed=0)
-    whole: list[StageModule] = [layered.stage(range(0, layers.start))] if layers.start else []
+    whole: list[StageModule] = [layered.stage(range(layers.start))] if layers.start else []
     whole.append(layered.stage(layers))
     shapes = [values]
     with torch.random.fork_rng(devices=[]), unchanged_buffers(layered.model):

@@ -47,7 +47,10 @@ class PipeStage(PipelineStage):
     def _receives(self) -> list[Any]:
         tables = (*self.args_recv_info.values(), *self.grad_recv_info.values())
         return [
-            info for infos in tables for info in infos if getattr(info, "buffer", None) is not None and info.source is not None
+            info
+            for infos in tables
+            for info in infos
+            if getattr(info, "buffer", None) is not None and info.source is not None
         ]
 
     def _allocate(self, infos: Sequence[Any]) -> None:
@@ -95,9 +98,7 @@ def post(operations: list[dist.P2POp]) -> list[dist.Work]:
     return list(dist.batch_isend_irecv(operations)) if operations else []
 
 
-def oracle(
-    stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]
-) -> Any:
+def oracle(stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]) -> Any:
     """Return torch's own schedule runtime, fed with the same order of computes: the reference of the tests."""
     runtime = schedules._PipelineScheduleRuntime(stages, microbatches, loss_fn=loss, scale_grads=False)
     table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(order)}
@@ -120,7 +121,8 @@ def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]]
     """
     changes: list[tuple[int, int]] = []
     spans: dict[str, tuple[int, int]] = {}
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    for event in results.events():
         if event.name() == "[memory]":
             changes.append((event.start_ns(), event.nbytes()))
         elif event.name().startswith("PP:"):

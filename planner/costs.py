@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from planner.cluster import Cluster, Device
@@ -104,9 +104,7 @@ def costs_of(
         for stage, devices in program.replicas.items()
         if len(devices) > 1
     }
-    return Costs(
-        cluster=cluster, seconds=seconds, sizes=sizes, ways=ways, transfers=transfers, reductions=reductions
-    )
+    return Costs(cluster=cluster, seconds=seconds, sizes=sizes, ways=ways, transfers=transfers, reductions=reductions)
 
 
 def _seconds(
@@ -157,32 +155,32 @@ class StageCosts:
         )
         if not whole or not self.profile.layers:
             return 0.0
-        points = [(float(w.samples), getattr(w, f"layers_{kind}_s") - getattr(w, f"{kind}_s")) for w in whole]
+        points = [(float(w.samples), float(getattr(w, f"layers_{kind}_s") - getattr(w, f"{kind}_s"))) for w in whole]
         nearest = min(points, key=lambda p: abs(math.log(p[0] / self.samples)))
         return nearest[1] * (parts - 1) / len(self.profile.layers)
 
-    @lru_cache(maxsize=None)  # noqa: B019 - lives as long as the few stages of one simulation
+    @cache  # noqa: B019 - lives as long as the few stages of one simulation
     def forward(self, threads: int) -> float:
         """Seconds of one micro-batch's forward, with the loss on the last stage."""
         seconds = self._sum("forward", threads, self.parts) - self._seams("forward", threads, len(self.parts))
         return max(0.0, seconds) + self.profile.action_s
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def backward(self, threads: int) -> float:
         """Seconds of one micro-batch's whole backward."""
         seconds = self._sum("backward", threads, self.parts) - self._seams("backward", threads, len(self.parts))
         return max(0.0, seconds) + self.profile.action_s
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def recompute(self, threads: int) -> float:
         """Seconds of repeating the forward: the layers without the loss, the last one only as far as it is needed."""
         seconds = self._sum("forward", threads, self.layers[:-1]) + self._sum("recompute", threads, self.layers[-1:])
         return max(0.0, seconds - self._seams("forward", threads, len(self.layers)))
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def optimizer(self, threads: int) -> float:
         """Seconds of updating the stage's parameters."""
-        alone = sum(getattr(times(layer, threads).optimizer, f"{self.quantile}_s") for layer in self.layers)
+        alone = sum(float(getattr(times(layer, threads).optimizer, f"{self.quantile}_s")) for layer in self.layers)
         whole = [w for w in self.profile.whole if w.layers_optimizer_s > 0]
         return alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
 

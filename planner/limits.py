@@ -57,7 +57,9 @@ def limits(outcome: Outcome, profile: Profile) -> list[Limit]:
     cores = profile.machine.hosts[0].cores if profile.machine.hosts else threads
     if profile.machine.elastic and threads > cores:
         share = 1 - cores / threads
-        found.append(Limit(share, f"{count} processes share {cores} cores: each runs at most at {percent(cores / threads)}"))
+        found.append(
+            Limit(share, f"{count} processes share {cores} cores: each runs at most at {percent(cores / threads)}")
+        )
     found.sort(key=lambda limit: -limit.share)
     if not found:
         work = seconds(max(trace.busy))

@@ -174,6 +174,4 @@ def optimize(rows: Order) -> Order:
 
 def load(rows: Order, stages: int) -> Order:
     """Produce the step's batch where it is used: inputs at the first stage, targets at the last."""
-    return tuple(
-        (*(Action(s, LOAD) for s in sorted({a.stage for a in row} & {0, stages - 1})), *row) for row in rows
-    )
+    return tuple((*(Action(s, LOAD) for s in sorted({a.stage for a in row} & {0, stages - 1})), *row) for row in rows)

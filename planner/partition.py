@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 def equal(layers: int, stages: int) -> tuple[range, ...]:
@@ -13,7 +13,7 @@ def equal(layers: int, stages: int) -> tuple[range, ...]:
     (range(0, 2), range(2, 5))
     """
     cuts = [i * layers // stages for i in range(stages + 1)]
-    return tuple(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False))
+    return tuple(range(a, b) for a, b in pairwise(cuts))
 
 
 def balanced(weights: Sequence[float], stages: int) -> tuple[range, ...]:

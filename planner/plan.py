@@ -107,7 +107,9 @@ def read(path: Path) -> Plan:
         raise PlanError(what="the plan cannot be read", where=str(path), why=why, fix=fix, code=ARTEFACT) from error
     except (msgspec.DecodeError, ValueError) as error:
         fix = "correct that field, or run plan simulate to write the plan again"
-        raise PlanError(what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT) from error
+        raise PlanError(
+            what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT
+        ) from error
 
 
 def to_toml(plan: Plan) -> str:

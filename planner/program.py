@@ -207,9 +207,8 @@ def prove(program: Program, stages: int, microbatches: int) -> None:
 
 def _prove_messages(program: Program, position: dict[tuple[int, Action], int]) -> None:
     for action, d in program.where.items():
-        if action.op in SENDS or action.op in RECEIVES:
-            if counterpart(action) not in program.where:
-                raise _disproved(program, (d, position[d, action]), f"{action} has no {counterpart(action)}")
+        if (action.op in SENDS or action.op in RECEIVES) and counterpart(action) not in program.where:
+            raise _disproved(program, (d, position[d, action]), f"{action} has no {counterpart(action)}")
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)
     received: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for d, row in enumerate(program.rows):

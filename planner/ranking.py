@@ -44,7 +44,8 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
             return self.outcomes[0]
         nearest = self.outcomes[:3]
         lines = [
-            f"{o.plan} needs {size(o.peak_bytes)} on its worst device, has {size(min(o.capacity_bytes))}" for o in nearest
+            f"{o.plan} needs {size(o.peak_bytes)} on its worst device, has {size(min(o.capacity_bytes))}"
+            for o in nearest
         ]
         need = min((o.peak_bytes for o in nearest), default=0.0)
         raise PlanError(

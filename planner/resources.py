@@ -46,7 +46,7 @@ class FairShare:
         if self._leaving:
             remaining = max(0.0, self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
             timer = self.env.timeout(remaining, value=self._epoch)
-            timer.callbacks.append(self._depart)  # type: ignore[union-attr]
+            timer.callbacks.append(self._depart)
 
     def _depart(self, timer: simpy.Event) -> None:
         if timer.value != self._epoch:

@@ -7,6 +7,7 @@ It means what the executor does. Receives are posted where they stand; a transfe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 import simpy
@@ -92,7 +93,7 @@ class _Run:
             receive = needs(action)
             if action in self.posted:
                 self.posted[action].succeed()
-            elif receive in self.arrived:
+            elif receive is not None and receive in self.arrived:
                 yield self.arrived[receive]
                 ready = self.env.now
             elif action.op == REDUCE_GRAD and action.stage in self.reducing:
@@ -144,7 +145,6 @@ def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
             continue
         key = (device.host, device.threads)
         if key not in pools:
-            host, threads = hosts[device.host], device.threads
-            pools[key] = FairShare(env, lambda active, host=host, threads=threads: host.speed(active, threads))
+            pools[key] = FairShare(env, partial(hosts[device.host].speed, threads=device.threads))
         sharing.append(pools[key])
     return sharing

@@ -1,7 +1,7 @@
 """The `.plan/` folder: what was measured and simulated, written atomically, found again by name.
 
-    .plan/profiles/<model>-<device>.json      .plan/plans/<plan>.toml
-    .plan/simulation.json                     .plan/runs/<number>-<plan>/outcome.json
+.plan/profiles/<model>-<device>.json      .plan/plans/<plan>.toml
+.plan/simulation.json                     .plan/runs/<number>-<plan>/outcome.json
 """
 
 from __future__ import annotations
@@ -201,5 +201,9 @@ class Store:
             return msgspec.json.decode(self._read(path), type=kind)
         except (msgspec.DecodeError, ValueError) as error:
             raise PlanError(
-                what=f"the {kind.__name__.lower()} cannot be read", where=str(path), why=str(error), fix=fix, code=ARTEFACT
+                what=f"the {kind.__name__.lower()} cannot be read",
+                where=str(path),
+                why=str(error),
+                fix=fix,
+                code=ARTEFACT,
             ) from error

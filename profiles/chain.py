@@ -100,7 +100,9 @@ class Chain:
             if not outputs:
                 continue
             inputs = [t for t in taken if t.requires_grad]
-            parameters = [] if i == len(self.layers) else [p for p in self.layers[i].module.parameters() if p.requires_grad]
+            parameters = (
+                [] if i == len(self.layers) else [p for p in self.layers[i].module.parameters() if p.requires_grad]
+            )
             for kind, wanted in (("backward_input", inputs), ("backward_weight", parameters)):
                 with around(i, kind):
                     if wanted:
@@ -117,7 +119,7 @@ class Chain:
             outputs = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
             if outputs and done.gradients[i]:
                 module.on_repeat = lambda found=found: found.append(stamp())
-                wanted = [p for p in layer.module.parameters() if p.requires_grad]
+                wanted: list[torch.Tensor] = [p for p in layer.module.parameters() if p.requires_grad]
                 wanted += [t for t in done.inputs[i] if t.requires_grad]
                 saved = [(p, p.grad) for p in wanted]
                 torch.autograd.backward(outputs, list(done.gradients[i]))

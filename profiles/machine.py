@@ -73,7 +73,8 @@ def measure(model: str, kind: str, samples: int) -> Machine:
         count = torch.cuda.device_count()
         host = Host(name="local", cores=cores, memory_bytes=devices.memory_bytes("cpu"))
         gpus = tuple(
-            Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1) for i in range(count)
+            Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1)
+            for i in range(count)
         )
         cluster = Cluster(name="this machine", hosts=(host,), devices=gpus)
         ranks = count

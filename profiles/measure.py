@@ -24,9 +24,7 @@ Progress = Callable[[str, int, int], None]
 """Told what is being measured, and how much of how much is done."""
 
 
-def measure(
-    path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress
-) -> Profile:
+def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress) -> Profile:
     """Measure every layer of the model file at `path`, and the machine, on `device`.
 
     `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
@@ -50,7 +48,10 @@ def measure(
         progress("bytes of every layer", i, len(sizes))
         layer_sizes, by_size[samples] = measure_sizes(chain, backend, samples)
         measured.append(layer_sizes)
-    static = [*measure_static(chain, backend), Static(parameter_bytes=0, buffer_bytes=0, gradient_bytes=0, optimizer_bytes=0, optimizer_peak_bytes=0)]
+    static = [
+        *measure_static(chain, backend),
+        Static(parameter_bytes=0, buffer_bytes=0, gradient_bytes=0, optimizer_bytes=0, optimizer_peak_bytes=0),
+    ]
     settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
     timer.run(budget_s)

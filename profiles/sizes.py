@@ -123,7 +123,9 @@ def _peak(recorder: AllocationRecorder, name: str) -> int:
         return 0
 
 
-def _saved_pass(chain: Chain, inputs: tuple[torch.Tensor, ...], targets: Any, saved: _Saved, flop: dict[int, int]) -> Pass:
+def _saved_pass(
+    chain: Chain, inputs: tuple[torch.Tensor, ...], targets: Any, saved: _Saved, flop: dict[int, int]
+) -> Pass:
     """One forward that looks at every tensor autograd saves. A part's outputs are noted when the next part begins."""
 
     @contextmanager

@@ -76,9 +76,7 @@ def profile(
     """A chain of layers with the given seconds per sample; backward takes as long as forward unless given."""
     backward_s = backward_s or forward_s
     names = names or [f"layer{i}" for i in range(len(forward_s))]
-    layers = tuple(
-        layer(n, f, b, spread=spread) for n, f, b in zip(names, forward_s, backward_s, strict=True)
-    )
+    layers = tuple(layer(n, f, b, spread=spread) for n, f, b in zip(names, forward_s, backward_s, strict=True))
     return Profile(
         key=KEY,
         created="2026-01-01T00:00:00+00:00",
@@ -97,7 +95,10 @@ def profile(
         ),
         tied=(),
         whole=(),
-        load=(Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0), Timing(samples=8, median_s=0.0, low_s=0.0, high_s=0.0)),
+        load=(
+            Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0),
+            Timing(samples=8, median_s=0.0, low_s=0.0, high_s=0.0),
+        ),
         batch_bytes=((1, 0, 0), (8, 0, 0)),
         batch=8,
         action_s=0.0,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,10 @@ def test_init_does_not_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_cluster_files(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand()
-    assert invoke(["simulate", "--k", "4", "--m", "4", "--cluster", str(ROOT / "examples/eight_devices.toml"), "--json"]) == 0
+    assert (
+        invoke(["simulate", "--k", "4", "--m", "4", "--cluster", str(ROOT / "examples/eight_devices.toml"), "--json"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["data"]["cluster"] == "eight separate devices"
     text = (ROOT / "examples/eight_devices.toml").read_text()
     for wrong, field in (
@@ -218,7 +221,9 @@ def test_cluster_files(capsys: pytest.CaptureFixture[str]) -> None:
         (text[: text.index("[[links]]")], "no link leads"),
     ):
         Path("wrong.toml").write_text(wrong)
-        error = failing(capsys, USAGE, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe", "--cluster", "wrong.toml")
+        error = failing(
+            capsys, USAGE, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe", "--cluster", "wrong.toml"
+        )
         assert field in error["why"] + error["what"]
 
 
@@ -312,16 +317,30 @@ def test_check_fails_beyond_the_tolerance(measured: Path) -> None:
     assert error["details"]["measured"]["step_s"] > 0
 
 
-def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "planner.cli.main", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start commands in sessions of their own; whatever a failing test leaves behind is ended."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "planner.cli.main", *arguments],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
@@ -342,11 +361,11 @@ def finished_steps(run: Path) -> int:
 
 
 @pytest.mark.parametrize("how", ["interrupted", "killed"])
-def test_a_run_that_is_broken_off(measured: Path, how: str) -> None:
+def test_a_run_that_is_broken_off(measured: Path, how: str, start: Callable[..., subprocess.Popen[str]]) -> None:
     """Ctrl-C, and a rank killed in mid-run: the right exit code, finished steps kept, no process left."""
     plan(measured, "simulate", "--k", "2", "--m", "8")
     already = runs(measured)
-    process = started(measured, "run", "gpipe-k2-m8", "--steps", "100000", "--json")
+    process = start(measured, "run", "gpipe-k2-m8", "--steps", "100000", "--json")
     wait_for(lambda: runs(measured) - already)
     (run,) = runs(measured) - already
     wait_for(lambda: finished_steps(run) > 0)
@@ -387,11 +406,15 @@ def test_a_rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("command", ["profile", "simulate"])
-def test_ctrl_c(measured: Path, command: str) -> None:
+def test_ctrl_c(measured: Path, command: str, start: Callable[..., subprocess.Popen[str]]) -> None:
     """Interrupted before the end: exit 130, and what was measured before is still there."""
     before = {p: p.read_bytes() for p in (measured / ".plan" / "profiles").glob("*")}
-    arguments = ["profile", "model.py", "--budget", "60"] if command == "profile" else ["simulate", "--k", "2", "--m", "32", "--batch", "65536"]
-    process = started(measured, *arguments)
+    arguments = (
+        ["profile", "model.py", "--budget", "60"]
+        if command == "profile"
+        else ["simulate", "--k", "2", "--m", "32", "--batch", "65536"]
+    )
+    process = start(measured, *arguments)
     time.sleep(4 if command == "profile" else 0.25)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -54,7 +54,9 @@ def test_private_names_of_torch_live_in_one_module() -> None:
             assert "pipelining.stage" not in text, path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in ("init", "profile", "simulate", "run", "report"))])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([c, "--help"] for c in ("init", "profile", "simulate", "run", "report"))]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom planner.cli.main import invoke\n"

@@ -17,9 +17,7 @@ NOISE_LIMIT = 0.05
 
 def profile(
     model: Annotated[str, typer.Argument(help="The model file, or file.py:name for another function than model().")],
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, or auto: CUDA when there is any.", metavar="KIND")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA when there is any.", metavar="KIND")] = "auto",
     sizes: Annotated[
         str | None, typer.Option(help="Micro-batch sizes to measure, for example 1,4,16. Default: powers of two.")
     ] = None,
@@ -35,7 +33,9 @@ def profile(
 
     kind = devices.kinds()[0] if device == "auto" else device
     if kind not in ("cpu", "cuda"):
-        raise PlanError(what=f"unknown device '{kind}'", where="--device", why="known: cpu, cuda, auto", fix="--device cpu")
+        raise PlanError(
+            what=f"unknown device '{kind}'", where="--device", why="known: cpu, cuda, auto", fix="--device cpu"
+        )
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -139,7 +139,7 @@ def _print(measured: Profile, path: str) -> None:
     whole = next(w for w in measured.whole if (w.samples, w.threads) == (samples, threads))
     layers_s, whole_s = whole.layers_forward_s + whole.layers_backward_s, whole.forward_s + whole.backward_s
     output.results.print(
-        f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)} at {whole.samples} samples; "
+        f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)}; "
         f"{seconds(measured.action_s)} of framework per action"
     )
     for link in measured.machine.links:

@@ -20,7 +20,9 @@ from planner.units import percent, rate, seconds, size
 
 
 def run(
-    plan: Annotated[str, typer.Argument(help="best, a plan of the last simulation, or the path of a plan file.")] = "best",
+    plan: Annotated[
+        str, typer.Argument(help="best, a plan of the last simulation, or the path of a plan file.")
+    ] = "best",
     steps: Annotated[int, typer.Option(help="Training steps to measure.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
     profile: Annotated[
@@ -120,9 +122,7 @@ def on_this_machine(plan: Plan, profile: Profile) -> Plan:
 
 def compared(result: Run, profile: Profile) -> Comparison:
     """Compare a run with its prediction, and with its own durations put through the simulator."""
-    replays = tuple(
-        replay(profile, result.measured.plan, profile.machine, trace) for trace in result.measured.steps
-    )
+    replays = tuple(replay(profile, result.measured.plan, profile.machine, trace) for trace in result.measured.steps)
     return compare(result.predicted, result.measured, replays=replays)
 
 
@@ -188,4 +188,3 @@ def _print(result: Run, comparison: Comparison) -> None:
     output.results.print(f"noise of the steps {percent(comparison.noise)}; {inside}")
     if measured.losses:
         output.results.print(f"loss {measured.losses[0]:.4g} at first, {measured.losses[-1]:.4g} at last")
-

@@ -41,7 +41,13 @@ def simulate(
     hardware = clusters.read(cluster) if cluster else measured.machine
     chosen = [strategies.get(name) for name in strategy] if strategy else None
     ranking = rank(
-        measured, hardware, k=k, m=m, batch=measured.batch if batch is None else batch, name=path.stem, strategies=chosen
+        measured,
+        hardware,
+        k=k,
+        m=m,
+        batch=measured.batch if batch is None else batch,
+        name=path.stem,
+        strategies=chosen,
     )
     store.save_ranking(ranking)
     best = ranking.best
@@ -118,7 +124,9 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
 
     where = ranking.cluster
     cores = where.hosts[0].cores
-    title = f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
+    title = (
+        f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
+    )
     title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name, justify in (
@@ -150,4 +158,4 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
     print(ascii_timeline(best.trace, width=min(100, output.results.width)))
     for limit in limits(best, measured):
         output.results.print(f"limit: {limit.text}", markup=False)
-    output.results.print(f"next: plan run best")
+    output.results.print("next: plan run best")

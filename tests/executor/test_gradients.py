@@ -43,7 +43,9 @@ def reference(model: str) -> tuple[dict[str, torch.Tensor], float]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     total = 0.0
-    for x, y in zip(zip(*(t.chunk(MICROBATCHES) for t in inputs), strict=True), split(targets, MICROBATCHES), strict=True):
+    for x, y in zip(
+        zip(*(t.chunk(MICROBATCHES) for t in inputs), strict=True), split(targets, MICROBATCHES), strict=True
+    ):
         loss = file.loss(whole(*x), y) / MICROBATCHES
         loss.backward()
         total += float(loss.detach())
@@ -67,7 +69,11 @@ def cases(k: int) -> list[Case]:
     if k == 4:
         found.append(Case(name="skips", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "1f1b", 4)))
         found.append(
-            Case(name="skips-recompute", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "gpipe", 4, recompute=True))
+            Case(
+                name="skips-recompute",
+                model=f"{MODELS}:skips",
+                plan=plan_of(f"{MODELS}:skips", "gpipe", 4, recompute=True),
+            )
         )
         found.append(Case(name="unet", model=UNET, plan=plan_of(UNET, "1f1b", 4)))
         found.append(Case(name="both", model=MODELS, plan=plan_of(MODELS, "1f1b", 2, replicas=2)))

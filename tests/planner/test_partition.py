@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ def test_balanced_is_exact(weights: list[int], data: st.DataObject) -> None:
 
     def heaviest(cuts: tuple[int, ...]) -> int:
         edges = (0, *cuts, n)
-        return max(sum(weights[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+        return max(sum(weights[a:b]) for a, b in pairwise(edges))
 
     best = min(heaviest(cuts) for cuts in combinations(range(1, n), stages - 1))
     found = partition.balanced([float(w) for w in weights], stages)

@@ -16,7 +16,7 @@ from planner.lowering import lower
 from planner.memory import KINDS
 from planner.plan import Plan, Stage
 from planner.profile import Profile
-from planner.program import REDUCE_GRAD, SENDS, Program, needs
+from planner.program import REDUCE_GRAD, Program, needs
 from planner.resources import FairShare
 from planner.simulate import interpret, placed, simulate
 from planner.strategies import Question, all_strategies
@@ -114,9 +114,7 @@ def test_transfers_share_a_link() -> None:
         batch=2,
     )
     costs = profile([1.0, 1.0], message_bytes=100)
-    shared, own = (
-        simulate(costs, plan, devices(4, bandwidth=100.0, shared=shared)).trace for shared in (True, False)
-    )
+    shared, own = (simulate(costs, plan, devices(4, bandwidth=100.0, shared=shared)).trace for shared in (True, False))
     assert [e.end - e.start for e in own.events if e.lane == "link"] == [1.0] * 4
     assert [e.end - e.start for e in shared.events if e.lane == "link"] == [2.0] * 4
 

@@ -1,0 +1,1 @@
+"""What a person reads: one self-contained HTML page per plan, predicted beside measured."""

@@ -1,0 +1,28 @@
+"""What one page shows: values only, so a page can be rendered anywhere from a file."""
+
+from __future__ import annotations
+
+import msgspec
+
+from planner.outcome import Comparison, Outcome
+from planner.profile import Profile
+from planner.ranking import Ranking
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One plan's prediction and what belongs beside it.
+
+    `measured` and `comparison` are there once the plan was run, `ranking` when it was compared with others.
+    `environment` maps a label to a text that is already free of host names and paths; `assumptions` are sentences.
+    `command` reproduces the page. `created`, an ISO time, is all that differs between two renderings of one report.
+    """
+
+    predicted: Outcome
+    measured: Outcome | None = None
+    comparison: Comparison | None = None
+    ranking: Ranking | None = None
+    profile: Profile
+    environment: dict[str, str]
+    assumptions: tuple[str, ...]
+    command: str
+    created: str
