@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -36,6 +37,7 @@ class Cpu:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        _keep_freed_memory()
 
     def synchronize(self) -> None:
         """Nothing is ever outstanding."""
@@ -47,6 +49,24 @@ class Cpu:
     def seconds(self, stamp: int) -> float:
         """Convert to seconds."""
         return stamp / 1e9
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep what is freed instead of returning it to the kernel.
+
+    Otherwise a step that frees its activations pays for them again, page by page, in the next one, and by how much
+    depends on the largest tensors a process has ever had: a run would not cost what was profiled. Other C libraries
+    are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# From malloc.h; the threshold's largest value on 64 bits is 4 MiB times the size of a long.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 2**25
 
 
 class Cuda:

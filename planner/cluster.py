@@ -92,7 +92,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Hosts, devices and links.
 
     `posts` pairs message bytes with the seconds that posting a send or a receive costs the device itself: making the
-    buffer, and what the backend copies before it returns.
+    buffer, and what the backend copies before it returns. `transfer_work` pairs message bytes with the core seconds
+    that a transfer takes from each end's host: the backend's own threads compute where CPU devices do.
 
     `all_reduce` pairs bytes with the measured seconds of an all-reduce over `all_reduce_devices` devices; without
     measurements it follows from the links (ring: 2 (n - 1) messages of bytes / n).
@@ -104,6 +105,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     devices: tuple[Device, ...] = ()
     links: tuple[Link, ...] = ()
     posts: tuple[tuple[int, float], ...] = ()
+    transfer_work: tuple[tuple[int, float], ...] = ()
     all_reduce: tuple[tuple[int, float], ...] = ()
     all_reduce_devices: int = 2
     elastic: bool = False
@@ -229,6 +231,7 @@ class _ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     devices: tuple[_DeviceTable, ...]
     links: tuple[Link, ...] = ()
     posts: tuple[tuple[int, float], ...] = ()
+    transfer_work: tuple[tuple[int, float], ...] = ()
 
 
 def read(path: Path) -> Cluster:
@@ -246,7 +249,14 @@ def read(path: Path) -> Cluster:
             for table in file.devices
             for index in range(table.count)
         )
-        return Cluster(name=file.name, hosts=file.hosts, devices=devices, links=file.links, posts=file.posts)
+        return Cluster(
+            name=file.name,
+            hosts=file.hosts,
+            devices=devices,
+            links=file.links,
+            posts=file.posts,
+            transfer_work=file.transfer_work,
+        )
     except OSError as error:
         raise PlanError(
             what="the cluster file cannot be read",

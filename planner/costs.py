@@ -5,13 +5,15 @@ How actions disturb each other (shared cores and links) is the simulator's matte
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from random import Random
 from typing import Literal
 
-from planner.cluster import Cluster, Device
+from planner.cluster import Cluster, Device, by_size
 from planner.plan import Plan
 from planner.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
 from planner.program import (
@@ -29,7 +31,9 @@ from planner.program import (
 )
 from planner.trace import Trace
 
-Quantile = Literal["median", "low", "high"]
+Quantile = Literal["low", "lower", "median", "upper", "high"]
+QUANTILES: dict[Quantile, float] = {"low": 0.1, "lower": 0.25, "median": 0.5, "upper": 0.75, "high": 0.9}
+"""The percentiles that a profile's `Timing` holds, by the first part of the field's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +42,8 @@ class Costs:
 
     `seconds` holds, per device, what each action computes when it has its cores for itself (posting time for sends
     and receives); `sizes` the bytes of each send; `ways` the links of each ordered pair of devices; `transfers` the
-    seconds of each send on undisturbed links; `reductions` those of each stage's all-reduce. `contended` is off when
-    the seconds were measured under contention already.
+    seconds of each send on undisturbed links and `works` the core seconds it takes from each end; `reductions` the
+    seconds of each stage's all-reduce. `contended` is off when the seconds were measured under contention already.
     """
 
     cluster: Cluster
@@ -47,6 +51,7 @@ class Costs:
     sizes: dict[Action, float]
     ways: dict[tuple[int, int], tuple[int, ...]]
     transfers: dict[Action, float]
+    works: dict[Action, float]
     reductions: dict[int, float]
     contended: bool = True
 
@@ -60,6 +65,30 @@ class Costs:
             for mine, measured in zip(self.seconds, trace.work, strict=True)
         )
         return dataclasses.replace(self, seconds=seconds, contended=False)
+
+
+def sampled(costs: Mapping[Quantile, Costs], random: Random) -> Costs:
+    """Draw every action's seconds from its own spread, independently.
+
+    The quantile function is linear between the measured percentiles and constant beyond them: no draw is outside of
+    what was seen.
+    """
+    shares = list(QUANTILES.values())
+
+    def draw(seconds: Sequence[float]) -> float:
+        share = random.random()
+        right = bisect.bisect_left(shares, share)
+        if right in (0, len(shares)):
+            return seconds[min(right, len(shares) - 1)]
+        part = (share - shares[right - 1]) / (shares[right] - shares[right - 1])
+        return seconds[right - 1] + part * (seconds[right] - seconds[right - 1])
+
+    tables = [costs[quantile].seconds for quantile in QUANTILES]
+    seconds = tuple(
+        {action: draw([table[device][action] for table in tables]) for action in row}
+        for device, row in enumerate(tables[0])
+    )
+    return dataclasses.replace(costs["median"], seconds=seconds)
 
 
 def costs_of(
@@ -97,6 +126,9 @@ def costs_of(
         for action, message in program.messages.items()
         if action.op in SENDS
     }
+    works = {
+        send: by_size(cluster.transfer_work, size) if cluster.transfer_work else 0.0 for send, size in sizes.items()
+    }
     reductions = {
         stage: cluster.all_reduce_seconds(
             tuple(names[d] for d in devices), sum(profile.layers[i].gradient_bytes for i in ranges[stage])
@@ -104,7 +136,15 @@ def costs_of(
         for stage, devices in program.replicas.items()
         if len(devices) > 1
     }
-    return Costs(cluster=cluster, seconds=seconds, sizes=sizes, ways=ways, transfers=transfers, reductions=reductions)
+    return Costs(
+        cluster=cluster,
+        seconds=seconds,
+        sizes=sizes,
+        ways=ways,
+        transfers=transfers,
+        works=works,
+        reductions=reductions,
+    )
 
 
 def _seconds(

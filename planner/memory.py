@@ -71,6 +71,7 @@ def stage_memory(profile: Profile, layers: range, samples: int, *, recompute: bo
             for value in profile.crossing(layers.stop)
             if value.source == layers[-1] or (value.source in layers and not profile.layers[value.source].output_saved)
         )
+    received = profile.crossing_bytes(layers.stop, samples, gradients=True)
     inside = sum(part.saved + (part.output if part.output_saved else 0.0) for part in parts[: len(own) - 1])
     inside += parts[len(own) - 1].saved
     return StageMemory(
@@ -80,14 +81,14 @@ def stage_memory(profile: Profile, layers: range, samples: int, *, recompute: bo
         optimizer=sum(layer.optimizer_bytes for layer in own),
         optimizer_peak=max(layer.optimizer_peak_bytes for layer in own),
         received=profile.crossing_bytes(layers.start, samples) if layers.start else 0.0,
-        received_gradient=profile.crossing_bytes(layers.stop, samples, gradients=True),
+        received_gradient=received,
         sent_gradient=profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0,
         saved=inside + ends,
         kept=ends if recompute else inside + ends,
         forward_peak=_forward_peak(parts, keep=not recompute),
         recompute_peak=_forward_peak(parts[: len(own)], keep=True),
-        backward_first_peak=_backward_peak(parts, own, gradients, first=True),
-        backward_peak=_backward_peak(parts, own, gradients, first=False),
+        backward_first_peak=_backward_peak(parts, own, gradients, received, first=True),
+        backward_peak=_backward_peak(parts, own, gradients, received, first=False),
     )
 
 
@@ -124,12 +125,16 @@ def _forward_peak(parts: list[_Sizes], *, keep: bool) -> float:
     return peak
 
 
-def _backward_peak(parts: list[_Sizes], own: list[LayerProfile], gradients: list[float], *, first: bool) -> float:
+def _backward_peak(
+    parts: list[_Sizes], own: list[LayerProfile], gradients: list[float], received: float, *, first: bool
+) -> float:
     """Walk the layers backwards: each frees what it saved, its output and its output's gradient."""
     live = peak = arriving = 0.0
     for index in reversed(range(len(parts))):
         part = parts[index]
-        peak = max(peak, live + (part.backward_first_peak if first else part.backward_peak))
+        # A received gradient stays in its buffer; one from the next layer is let go of where it has been used.
+        held = received if index == len(parts) - 1 else 0.0
+        peak = max(peak, live + held + (part.backward_first_peak if first else part.backward_peak))
         live -= part.saved + (part.output if index < len(own) - 1 and part.output_saved else 0.0)
         live += gradients[index] - arriving
         arriving = gradients[index]

@@ -18,12 +18,32 @@ from planner.errors import ARTEFACT, PlanError
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one operation at one micro-batch size: the median and the 10th and 90th percentile."""
+    """Seconds of one operation at one micro-batch size: median, 10th, 25th, 75th and 90th percentile."""
 
     samples: int
-    median_s: float
     low_s: float
+    lower_s: float
+    median_s: float
+    upper_s: float
     high_s: float
+
+    @classmethod
+    def of(cls, samples: int, seconds: Sequence[float]) -> Timing:
+        """Summarise measured seconds; none at all count as zero.
+
+        >>> Timing.of(1, [1.0, 2.0, 3.0]).upper_s
+        2.5
+        """
+        found = sorted(seconds) or [0.0]
+
+        def quantile(share: float) -> float:
+            at = share * (len(found) - 1)
+            below = int(at)
+            above = min(below + 1, len(found) - 1)
+            return max(0.0, found[below] + (found[above] - found[below]) * (at - below))
+
+        low, lower, median, upper, high = (quantile(share) for share in (0.1, 0.25, 0.5, 0.75, 0.9))
+        return cls(samples=samples, low_s=low, lower_s=lower, median_s=median, upper_s=upper, high_s=high)
 
 
 class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,27 +70,39 @@ class Chain:
         done.outputs.append((loss,))
         return done
 
-    def backward(self, done: Pass, around: Around) -> None:
-        """Run the backward of the loss and of all layers, from the last to the first."""
+    def backward(self, done: Pass, around: Around, *, keep: bool = True) -> None:
+        """Run the backward of the loss and of all layers, from the last to the first.
+
+        With `keep` the gradients of all outputs stay in `done`; without, each is let go of where autograd has used it
+        up, as in an unsplit model.
+        """
         last = len(self.layers)
         done.gradients = [()] * (last + 1)
         with explained(self.file.path, "the backward of the loss"), around(last, "backward"):
             done.outputs[last][0].backward()
         arrived: dict[str, torch.Tensor] = {}
-        final = tuple(t.grad for t in done.inputs[last])
+        final = _taken(done.inputs[last])
         for i in reversed(range(last)):
             layer = self.layers[i]
-            given = final if i == last - 1 else tuple(arrived.get(name) for name in layer.outputs)
-            pairs = [(o, g) for o, g in zip(done.outputs[i], given, strict=False) if o.requires_grad and g is not None]
-            if not pairs:
+            given = final if i == last - 1 else [arrived.pop(name, None) for name in layer.outputs]
+            outputs, gradients = [], []
+            for output in done.outputs[i]:
+                gradient = given.pop(0)
+                if output.requires_grad and gradient is not None:
+                    outputs.append(output)
+                    gradients.append(gradient)
+                del gradient
+            if not outputs:
                 continue
-            outputs, gradients = [o for o, _ in pairs], [g for _, g in pairs]
-            done.gradients[i] = tuple(gradients)
+            if keep:
+                done.gradients[i] = tuple(gradients)
+            begin = _Begin.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
             with explained(self.file.path, f"the backward of layer '{layer.name}'"), around(i, "backward"):
-                torch.autograd.backward(outputs, gradients)
-            for name, tensor in zip(layer.inputs, done.inputs[i], strict=True):
-                if tensor.grad is not None:
-                    arrived[name] = arrived[name] + tensor.grad if name in arrived else tensor.grad
+                begin.backward()
+            for name, gradient in zip(layer.inputs, _taken(done.inputs[i]), strict=True):
+                if gradient is not None:
+                    arrived[name] = arrived[name] + gradient if name in arrived else gradient
+                del gradient
 
     def halves(self, done: Pass, around: Around) -> None:
         """Run the backward of every part twice: for its inputs only, and for its parameters only."""
@@ -126,6 +138,29 @@ class Chain:
                 for tensor, gradient in saved:
                     tensor.grad = gradient
         return stamps
+
+
+class _Begin(torch.autograd.Function):
+    """Starts a backward with given gradients and hands them over, so that nobody but autograd holds them."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        gradients = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return (None, *gradients)
+
+
+def _taken(leaves: Tensors) -> list[torch.Tensor | None]:
+    """Take the gradients off some leaves."""
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return gradients
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

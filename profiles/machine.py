@@ -34,7 +34,7 @@ POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
 PROBE_STEPS = 8
 PROBE_MICROBATCHES = 8
-CONTENTION_PASSES = 6
+CONTENTION_PASSES = 8
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +50,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """What they find: seconds by message bytes, posting and action overheads, slowdown by busy processes."""
 
     transfers: tuple[tuple[int, float], ...]
+    transfer_work: tuple[tuple[int, float], ...]
     reductions: tuple[tuple[int, float], ...]
     posts: tuple[tuple[int, float], ...]
     action_s: float
@@ -104,6 +105,7 @@ def measure(model: str, kind: str, samples: int) -> Machine:
         hosts=(host,),
         links=(link,),
         posts=found.posts,
+        transfer_work=found.transfer_work if kind == "cpu" else (),
         all_reduce=found.reductions,
         all_reduce_devices=ranks,
     )
@@ -115,14 +117,15 @@ def main(path: str) -> None:
     """Run one rank of the probe."""
     probe = msgspec.json.decode(Path(path).read_bytes(), type=Probe)
     backend = join(probe.device, 1)
-    transfers = [(size, _transfer(size, backend)) for size in MESSAGE_BYTES]
+    measured = [(size, *_transfer(size, backend)) for size in MESSAGE_BYTES]
     reductions = [(size, _reduction(size, backend)) for size in MESSAGE_BYTES]
     posts = [(size, _posting(size, backend)) for size in POST_BYTES]
     action_s = _action(backend)
     slowdown = _slowdown(probe, backend) if probe.device == "cpu" else ((1, 1.0),)
     if dist.get_rank() == 0:
         found = Found(
-            transfers=_ascending(transfers),
+            transfers=_ascending([(size, seconds) for size, seconds, _ in measured]),
+            transfer_work=_ascending([(size, work) for size, _, work in measured]),
             reductions=_ascending(reductions),
             posts=_ascending(posts),
             action_s=action_s,
@@ -153,8 +156,8 @@ def _timed(backend: Backend, rounds: int, work: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
-def _transfer(size: int, backend: Backend) -> float:
-    """One way of a ping-pong between the ranks 0 and 1."""
+def _transfer(size: int, backend: Backend) -> tuple[float, float]:
+    """One way of a ping-pong between the ranks 0 and 1: its seconds, and the core seconds it takes from one end."""
     rank = dist.get_rank()
     tensor = torch.ones(max(1, size // 4), device=backend.device)
 
@@ -167,7 +170,15 @@ def _transfer(size: int, backend: Backend) -> float:
             dist.send(tensor, 0)
 
     dist.barrier()
-    return _timed(backend, ROUNDS, there_and_back) / 2
+    works: list[float] = []
+
+    def worked() -> None:
+        before = time.process_time()
+        there_and_back()
+        works.append(time.process_time() - before)
+
+    seconds = _timed(backend, ROUNDS, worked)
+    return seconds / 2, statistics.median(works) / 2
 
 
 def _reduction(size: int, backend: Backend) -> float:
@@ -176,17 +187,21 @@ def _reduction(size: int, backend: Backend) -> float:
     return _timed(backend, ROUNDS, lambda: dist.all_reduce(tensor))
 
 
+_DISPLACING = 2**22
+"""Floats, 16 MiB: reading and writing as many leaves little of anything else in a core's caches."""
+
+
 class _Layer(torch.nn.Module):
     """A layer with one parameter; `busy` makes it compute for a few milliseconds and displace what is in the caches."""
 
     def __init__(self, *, busy: bool) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(1))
-        self.work = torch.ones(512, 512) if busy else None
+        self.work = torch.ones(_DISPLACING) if busy else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.work is not None:
-            self.work @ self.work
+            torch.relu(self.work)
         return x * self.scale
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -131,7 +130,5 @@ def _load(file: ModelFile, samples: int, between: Callable[[], object]) -> tuple
         begin = time.monotonic()
         inputs, targets = file.draw(samples, seed=i)
         times.append(time.monotonic() - begin)
-    tenths = statistics.quantiles(times[1:], n=10, method="inclusive")
     leaves = [t for t in torch.utils._pytree.tree_leaves(targets) if isinstance(t, torch.Tensor)]
-    timing = Timing(samples=samples, median_s=statistics.median(times[1:]), low_s=tenths[0], high_s=tenths[8])
-    return timing, (samples, sum(t.nbytes for t in inputs), sum(t.nbytes for t in leaves))
+    return Timing.of(samples, times[1:]), (samples, sum(t.nbytes for t in inputs), sum(t.nbytes for t in leaves))

@@ -98,7 +98,7 @@ def measure_sizes(chain: Chain, backend: Backend, samples: int) -> tuple[list[La
                     return recorder.marked(f"{kind}{number}.{part}")
 
                 again = chain.forward(inputs, targets, around)
-                chain.backward(again, around)
+                chain.backward(again, around, keep=False)
                 del again
     sizes = [
         LayerSizes(

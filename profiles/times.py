@@ -49,12 +49,8 @@ class Stopwatch:
             self.seconds[self.setting, part, kind].append(self.backend.seconds(end) - self.backend.seconds(begin))
 
     def timing(self, setting: Setting, part: int, kind: str) -> Timing:
-        """Median and 10th and 90th percentile; zero for what was never run."""
-        found = self.seconds.get((setting, part, kind)) or [0.0]
-        tenths = statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
-        return Timing(
-            samples=setting[1], median_s=statistics.median(found), low_s=max(0.0, tenths[0]), high_s=max(0.0, tenths[8])
-        )
+        """The quantiles of what was collected; zero for what was never run."""
+        return Timing.of(setting[1], self.seconds.get((setting, part, kind), []))
 
 
 WHOLE = -1

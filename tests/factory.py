@@ -17,15 +17,7 @@ SIZES = (1, 2, 4, 8)
 
 
 def timings(per_sample_s: float, spread: float = 0.0) -> tuple[Timing, ...]:
-    return tuple(
-        Timing(
-            samples=n,
-            median_s=per_sample_s * n,
-            low_s=per_sample_s * n * (1 - spread),
-            high_s=per_sample_s * n * (1 + spread),
-        )
-        for n in SIZES
-    )
+    return tuple(Timing.of(n, [per_sample_s * n * factor for factor in (1 - spread, 1.0, 1 + spread)]) for n in SIZES)
 
 
 def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0, bytes_: int = 1000) -> LayerProfile:
@@ -45,7 +37,7 @@ def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0
                 backward_input=timings(backward_s / 2, spread),
                 backward_weight=timings(backward_s / 2, spread),
                 recompute=timings(forward_s, spread),
-                optimizer=Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0),
+                optimizer=Timing.of(1, []),
             ),
         ),
         sizes=tuple(
@@ -96,8 +88,8 @@ def profile(
         tied=(),
         whole=(),
         load=(
-            Timing(samples=1, median_s=0.0, low_s=0.0, high_s=0.0),
-            Timing(samples=8, median_s=0.0, low_s=0.0, high_s=0.0),
+            Timing.of(1, []),
+            Timing.of(8, []),
         ),
         batch_bytes=((1, 0, 0), (8, 0, 0)),
         batch=8,

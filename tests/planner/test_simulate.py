@@ -143,10 +143,20 @@ def test_fair_share_conserves_work(users: list[tuple[int, int]]) -> None:
 
 def test_interval_brackets_the_prediction() -> None:
     plan, _ = pipeline("gpipe", 3, 4)
+    certain = simulate(profile([1.0] * 3), plan, devices(3)).step_s
     outcome = simulate(profile([1.0] * 3, spread=0.1), plan, devices(3))
     low, high = outcome.interval_s
-    assert low == pytest.approx(outcome.step_s * 0.9)
-    assert high == pytest.approx(outcome.step_s * 1.1)
+    assert low == pytest.approx(certain * 0.9)
+    assert high == pytest.approx(certain * 1.1)
+    assert low < outcome.step_s < high
+    assert simulate(profile([1.0] * 3, spread=0.1), plan, devices(3)) == outcome, "drawn from a fixed seed"
+
+
+def test_jitter_costs_time() -> None:
+    """Where devices wait for each other, a step takes longer than its median durations add up to."""
+    plan, _ = pipeline("1f1b", 4, 32)
+    certain = simulate(profile([1.0] * 4), plan, devices(4)).step_s
+    assert simulate(profile([1.0] * 4, spread=0.2), plan, devices(4)).step_s > certain
 
 
 def test_memory_of_a_step() -> None:
