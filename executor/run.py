@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def run(
         msgspec.json.decode((folder / f"rank{r}.memory.json").read_bytes(), type=RankMemory)
         for r in range(len(plan.devices))
     ]
-    return msgspec.structs.replace(outcome, memory_step=_memory_trace(plan, memory))
+    return msgspec.structs.replace(outcome, memory_step=_memory_trace(outcome.trace, memory))
 
 
 def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outcome | None:
@@ -92,14 +93,29 @@ def gather(plan: Plan, ranks: list[list[RankStep]], capacity_bytes: tuple[float,
     )
 
 
-def _memory_trace(plan: Plan, ranks: list[RankMemory]) -> Trace:
-    begin = min(e.start for rank in ranks for e in rank.events)
-    memory = tuple(_moved(point, -begin) for rank in ranks for point in rank.memory)
-    return msgspec.structs.replace(_trace(plan, [rank.events for rank in ranks], begin), memory=memory)
+def _memory_trace(drawn: Trace, ranks: list[RankMemory]) -> Trace:
+    """Put the memory curves on the time axis of the step that is drawn.
+
+    The step in which memory was recorded is slower than others, because recording is; its actions are the same.
+    """
+    points: list[MemoryPoint] = []
+    for device, rank in enumerate(ranks):
+        theirs = {e.action: e for e in rank.events if e.lane == COMPUTE}
+        mine = {e.action: e for e in drawn.events if e.lane == COMPUTE and e.device == device}
+        anchors = sorted((a, b) for name in theirs for a, b in zip(_ends(theirs[name]), _ends(mine[name]), strict=True))
+        points += [MemoryPoint(device, _mapped(point.time, anchors), point.bytes) for point in rank.memory]
+    return msgspec.structs.replace(drawn, memory=tuple(points))
 
 
-def _moved(point: MemoryPoint, by: float) -> MemoryPoint:
-    return MemoryPoint(point.device, point.time + by, point.bytes)
+def _ends(event: Event) -> tuple[float, float]:
+    return event.ready, event.end
+
+
+def _mapped(time: float, anchors: list[tuple[float, float]]) -> float:
+    """Interpolate between pairs of (time there, time here)."""
+    right = min(max(1, bisect.bisect_left(anchors, (time, 0.0))), len(anchors) - 1)
+    (a, x), (b, y) = anchors[right - 1], anchors[right]
+    return x + (y - x) * (time - a) / (b - a) if b > a else x
 
 
 def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:

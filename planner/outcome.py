@@ -23,7 +23,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A plan and its steps.
 
     `interval_s` bounds the step time: from the profile's spread when simulated, the 10th to 90th percentile of the
-    steps when measured. `capacity_bytes` is each device's memory. `losses` are the measured mean loss of each step.
+    steps when measured. `capacity_bytes` is each device's memory. `profiled_s` has a prediction's median seconds per
+    stage and operation, before jitter and contention. `losses` are the measured mean loss of each step.
     """
 
     plan: Plan
@@ -31,6 +32,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     steps: tuple[Trace, ...]
     interval_s: tuple[float, float]
     capacity_bytes: tuple[float, ...]
+    profiled_s: dict[str, float] = {}
     memory_step: Trace | None = None
     step_times_s: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
@@ -142,7 +144,9 @@ def compare(predicted: Outcome, measured: Outcome, *, replays: tuple[Trace, ...]
 
 
 def _work(outcome: Outcome) -> dict[str, float]:
-    """Median seconds of each operation per stage, over micro-batches and steps."""
+    """Seconds of each operation per stage: as profiled, or the median over the trace's micro-batches and steps."""
+    if outcome.profiled_s:
+        return outcome.profiled_s
     table: dict[str, list[float]] = defaultdict(list)
     for trace in outcome.steps:
         for action, seconds in (item for device in trace.work for item in device.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Generator
+from functools import cache
 from typing import Any
 
 import simpy
@@ -16,15 +17,17 @@ class FairShare:
     """A resource that serves all its users at once, each at the speed that their number allows.
 
     Processor sharing in virtual time: virtual time advances by `speed(active)` per second, and a user who brings
-    `work` seconds leaves when it has advanced by that much. Arrivals and departures cost O(log n).
+    `work` seconds leaves when it has advanced by that much. Arrivals and departures cost O(log n). One timer is enough:
+    it is set for the first to leave, and when it comes too early because somebody arrived meanwhile, it is set again.
     """
 
     def __init__(self, env: simpy.Environment, speed: Speed) -> None:
-        self.env, self.speed = env, speed
+        self.env, self.speed = env, cache(speed)
         self._virtual = self._updated = 0.0
         self._leaving: list[tuple[float, int, simpy.Event]] = []
         self._arrivals = 0
-        self._epoch = 0
+        self._timer: simpy.Event | None = None
+        self._due = float("inf")
 
     def use(self, work: float) -> simpy.Event:
         """Return the event that fires when `work` seconds (of being alone) are done."""
@@ -32,7 +35,7 @@ class FairShare:
         done = self.env.event()
         self._arrivals += 1
         heapq.heappush(self._leaving, (self._virtual + work, self._arrivals, done))
-        self._schedule()
+        self._set_timer()
         return done
 
     def _advance(self) -> None:
@@ -41,21 +44,29 @@ class FairShare:
             self._virtual += (now - self._updated) * self.speed(len(self._leaving))
         self._updated = now
 
-    def _schedule(self) -> None:
-        self._epoch += 1
-        if self._leaving:
-            remaining = max(0.0, self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
-            timer = self.env.timeout(remaining, value=self._epoch)
-            timer.callbacks.append(self._depart)
+    def _set_timer(self) -> None:
+        remaining = max(0.0, self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
+        due = self.env.now + remaining
+        if due < self._due:
+            self._due = due
+            self._timer = self.env.timeout(remaining)
+            self._timer.callbacks.append(self._expire)
 
-    def _depart(self, timer: simpy.Event) -> None:
-        if timer.value != self._epoch:
-            return  # somebody came or went since: a newer timer is set
+    def _expire(self, timer: simpy.Event) -> None:
+        if timer is not self._timer:
+            return  # an earlier one was set since
+        self._due = float("inf")
         self._advance()
-        target, _, done = heapq.heappop(self._leaving)
-        self._virtual = max(self._virtual, target)
-        done.succeed()
-        self._schedule()
+        target, _, done = self._leaving[0]
+        if target - self._virtual <= _ROUNDING * max(1.0, target):
+            heapq.heappop(self._leaving)
+            self._virtual = max(self._virtual, target)
+            done.succeed()
+        if self._leaving:
+            self._set_timer()
+
+
+_ROUNDING = 1e-12  # of virtual time, which is added up from many small pieces
 
 
 class Alone:

@@ -14,18 +14,18 @@ import msgspec
 import simpy
 
 from planner.cluster import Cluster
-from planner.costs import QUANTILES, Costs, costs_of, sampled
+from planner.costs import Costs, costs_of
 from planner.lowering import lower
 from planner.memory import memory_curve
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.program import RECEIVES, REDUCE_GRAD, SENDS, Action, Program, needs
+from planner.program import RECEIVES, REDUCE_GRAD, Action, Message, Program, needs
 from planner.resources import Alone, FairShare, Process
 from planner.trace import COMPUTE, LINK, Event, Trace
 
-SAMPLES = 5
-"""Steps drawn per prediction: enough for a median that is steady to a few tenths of a per cent."""
+SAMPLES = 3
+"""Steps drawn per prediction: a step has dozens of draws, so few steps are enough."""
 SEED = 0
 
 
@@ -38,24 +38,25 @@ def simulate(profile: Profile, plan: Plan, cluster: Cluster) -> Outcome:
     """
     program = lower(plan)
     taken = placed(plan, cluster)
-    costs = {q: costs_of(profile, plan, program, taken, quantile=q) for q in QUANTILES}
+    costs = costs_of(profile, plan, program, taken)
 
     def step(prices: Costs) -> Trace:
         return interpret(program, prices, plan.devices)
 
-    if costs["low"].seconds == costs["high"].seconds:
-        steps = [step(costs["median"])]
+    if costs.certain:
+        steps = [step(costs)]
         ends = (steps[0].end, steps[0].end)
     else:
         random = Random(SEED)
-        steps = [step(sampled(costs, random)) for _ in range(SAMPLES)]
-        ends = (step(costs["low"]).end, step(costs["high"]).end)
+        steps = [step(costs.drawn(random)) for _ in range(SAMPLES)]
+        ends = (step(costs.at("low")).end, step(costs.at("high")).end)
     trace = sorted(steps, key=lambda drawn: drawn.end)[len(steps) // 2]
     trace = msgspec.structs.replace(trace, memory=memory_curve(trace, program, plan, profile))
     return Outcome(
         plan=plan,
         source="simulated",
         steps=(trace,),
+        profiled_s=costs.by_operation,
         interval_s=(min(*ends, trace.end), max(*ends, trace.end)),
         capacity_bytes=tuple(float(device.memory_bytes) for device in taken.devices),
     )
@@ -89,24 +90,21 @@ class _Run:
         self.env = simpy.Environment()
         self.events: list[Event] = []
         messages = program.messages
-        self.posted: Mapping[Action, simpy.Event] = {action: self.env.event() for action in messages}
+        self.half_posted: set[Action] = set()
         self.arrived: Mapping[Action, simpy.Event] = {a: self.env.event() for a in messages if a.op in RECEIVES}
         self.reducing = {stage: _Meeting(self.env, len(program.replicas[stage])) for stage in costs.reductions}
         self.links = _links(self.env, costs.cluster)
         self.cores = _cores(self.env, costs)
         for device, row in enumerate(program.rows):
             self.env.process(self.device(device, row))
-        for action, message in messages.items():
-            if action.op in SENDS:
-                self.env.process(self.transfer(action, message.receive, message.source, message.target))
 
     def device(self, device: int, row: tuple[Action, ...]) -> Process:
         seconds, cores = self.costs.seconds[device], self.cores[device]
         for action in row:
             start = ready = self.env.now
             receive = needs(action)
-            if action in self.posted:
-                self.posted[action].succeed()
+            if action in self.program.messages:
+                self.post(self.program.messages[action])
             elif receive is not None and receive in self.arrived:
                 yield self.arrived[receive]
                 ready = self.env.now
@@ -118,16 +116,24 @@ class _Run:
                 yield cores.use(seconds[action])
             self.events.append(Event(device, COMPUTE, str(action), start, ready, self.env.now))
 
-    def transfer(self, send: Action, receive: Action, source: int, target: int) -> Process:
-        posted_receive = self.posted[receive]
-        yield self.posted[send] & posted_receive
+    def post(self, message: Message) -> None:
+        """Start the transfer when its other end has been posted before."""
+        if message.send in self.half_posted:
+            self.env.process(self.transfer(*message))
+        self.half_posted.add(message.send)
+
+    def transfer(self, source: int, send: Action, target: int, receive: Action) -> Process:
         start = self.env.now
         way, seconds = self.costs.ways[source, target], self.costs.transfers[send]
         work = self.costs.works[send]
         shares = [self.links[index].use(seconds) for index in way] if seconds > 0 else []
-        if work > 0:
+        if work > 0 and self.cores[source] is self.cores[target]:
+            shares.append(self.cores[source].use(2 * work))
+        elif work > 0:
             shares += [self.cores[end].use(work) for end in (source, target)]
-        if shares:
+        if len(shares) == 1:
+            yield shares[0]
+        elif shares:
             yield simpy.AllOf(self.env, shares)
         size = self.costs.sizes[send]
         self.events.append(Event(target, LINK, str(receive), start, start, self.env.now, size))

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ import msgspec
 
 from planner import plan as plans
 from planner.errors import ARTEFACT, PlanError, unknown
+from planner.files import unwritable, write
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile, decode
@@ -31,39 +31,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     predicted: Outcome
     measured: Outcome
     partial: bool = False
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file in one step, so that no reader and no crash ever sees half of it.
-
-    Raises `PlanError` (exit 4) when the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _unwritable(folder: Path, error: OSError) -> PlanError:
-    return PlanError(
-        what="a file cannot be written",
-        where=str(folder),
-        why=error.strerror or str(error),
-        fix="make the folder writable or free some space, or run plan in another folder",
-        code=ARTEFACT,
-    )
 
 
 class Store:
@@ -159,7 +126,7 @@ class Store:
             path = folder / f"{max(numbers, default=0) + 1:04d}-{plan}"
             path.mkdir()
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         return path
 
     def save_run(self, folder: Path, run: Run) -> None:

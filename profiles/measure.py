@@ -31,7 +31,7 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
     """
     file = load(path)
     backend = devices.open_device(device)
-    layered = cut(file, file.build(seed=0).to(backend.device))
+    layered = cut(file, file.build(seed=0))
     chain = Chain(file, layered, backend.device)
     sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))
     if len(sizes) < 3 or sizes[0] < 1:

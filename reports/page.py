@@ -8,12 +8,11 @@ Scripts, styles and data are inside the file, and its content policy forbids eve
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 from string import Template
 
-from planner.errors import ARTEFACT, PlanError
+from planner import files
 from reports import sections
 from reports.markup import Html, join, tag
 from reports.plots import MARK
@@ -49,26 +48,8 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: Path) -> None:
-    """Write the page to `path`, whole or not at all.
-
-    Raises `PlanError` (exit 4) when the folder is not there or cannot be written to.
-    """
-    text = render(report)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise PlanError(
-            what="the report cannot be written",
-            where=str(path),
-            why=error.strerror or str(error),
-            fix=f"make the folder {path.parent} writable, or name another file",
-            code=ARTEFACT,
-        ) from error
+    """Write the page to `path`, whole or not at all. Raises `PlanError` (exit 4) when it cannot be written."""
+    files.write(path, render(report).encode())
 
 
 def _scripts(*, plots: bool) -> list[str]:

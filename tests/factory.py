@@ -17,7 +17,17 @@ SIZES = (1, 2, 4, 8)
 
 
 def timings(per_sample_s: float, spread: float = 0.0) -> tuple[Timing, ...]:
-    return tuple(Timing.of(n, [per_sample_s * n * factor for factor in (1 - spread, 1.0, 1 + spread)]) for n in SIZES)
+    return tuple(
+        Timing(
+            samples=n,
+            low_s=per_sample_s * n * (1 - spread),
+            lower_s=per_sample_s * n * (1 - spread / 2),
+            median_s=per_sample_s * n,
+            upper_s=per_sample_s * n * (1 + spread / 2),
+            high_s=per_sample_s * n * (1 + spread),
+        )
+        for n in SIZES
+    )
 
 
 def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0, bytes_: int = 1000) -> LayerProfile:

@@ -53,7 +53,6 @@ def main() -> None:
                 simulated = plan(folder, "simulate", "--k", str(options.k), "--m", str(options.m))
                 names = [p["plan"] for p in simulated["plans"]]
                 for wanted in options.plans.split(","):
-                    strategy, _, recompute = wanted.partition("-recompute")
                     recompute = "-recompute" if wanted.endswith("-recompute") else ""
                     strategy = wanted.removesuffix("-recompute")
                     k = 1 if strategy == "single" else options.k
@@ -110,19 +109,20 @@ def ranking(found: list[dict]) -> None:
         ]
         if len(pairs) < 2:
             continue
-        signs = [
-            (1 if (a[0] - b[0]) * (a[1] - b[1]) > 0 else -1) for i, a in enumerate(pairs) for b in pairs[i + 1 :]
-        ]
+        signs = [(1 if (a[0] - b[0]) * (a[1] - b[1]) > 0 else -1) for i, a in enumerate(pairs) for b in pairs[i + 1 :]]
         regret = min(pairs)[1] / min(p[1] for p in pairs) - 1
         tau = sum(signs) / len(signs)
-        print(f"\n{example}: Kendall's tau over {len(pairs)} plans {tau:.2f}, regret of the predicted best {100 * regret:.1f} %")
+        print(
+            f"\n{example}: over {len(pairs)} plans Kendall's tau {tau:.2f}, regret of the predicted best {100 * regret:.1f} %"
+        )
 
 
 def hardware() -> str:
     """The machine, without its name."""
     import torch
 
-    model = next((li.partition(":")[2].strip() for li in open("/proc/cpuinfo") if li.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from planner import store
+from planner import files
 from planner.cli import output
 from planner.errors import PlanError
 
@@ -27,7 +27,7 @@ def init(
             fix=f"plan init {path} --force, or another name",
         )
     template = (resources.files("planner") / "cli" / "template.py.txt").read_bytes()
-    store.write(path, template)
+    files.write(path, template)
     if json:
         output.document("init", {"path": str(path)})
         return

@@ -16,7 +16,8 @@ from planner import __version__
 from planner.cli import init, profile, report, run, simulate
 from planner.cli.output import failure
 from planner.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
-from planner.store import FOLDER, write
+from planner.files import write
+from planner.store import FOLDER
 
 app = typer.Typer(
     name="plan",

@@ -1,0 +1,48 @@
+"""The examples train: their loss falls in a real pipeline, and the memory of a run is what was predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from executor.layers import cut
+from executor.model_file import load
+from executor.run import run
+from planner import partition
+from planner.plan import Plan, Stage
+from planner.program import FORWARD, REDUCE_GRAD, parse
+from planner.trace import COMPUTE
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+@pytest.mark.parametrize(("example", "batch", "steps"), [("gpt", 16, 24), ("digits", 64, 24)])
+def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) -> None:
+    path = str(EXAMPLES / f"{example}.py")
+    file = load(path)
+    names = [layer.name for layer in cut(file, file.build(0)).layers]
+    stages = tuple(
+        Stage(layers=tuple(names[i] for i in r), devices=(f"d{s}",))
+        for s, r in enumerate(partition.equal(len(names), 2))
+    )
+    plan = Plan(strategy="1f1b", schedule="1f1b", stages=stages, microbatches=4, batch=batch)
+    outcome = run(path, plan, device="cpu", steps=steps, seed=0, folder=tmp_path, capacity_bytes=(1e9, 1e9))
+    quarter = steps // 4
+    first, last = outcome.losses[:quarter], outcome.losses[-quarter:]
+    assert sum(last) < sum(first)
+    assert len(outcome.steps) == steps
+    for trace in outcome.steps:
+        assert [e.action for e in trace.events if e.lane == COMPUTE and e.device == 0][:2] == ["0LOAD", "0F0"]
+        assert sum(parse(e.action).op == FORWARD for e in trace.events if e.lane == COMPUTE) == 8
+        assert not any(e.op == REDUCE_GRAD for e in trace.events)
+        assert all(e.start <= e.ready <= e.end for e in trace.events)
+    assert all(point.total > 0 for point in outcome.peak)
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    trained = file.build(1)
+    trained.load_state_dict(weights)
+    inputs, targets = file.draw(batch, seed=10_000)
+    untrained = file.build(0)
+    with torch.no_grad():
+        assert file.loss(trained(*inputs), targets) < file.loss(untrained(*inputs), targets)
