@@ -113,7 +113,8 @@ def ranking(found: list[dict]) -> None:
         regret = min(pairs)[1] / min(p[1] for p in pairs) - 1
         tau = sum(signs) / len(signs)
         print(
-            f"\n{example}: over {len(pairs)} plans Kendall's tau {tau:.2f}, regret of the predicted best {100 * regret:.1f} %"
+            f"\n{example}: Kendall's tau over {len(pairs)} plans {tau:.2f}, "
+            f"regret of the predicted best {100 * regret:.1f} %"
         )
 
 
