@@ -43,6 +43,8 @@ def run(
     weights: dict[str, torch.Tensor] = {}
     for rank in range(len(plan.stages)):
         weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)
+    for rank in range(len(plan.devices)):
+        (folder / f"rank{rank}.pt").unlink()
     torch.save(weights, folder / "weights.pt")
     outcome = partial(plan, folder, capacity_bytes)
     assert outcome is not None, "every rank has written its steps"

@@ -21,8 +21,8 @@ _DETOUR_S = 1e6  # longer than any link: never chosen where there is a link
 class Host(msgspec.Struct, frozen=True, kw_only=True):
     """A machine whose CPU devices share cores and memory.
 
-    `slowdown` pairs a number of busy processes with how much slower each becomes than alone, measured with the cores
-    not yet exhausted (shared caches and memory bandwidth). Beyond `cores` busy threads, time-slicing comes on top.
+    `slowdown` pairs a number of busy processes with how much slower each becomes than its share of the cores allows:
+    shared caches and memory bandwidth, and beyond `cores` busy threads the switching between processes.
     """
 
     name: str

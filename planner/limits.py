@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from planner.cluster import Cluster
 from planner.outcome import Outcome
-from planner.profile import Profile
 from planner.trace import COMPUTE
 from planner.units import percent, seconds
 
@@ -17,7 +17,7 @@ class Limit(NamedTuple):
     text: str
 
 
-def limits(outcome: Outcome, profile: Profile) -> list[Limit]:
+def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     """Return the losses that matter (2 % of the devices' time and more), largest first; or that there is none."""
     trace = outcome.trace
     count, whole = len(trace.devices), trace.end * len(trace.devices)
@@ -53,9 +53,9 @@ def limits(outcome: Outcome, profile: Profile) -> list[Limit]:
         share = by_op.get(op, 0.0) / whole
         if share > 0.02:
             found.append(Limit(share, f"{what}: {percent(share)} of the devices' time"))
-    threads = sum(1 for e in trace.devices) * outcome.plan.threads
-    cores = profile.machine.hosts[0].cores if profile.machine.hosts else threads
-    if profile.machine.elastic and threads > cores:
+    threads = count * outcome.plan.threads
+    cores = cluster.hosts[0].cores
+    if cluster.elastic and threads > cores:
         share = 1 - cores / threads
         found.append(
             Limit(share, f"{count} processes share {cores} cores: each runs at most at {percent(cores / threads)}")

@@ -47,13 +47,18 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What they find: seconds by message bytes, posting and action overheads, slowdown by busy processes."""
+    """What they find: seconds by message bytes, posting and action overheads."""
 
     transfers: tuple[tuple[int, float], ...]
     transfer_work: tuple[tuple[int, float], ...]
     reductions: tuple[tuple[int, float], ...]
     posts: tuple[tuple[int, float], ...]
     action_s: float
+
+
+class Crowding(msgspec.Struct, frozen=True, kw_only=True):
+    """How much slower a busy process gets, beyond its share of the cores, by the number of busy processes."""
+
     slowdown: tuple[tuple[int, float], ...]
 
 
@@ -91,8 +96,10 @@ def measure(model: str, kind: str, samples: int) -> Machine:
         path.write_bytes(msgspec.json.encode(probe))
         launch(main, str(path), ranks, Path(folder) / "logs")
         found = msgspec.json.decode((Path(folder) / "found.json").read_bytes(), type=Found)
-    if kind == "cpu":
-        host = msgspec.structs.replace(host, slowdown=found.slowdown)
+        if kind == "cpu":
+            launch(crowd, str(path), min(2 * cores, 8), Path(folder) / "logs")
+            crowding = msgspec.json.decode((Path(folder) / "crowding.json").read_bytes(), type=Crowding)
+            host = msgspec.structs.replace(host, slowdown=crowding.slowdown)
     first, last = found.transfers[0], found.transfers[-1]
     link = Link(
         between=("local", "local"),
@@ -121,7 +128,6 @@ def main(path: str) -> None:
     reductions = [(size, _reduction(size, backend)) for size in MESSAGE_BYTES]
     posts = [(size, _posting(size, backend)) for size in POST_BYTES]
     action_s = _action(backend)
-    slowdown = _slowdown(probe, backend) if probe.device == "cpu" else ((1, 1.0),)
     if dist.get_rank() == 0:
         found = Found(
             transfers=_ascending([(size, seconds) for size, seconds, _ in measured]),
@@ -129,7 +135,6 @@ def main(path: str) -> None:
             reductions=_ascending(reductions),
             posts=_ascending(posts),
             action_s=action_s,
-            slowdown=slowdown,
         )
         (Path(probe.folder) / "found.json").write_bytes(msgspec.json.encode(found))
     dist.barrier()
@@ -260,16 +265,29 @@ def _action(backend: Backend) -> float:
     return max(0.0, statistics.median(seconds["F"] + seconds["B"]) - statistics.median(direct))
 
 
-def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
-    """How much slower the model's passes become when more processes run them at once, cores not yet exhausted.
+@record
+def crowd(path: str) -> None:
+    """Run one rank of the probe that measures how busy processes slow each other down."""
+    probe = msgspec.json.decode(Path(path).read_bytes(), type=Probe)
+    backend = join(probe.device, 1)
+    slowdown = _slowdown(probe, backend)
+    if dist.get_rank() == 0:
+        (Path(probe.folder) / "crowding.json").write_bytes(msgspec.json.encode(Crowding(slowdown=slowdown)))
+    dist.barrier()
+    dist.destroy_process_group()
 
-    Rank 0 alone and together with others, in turn, so that drift hits both.
+
+def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
+    """Compare the model's passes on rank 0 alone and together with others, in turn, so that drift hits both.
+
+    Up to the number of cores, what is lost is lost in caches and memory; beyond it, what switching costs on top of
+    the smaller share of the cores.
     """
     file = load(probe.model)
     chain = Chain(file, cut(file, file.build(0)), backend.device)
     inputs, targets = chain.draw(probe.samples)
-    world = dist.get_world_size()
-    counts = [n for n in (2, 4, 8) if n <= min(world, devices.cores())]
+    cores = devices.cores()
+    counts = [n for n in (2, 4, 8) if n <= dist.get_world_size()]
     alone: dict[int, list[float]] = {n: [] for n in counts}
     together: dict[int, list[float]] = {n: [] for n in counts}
 
@@ -281,7 +299,7 @@ def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
     one_pass()
     for _ in range(3):
         for n in counts:
-            torch.set_num_threads(max(1, devices.cores() // n))
+            torch.set_num_threads(max(1, cores // n))
             for busy, found in ((1, alone), (n, together)):
                 dist.barrier()
                 if dist.get_rank() < busy:
@@ -289,5 +307,6 @@ def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
                 dist.barrier()
     if dist.get_rank() > 0:
         return ()
-    ratios = [(n, statistics.median(together[n]) / statistics.median(alone[n])) for n in counts]
+    shares = {n: max(1.0, n * max(1, cores // n) / cores) for n in counts}
+    ratios = [(n, statistics.mean(together[n]) / statistics.mean(alone[n]) / shares[n]) for n in counts]
     return ((1, 1.0), *((n, max(1.0, ratio)) for n, ratio in ratios))

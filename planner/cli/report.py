@@ -109,8 +109,8 @@ def assumptions(predicted: Outcome, profile: Profile) -> tuple[str, ...]:
     ]
     if len(machine.devices) > 1 and machine.devices[0].shares_cores:
         host = machine.hosts[0]
+        crowded = ", ".join(f"{n} busy ones are each {f:.2f} times slower" for n, f in host.slowdown if n > 1)
         sentences.append(
-            f"{len(machine.devices)} processes share {host.cores} cores; "
-            f"{', '.join(f'{n} busy ones are each {f:.2f} times slower' for n, f in host.slowdown if n > 1)}."
+            f"{len(machine.devices)} processes share {host.cores} cores; beyond their share of them, {crowded}."
         )
     return tuple(sentences)

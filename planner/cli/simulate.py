@@ -52,7 +52,7 @@ def simulate(
     store.save_ranking(ranking)
     best = ranking.best
     if json:
-        output.document("simulate", as_data(ranking, measured))
+        output.document("simulate", as_data(ranking))
     else:
         _print(ranking, best, measured)
 
@@ -83,7 +83,7 @@ def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
         )
 
 
-def as_data(ranking: Ranking, measured: Profile) -> dict[str, Any]:
+def as_data(ranking: Ranking) -> dict[str, Any]:
     """The ranking as JSON data, with units in the names."""
     return {
         "k": ranking.k,
@@ -92,7 +92,7 @@ def as_data(ranking: Ranking, measured: Profile) -> dict[str, Any]:
         "cluster": ranking.cluster.name,
         "profile": ranking.profile,
         "best": str(ranking.best.plan),
-        "limits": [limit.text for limit in limits(ranking.best, measured)],
+        "limits": [limit.text for limit in limits(ranking.best, ranking.cluster)],
         "plans": [figures(outcome) for outcome in ranking.outcomes],
         "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
     }
@@ -128,7 +128,7 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
         f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
     )
     title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     for name, justify in (
         ("plan", "left"),
         ("samples/s", "right"),
@@ -144,7 +144,7 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
         table.add_row(
             str(outcome.plan),
             rate(outcome.throughput).removesuffix(" samples/s"),
-            f"{rate(low).removesuffix(' samples/s')} to {rate(high).removesuffix(' samples/s')}",
+            f"{rate(low).removesuffix(' samples/s')}–{rate(high).removesuffix(' samples/s')}",
             seconds(outcome.step_s),
             percent(outcome.bubble),
             size(outcome.peak_bytes),
@@ -155,7 +155,7 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected.strategy}: {rejected.why}", markup=False)
     output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
-    print(ascii_timeline(best.trace, width=min(100, output.results.width)))
-    for limit in limits(best, measured):
+    print(ascii_timeline(best.trace, width=min(90, output.results.width)))
+    for limit in limits(best, where):
         output.results.print(f"limit: {limit.text}", markup=False)
     output.results.print("next: plan run best")
