@@ -33,12 +33,12 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     idle = trace.makespan_bubble - uneven
     if idle > 0.02 and count > 1:
         stages, m = len(outcome.plan.stages), outcome.plan.microbatches
-        why = f"a bubble of {percent(idle)} of the devices' time"
+        why = f"the bubble: devices stand idle for {percent(trace.makespan_bubble)} of the step"
         if outcome.plan.schedule in ("gpipe", "1f1b") and stages > 1:
             ideal = (stages - 1) / (m + stages - 1)
             why += f"; with equal stages and free transfers it would be (K-1)/(M+K-1) = {percent(ideal)}"
         elif stages > 1:
-            why += ": one device works at a time"
+            why += ", because one works at a time"
         found.append(Limit(idle, why))
     by_op: dict[str, float] = {}
     for event in trace.events:

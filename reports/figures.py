@@ -9,7 +9,7 @@ from typing import NamedTuple
 from planner.outcome import Error, Outcome
 from planner.program import parse
 from planner.trace import COMPUTE, Event, MemoryPoint, Trace
-from planner.units import percent, rate, seconds, size
+from planner.units import percent, rate, size
 
 UNKNOWN = "not known"
 OP_NAMES = {
@@ -151,38 +151,6 @@ def longest_wait(trace: Trace) -> Event | None:
     """Return the action that waited longest, if any waited."""
     waits = [event for event in trace.events if event.lane == COMPUTE and event.ready > event.start]
     return max(waits, key=lambda event: event.ready - event.start, default=None)
-
-
-def limit(outcome: Outcome) -> str:
-    """Say in one sentence what keeps the step from being shorter."""
-    trace = outcome.trace
-    times = device_times(trace)
-    if not trace.end or not any(t.busy for t in times):
-        return "The step does no work that takes time."
-    if len(times) == 1:
-        op, spent = max(times[0].by_op.items(), key=lambda item: item[1])
-        name = OP_NAMES.get(op, op)
-        return f"Computing limits it: one device, {percent(spent / trace.end)} of its step in {name}."
-    mean = sum(t.busy for t in times) / len(times)
-    busiest = max(times, key=lambda t: t.busy)
-    idle = trace.end - mean
-    excess = busiest.busy - mean
-    synchronising = max(t.by_op.get("REDUCE_GRAD", 0.0) for t in times)
-    if idle < 0.05 * trace.end:
-        return f"Computing limits it: the devices work {percent(mean / trace.end)} of the step."
-    if synchronising > max(excess, idle / 2):
-        share = percent(synchronising / trace.end)
-        return f"Gradient synchronisation limits it: {seconds(synchronising)}, {share} of the step."
-    if excess > idle / 2:
-        return (
-            f"Imbalance limits it: {busiest.name} works {percent(busiest.busy / mean - 1)} longer than the mean device."
-        )
-    wait = longest_wait(trace)
-    longest = ""
-    if wait is not None:
-        where = trace.devices[wait.device]
-        longest = f"; the longest wait is {seconds(wait.ready - wait.start)} on {where} before {wait.action}"
-    return f"The bubble limits it: devices stand idle for {percent(idle / trace.end)} of the step{longest}."
 
 
 def action_name(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from planner.limits import limits
 from planner.outcome import Error, Outcome
 from planner.plan import Plan
 from planner.units import percent, rate, seconds, size
@@ -14,7 +15,6 @@ from reports.figures import (
     figures,
     interval_text,
     known,
-    limit,
     longest_wait,
     of_capacity,
     relative,
@@ -109,7 +109,8 @@ def _sentences(report: Report) -> list[str]:
     speed = f"{outcome.plan} should train {known(numbers.throughput_samples_per_s, rate)}"
     speed += f" ({interval})" if interval else ""
     speed += f" at {known(numbers.step_s, seconds)} per step."
-    sentences = [speed, _memory_sentence(outcome), limit(outcome)]
+    cluster = report.ranking.cluster if report.ranking else report.profile.machine
+    sentences = [speed, _memory_sentence(outcome), f"What limits it: {limits(outcome, cluster)[0].text}."]
     if report.measured is not None:
         error = relative(_error(report, report.measured))
         found = figures(report.measured)

@@ -17,7 +17,7 @@ def texts(forward: list[float], schedule: str, m: int) -> list[str]:
 
 def test_an_equal_pipeline_is_bound_by_its_bubble() -> None:
     first = texts([1.0] * 4, "gpipe", 4)[0]
-    assert "bubble of 42.9 %" in first
+    assert "idle for 42.9 % of the step" in first
     assert "(K-1)/(M+K-1) = 42.9 %" in first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import html
 import json
 import math
 import re
@@ -15,18 +16,18 @@ import msgspec
 import pytest
 
 from planner.errors import ARTEFACT, PlanError
+from planner.limits import limits
 from planner.outcome import Comparison, Error, Outcome
 from planner.plan import Stage
 from planner.simulate import simulate
 from planner.trace import MemoryPoint
 from reports import registry
-from reports.figures import figures, limit
+from reports.figures import figures
 from reports.markup import Html, Number, json_text, table, tag
 from reports.page import Report, render, write
 from reports.sections.accuracy import largest_cause
 from reports.sections.memory import thinned
 from reports.timeline import encode, still
-from tests import factory
 from tests.reports import samples
 from tests.reports.samples import HOSTILE, hostile
 
@@ -293,15 +294,9 @@ def test_a_thinned_curve_keeps_its_peak() -> None:
     assert [p.time for p in thin] == sorted(p.time for p in thin)
 
 
-def test_what_limits_a_plan() -> None:
-    def said(seconds: list[float], **more: object) -> str:
-        profile = factory.profile(seconds)
-        plan, _ = factory.pipeline("1f1b", len(seconds), 8)
-        return limit(simulate(profile, plan, factory.devices(len(seconds))))
-
-    assert said([0.01]).startswith("Computing limits it: one device")
-    assert said([0.01, 0.01, 0.01, 0.01]).startswith("The bubble limits it")
-    assert said([0.01, 0.05, 0.01, 0.01]).startswith("Imbalance limits it: d1")
+def test_the_verdict_says_what_limits_the_plan(whole: Report) -> None:
+    first = limits(whole.predicted, whole.ranking.cluster if whole.ranking else whole.profile.machine)[0]
+    assert f"What limits it: {html.escape(first.text)}." in text_of(whole)
 
 
 def comparison(total: float, replay: float | None, noise: float = 0.01) -> Comparison:
