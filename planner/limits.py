@@ -27,9 +27,7 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     if uneven > 0.02:
         mean = sum(trace.busy) / count
         over = trace.busy[busiest] / mean - 1
-        found.append(
-            Limit(uneven, f"stages are uneven: {trace.devices[busiest]} works {percent(over)} more than the mean")
-        )
+        found.append(Limit(uneven, f"uneven stages: {trace.devices[busiest]} works {percent(over)} more than the mean"))
     idle = trace.makespan_bubble - uneven
     if idle > 0.02 and count > 1:
         stages, m = len(outcome.plan.stages), outcome.plan.microbatches
@@ -58,7 +56,10 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     if cluster.elastic and threads > cores:
         share = 1 - cores / threads
         found.append(
-            Limit(share, f"{count} processes share {cores} cores: each runs at most at {percent(cores / threads)}")
+            Limit(
+                share,
+                f"shared cores: {count} processes on {cores} cores, each at {percent(cores / threads)} of its speed alone",
+            )
         )
     found.sort(key=lambda limit: -limit.share)
     if not found:

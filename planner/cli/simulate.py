@@ -157,5 +157,5 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
     output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
     print(ascii_timeline(best.trace, width=min(90, output.results.width)))
     for limit in limits(best, where):
-        output.results.print(f"limit: {limit.text}", markup=False)
+        output.results.print(f"limited by {limit.text}", markup=False)
     output.results.print("next: plan run best")

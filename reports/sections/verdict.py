@@ -110,7 +110,7 @@ def _sentences(report: Report) -> list[str]:
     speed += f" ({interval})" if interval else ""
     speed += f" at {known(numbers.step_s, seconds)} per step."
     cluster = report.ranking.cluster if report.ranking else report.profile.machine
-    sentences = [speed, _memory_sentence(outcome), f"What limits it: {limits(outcome, cluster)[0].text}."]
+    sentences = [speed, _memory_sentence(outcome), f"Limited by {limits(outcome, cluster)[0].text}."]
     if report.measured is not None:
         error = relative(_error(report, report.measured))
         found = figures(report.measured)

@@ -296,7 +296,7 @@ def test_a_thinned_curve_keeps_its_peak() -> None:
 
 def test_the_verdict_says_what_limits_the_plan(whole: Report) -> None:
     first = limits(whole.predicted, whole.ranking.cluster if whole.ranking else whole.profile.machine)[0]
-    assert f"What limits it: {html.escape(first.text)}." in text_of(whole)
+    assert f"Limited by {html.escape(first.text)}." in text_of(whole).replace("\xa0", " ")
 
 
 def comparison(total: float, replay: float | None, noise: float = 0.01) -> Comparison:
