@@ -58,7 +58,7 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
         found.append(
             Limit(
                 share,
-                f"shared cores: {count} processes on {cores} cores, each at {percent(cores / threads)} of its speed alone",
+                f"shared cores: {count} processes on {cores} cores, each at most {percent(cores / threads)} as fast",
             )
         )
     found.sort(key=lambda limit: -limit.share)
