@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from executor.launch import launch
-from executor.worker import Job, RankMemory, RankStep, main
+from executor.worker import PATIENCE_S, Job, RankMemory, RankStep, main
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.program import REDUCE_GRAD, parse
@@ -20,7 +20,15 @@ WARM_UP_STEPS = 3
 
 
 def run(
-    model: str, plan: Plan, *, device: str, steps: int, seed: int, folder: Path, capacity_bytes: tuple[float, ...]
+    model: str,
+    plan: Plan,
+    *,
+    device: str,
+    steps: int,
+    seed: int,
+    folder: Path,
+    capacity_bytes: tuple[float, ...],
+    expected_step_s: float = 0.0,
 ) -> Outcome:
     """Train `steps` steps of `plan` (after a few warm-up steps) and return what was measured.
 
@@ -36,6 +44,7 @@ def run(
         warm_up=WARM_UP_STEPS,
         seed=seed,
         folder=str(folder.resolve()),
+        patience_s=max(PATIENCE_S, 10 * expected_step_s),
     )
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import hashlib
 import os
 import signal
 import time
@@ -15,22 +16,25 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils import _pytree as pytree
 
 from executor.allocator import AllocationRecorder
 from executor.devices import Backend, open_device
 from executor.layers import cut
-from executor.model_file import load
+from executor.model_file import ModelFile, load
 from executor.rank import Rank, Stamped
+from planner.errors import RUN_FAILED, PlanError
 from planner.memory import KINDS
 from planner.plan import Plan
 from planner.program import RECEIVES, RECV_FORWARD, REDUCE_GRAD, Action, needs
 from planner.trace import COMPUTE, LINK, Event, MemoryPoint
 
-PEER_TIMEOUT_S = 60.0
+PATIENCE_S = 60.0
+"""How long a rank waits for another one, unless steps are predicted to be so long that more is needed."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks of a run are told. `folder` receives their results."""
+    """What the ranks of a run are told. `folder` receives their results; a peer is waited for `patience_s` at most."""
 
     model: str
     plan: Plan
@@ -39,6 +43,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     warm_up: int
     seed: int
     folder: str
+    patience_s: float
 
 
 class RankStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,11 +68,12 @@ FLUSH_S = 1.0
 def main(path: str) -> None:
     """Run one rank of the job written at `path`. Rank and world come from torchrun's environment."""
     job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
-    backend = join(job.device, job.plan.threads)
+    backend = join(job.device, job.plan.threads, job.patience_s)
     rank = dist.get_rank()
     file = load(job.model)
     model = file.build(job.seed)
     layered = cut(file, model)
+    check_batches(file)
     me = Rank(file, layered, job.plan, backend, rank, seed=job.seed + 1)
     del model, layered
     gc.collect()
@@ -97,14 +103,32 @@ def main(path: str) -> None:
     dist.destroy_process_group()
 
 
-def join(device: str, threads: int) -> Backend:
+def join(device: str, threads: int, patience_s: float = PATIENCE_S) -> Backend:
     """Bind this process to its parent's life and to its device, and join the process group."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     backend = open_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(backend.communication, timeout=datetime.timedelta(seconds=PEER_TIMEOUT_S))
+    dist.init_process_group(backend.communication, timeout=datetime.timedelta(seconds=patience_s))
     return backend
+
+
+def check_batches(file: ModelFile) -> None:
+    """Raise `PlanError` when the ranks draw different batches from one seed: inputs and targets would not match."""
+    inputs, targets = file.draw(2, seed=0)
+    digest = hashlib.sha256()
+    for tensor in pytree.tree_leaves((inputs, targets)):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        raise PlanError(
+            what="batch(n) draws different samples in different processes",
+            where=file.path,
+            why="inputs are used in one process and targets in another, so both must come from the seeded generators",
+            fix="draw with torch, random or numpy's global generators, which are seeded before each call",
+            code=RUN_FAILED,
+        )
 
 
 def clock_offset(backend: Backend, rounds: int = 9) -> float:

@@ -60,6 +60,7 @@ def run(
             seed=seed,
             folder=folder,
             capacity_bytes=predicted.capacity_bytes,
+            expected_step_s=predicted.step_s,
         )
     except (PlanError, KeyboardInterrupt):
         kept = partial(chosen, folder, predicted.capacity_bytes)

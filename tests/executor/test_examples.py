@@ -11,11 +11,21 @@ from executor.layers import cut
 from executor.model_file import load
 from executor.run import run
 from planner import partition
+from planner.errors import PlanError
 from planner.plan import Plan, Stage
 from planner.program import FORWARD, REDUCE_GRAD, parse
 from planner.trace import COMPUTE
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def test_batches_that_differ_between_processes_are_refused(tmp_path: Path) -> None:
+    path = f"{Path(__file__).parent / 'small_models.py'}:unseeded"
+    stages = tuple(Stage(layers=layers, devices=(f"d{s}",)) for s, layers in enumerate((tuple("0123"), tuple("456"))))
+    plan = Plan(strategy="gpipe", schedule="gpipe", stages=stages, microbatches=2, batch=4)
+    with pytest.raises(PlanError, match="failed") as raised:
+        run(path, plan, device="cpu", steps=1, seed=0, folder=tmp_path, capacity_bytes=(1e9, 1e9))
+    assert "different samples in different processes" in raised.value.why
 
 
 @pytest.mark.parametrize(("example", "batch", "steps"), [("gpt", 16, 24), ("digits", 64, 24)])
