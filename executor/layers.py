@@ -149,7 +149,7 @@ class StageModule(nn.Module):
                 live.update(zip(layer.outputs, as_tuple(result), strict=True))
         if not self.outputs:
             return result
-        outputs = tuple(live[name] for name in self.outputs)
+        outputs = tuple(live[name].contiguous() for name in self.outputs)  # only whole blocks are sent
         return outputs if len(outputs) > 1 else outputs[0]
 
 

@@ -283,7 +283,7 @@ def _boundaries(
             shapes.append(as_tuple(module(*inputs)))
     taken, made = (
         tuple(
-            torch.empty(v.shape, dtype=v.dtype, device="meta", requires_grad=v.requires_grad)
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta", requires_grad=v.requires_grad)
             for v in side
             if isinstance(v, torch.Tensor)
         )

@@ -79,6 +79,12 @@ class PipeStage(PipelineStage):
         if self.is_first:
             self.bwd_cache.pop(microbatch, None)
 
+    def clear_runtime_states(self) -> None:
+        """Forget the step. torch's own also clears the gradients of receive buffers, of which none is left here."""
+        self.fwd_cache.clear()
+        self.bwd_cache.clear()
+        self.output_chunks.clear()
+
     def message_bytes(self, microbatch: int, *, forward: bool) -> int:
         """Bytes of one received message."""
         infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
@@ -94,7 +100,10 @@ class PipeStage(PipelineStage):
 
 
 def post(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """Post point-to-point operations of one message together."""
+    """Post point-to-point operations of one message together; what is sent is made contiguous, as backends ask."""
+    for operation in operations:
+        if operation.op is dist.isend:
+            operation.tensor = operation.tensor.contiguous()
     return list(dist.batch_isend_irecv(operations)) if operations else []
 
 

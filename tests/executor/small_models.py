@@ -111,6 +111,24 @@ class Bomb(nn.Module):
         return self.linear(x)
 
 
+class Turned(nn.Module):
+    """Its output is a transposed view: not contiguous, like the gradient that comes back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, 3, 4).transpose(1, 2)
+
+
+class Summed(nn.Module):
+    """Its input's gradient is an expanded view."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(dim=2)
+
+
+def turned() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), Turned(), Summed(), nn.Linear(4, 4))
+
+
 def unseeded() -> nn.Module:
     return model()
 

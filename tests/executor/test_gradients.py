@@ -67,6 +67,7 @@ def cases(k: int) -> list[Case]:
         found.append(Case(name="replicas", model=MODELS, plan=plan_of(MODELS, "1f1b", 1, replicas=2)))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
     if k == 4:
+        found.append(Case(name="turned", model=f"{MODELS}:turned", plan=plan_of(f"{MODELS}:turned", "gpipe", 4)))
         found.append(Case(name="skips", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "1f1b", 4)))
         found.append(
             Case(
