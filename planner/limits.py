@@ -27,7 +27,8 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     if uneven > 0.02:
         mean = sum(trace.busy) / count
         over = trace.busy[busiest] / mean - 1
-        found.append(Limit(uneven, f"uneven devices: {trace.devices[busiest]} works {percent(over)} more than the mean"))
+        name = trace.devices[busiest]
+        found.append(Limit(uneven, f"uneven devices: {name} works {percent(over)} more than the mean"))
     idle = trace.makespan_bubble - uneven
     if idle > 0.02 and count > 1:
         stages, m = len(outcome.plan.stages), outcome.plan.microbatches
