@@ -75,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def peak_bytes(self) -> float:
-        """Peak memory of the device that needs most, relative to nothing; 0 when it was not recorded."""
+        """Peak memory of the device that needs most, in bytes; 0 when it was not recorded."""
         return max((point.total for point in self.peak), default=0.0)
 
     @cached_property
