@@ -81,6 +81,8 @@ def invoke(arguments: list[str]) -> int:
     command = next((a for a in arguments if not a.startswith("-")), "")
     try:
         result = app(args=arguments, prog_name="plan", standalone_mode=False)
+        if result == INTERRUPTED:  # typer's answer to a Ctrl-C that came before or behind the command itself
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else OK
     except PlanError as error:
         failure(command, error, as_json=as_json)
