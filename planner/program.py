@@ -5,28 +5,42 @@ Both interpreters walk it: the simulator with costs, the executor with tensors. 
 
 from __future__ import annotations
 
+import bisect
 import csv
 import io
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from planner.errors import PlanError
+import numpy as np
 
-# Operations. The letters are those of torch.distributed.pipelining; LOAD, R and OPTIMIZER are ours.
-FORWARD = "F"
-BACKWARD = "B"
-RECOMPUTE = "R"
-SEND_FORWARD, RECV_FORWARD = "SEND_F", "RECV_F"
-SEND_BACKWARD, RECV_BACKWARD = "SEND_B", "RECV_B"
-REDUCE_GRAD = "REDUCE_GRAD"
-OPTIMIZER = "OPTIMIZER"
-LOAD = "LOAD"
+from planner import codes
+from planner.codes import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FETCH,
+    FORWARD,
+    OFFLOAD,
+    OPS,
+    RECOMPUTE,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    RELEASE,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UNSHARD,
+    Order,
+)
+from planner.errors import PlanError
 
 SENDS = {SEND_FORWARD: RECV_FORWARD, SEND_BACKWARD: RECV_BACKWARD}
 RECEIVES = {receive: send for send, receive in SENDS.items()}
-OPS = (FORWARD, BACKWARD, RECOMPUTE, *SENDS, *RECEIVES, REDUCE_GRAD, OPTIMIZER, LOAD)
+TAKERS = (FORWARD, BACKWARD, BACKWARD_INPUT, RECOMPUTE)
+"""Computes that take something from outside their device."""
 
 _PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\d*)")
 
@@ -34,7 +48,7 @@ _PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\
 class Action(NamedTuple):
     """What a device does once: stage, operation and, where it has one, micro-batch.
 
-    >>> str(Action(2, FORWARD, 0)), parse("1SEND_B12")
+    >>> str(Action(2, "F", 0)), parse("1SEND_B12")
     ('2F0', Action(stage=1, op='SEND_B', microbatch=12))
     """
 
@@ -45,10 +59,13 @@ class Action(NamedTuple):
     def __str__(self) -> str:
         return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}"
 
+    @property
+    def code(self) -> int:
+        """The action as a number (`planner.codes`)."""
+        return codes.code(self.op, self.stage, self.microbatch)
+
 
 Row = tuple[Action, ...]
-Order = tuple[Row, ...]
-"""Compute actions only, one row per device of a pipeline: what a schedule returns."""
 
 
 def parse(text: str) -> Action:
@@ -60,14 +77,26 @@ def parse(text: str) -> Action:
     return Action(int(stage), op, int(microbatch) if microbatch else None)
 
 
+def actions(row: codes.Codes) -> Row:
+    """Return a row of codes as actions."""
+    found = row.tolist()
+    return tuple(Action(stage, op, m) for op, stage, m in map(codes.unpack, found))
+
+
+def order(rows: Iterable[Sequence[Action]]) -> Order:
+    """Return rows of actions as codes."""
+    return tuple(np.array([action.code for action in row], np.int64) for row in rows)
+
+
 def grid(rows: Order, *, mark: tuple[int, int] | None = None) -> str:
     """Print rows of actions as a table; the cell `mark` = (device, position) stands between > and <.
 
-    >>> print(grid(((Action(0, "F", 0), Action(0, "B", 0)),), mark=(0, 1)))
+    >>> print(grid(order([[Action(0, "F", 0), Action(0, "B", 0)]]), mark=(0, 1)))
     0F0 >0B0<
     """
     cells = [
-        [f">{action}<" if mark == (d, i) else str(action) for i, action in enumerate(row)] for d, row in enumerate(rows)
+        [f">{action}<" if mark == (d, i) else str(action) for i, action in enumerate(actions(row))]
+        for d, row in enumerate(rows)
     ]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(max(map(len, cells), default=0))]
     return "\n".join(" ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in cells)
@@ -85,8 +114,13 @@ class Message(NamedTuple):
 class Program:
     """The rows of all devices. Equal when their rows are equal; immutable."""
 
-    def __init__(self, rows: Order) -> None:
-        self.rows = rows
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Action]]) -> Program:
+        """Make a program of rows of actions."""
+        return cls(order(rows))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.rows == other.rows
@@ -95,7 +129,12 @@ class Program:
         return hash(self.rows)
 
     def __str__(self) -> str:
-        return grid(self.rows)
+        return grid(self.order)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows as actions."""
+        return tuple(actions(row) for row in self.order)
 
     @cached_property
     def where(self) -> dict[Action, int]:
@@ -133,19 +172,20 @@ class Program:
         known: dict[Action, list[Action]] = defaultdict(list)
         for receive, (d, i, _) in takes.items():
             message = self.messages[receive]
-            answer = next((send for j, send in sends[d, message.source] if j > i), None)
-            if answer is not None:
-                known[takes[counterpart(answer)][2]].append(message.send)
+            answers = sends[d, message.source]
+            at = bisect.bisect_right(answers, i, key=lambda answer: answer[0])
+            if at < len(answers):
+                known[takes[counterpart(answers[at][1])][2]].append(message.send)
         return {action: tuple(done) for action, done in known.items()}
 
     @cached_property
-    def replicas(self) -> dict[int, tuple[int, ...]]:
+    def holders(self) -> dict[int, tuple[int, ...]]:
         """Devices that hold each stage, in order: those that reduce its gradients together."""
-        holders: dict[int, list[int]] = defaultdict(list)
-        for d, row in enumerate(self.rows):
-            for stage in sorted({action.stage for action in row if action.op == FORWARD}):
-                holders[stage].append(d)
-        return {stage: tuple(devices) for stage, devices in holders.items()}
+        found: dict[int, list[int]] = defaultdict(list)
+        for d, row in enumerate(self.order):
+            for stage in np.unique(codes.stages(row[codes.has(row, FORWARD)])).tolist():
+                found[stage].append(d)
+        return {stage: tuple(devices) for stage, devices in sorted(found.items())}
 
     def to_csv(self) -> str:
         """Return one line per device."""
@@ -156,7 +196,7 @@ class Program:
     @classmethod
     def from_csv(cls, text: str) -> Program:
         """Read what `to_csv` writes."""
-        return cls(tuple(tuple(parse(cell) for cell in line) for line in csv.reader(io.StringIO(text))))
+        return cls.of([[parse(cell) for cell in line] for line in csv.reader(io.StringIO(text))])
 
 
 def counterpart(action: Action) -> Action:
@@ -175,16 +215,31 @@ def needs(action: Action) -> Action | None:
     Whether that receive exists is the program's matter: the first stage's forward receives nothing. A recompute waits
     for the gradient as its backward does, because `torch.utils.checkpoint` starts it from inside the backward.
     """
-    op = {FORWARD: RECV_FORWARD, BACKWARD: RECV_BACKWARD, RECOMPUTE: RECV_BACKWARD}.get(action.op)
+    op = {
+        FORWARD: RECV_FORWARD,
+        BACKWARD: RECV_BACKWARD,
+        BACKWARD_INPUT: RECV_BACKWARD,
+        RECOMPUTE: RECV_BACKWARD,
+    }.get(action.op)
     return Action(action.stage, op, action.microbatch) if op else None
 
 
-def prove(program: Program, stages: int, microbatches: int) -> None:
+def copies(action: Action) -> tuple[Action, ...]:
+    """Return what `action` also waits for on its own device: copies to and from the host, gathered parameters."""
+    stage, op, m = action
+    if op in (BACKWARD, BACKWARD_INPUT, RECOMPUTE):
+        return Action(stage, FETCH, m), Action(stage, UNSHARD, m)
+    if op == FORWARD:
+        return (Action(stage, UNSHARD, m),)
+    return (Action(stage, OFFLOAD, m),) if op == RELEASE else ()
+
+
+def prove(program: Program, stages: int, microbatches: int, *, backward: bool = True) -> None:
     """Prove that the program computes a step and ends: what fails here is never started.
 
-    Every stage runs every micro-batch forward and backward once, forward first; each send has its receive; messages
-    between two devices are sent and received in the same order; and nothing waits in a circle even when a send only
-    completes once its receive is posted (gloo is rendezvous for every size).
+    Every stage runs every micro-batch forward and backward (whole, or input before weight) once, forward first; each
+    send has its receive; messages between two devices are sent and received in the same order; and nothing waits in a
+    circle even when a send only completes once its receive is posted (gloo is rendezvous for every size).
     Raises `PlanError` with the bad cell marked in the grid.
     """
     position: dict[tuple[int, Action], int] = {}
@@ -195,14 +250,27 @@ def prove(program: Program, stages: int, microbatches: int) -> None:
             position[d, action] = i
     for stage in range(stages):
         for m in range(microbatches):
-            forward, backward = Action(stage, FORWARD, m), Action(stage, BACKWARD, m)
-            if forward not in program.where or backward not in program.where:
-                raise _disproved(program, None, f"{forward} or {backward} is missing")
-            d = program.where[forward]
-            if program.where[backward] != d or position[d, backward] < position[d, forward]:
-                raise _disproved(program, (d, position[d, forward]), f"{backward} must follow {forward} on its device")
+            forward = Action(stage, FORWARD, m)
+            if forward not in program.where:
+                raise _disproved(program, None, f"{forward} is missing")
+            if backward:
+                _prove_backward(program, position, forward)
     _prove_messages(program, position)
     _prove_progress(program)
+
+
+def _prove_backward(program: Program, position: dict[tuple[int, Action], int], forward: Action) -> None:
+    stage, _, m = forward
+    whole = Action(stage, BACKWARD, m)
+    parts = [whole] if whole in program.where else [Action(stage, op, m) for op in (BACKWARD_INPUT, BACKWARD_WEIGHT)]
+    d = program.where[forward]
+    before = forward
+    for part in parts:
+        if part not in program.where:
+            raise _disproved(program, None, f"{whole} is missing")
+        if program.where[part] != d or position[d, part] < position[d, before]:
+            raise _disproved(program, (d, position[d, before]), f"{part} must follow {before} on its device")
+        before = part
 
 
 def _prove_messages(program: Program, position: dict[tuple[int, Action], int]) -> None:
@@ -227,12 +295,19 @@ def _prove_messages(program: Program, position: dict[tuple[int, Action], int]) -
 def _prove_progress(program: Program) -> None:
     at = [0] * len(program.rows)
     posted: set[Action] = set()
-    reducing: dict[Action, set[int]] = defaultdict(set)
+    met: dict[tuple[int, str, int], set[int]] = defaultdict(set)
+    turns: dict[tuple[int, int, str], int] = defaultdict(int)
 
     def passes(d: int, action: Action) -> bool:
-        if action.op == REDUCE_GRAD:
-            reducing[action].add(d)
-            return len(reducing[action]) == len(program.replicas[action.stage])
+        if action.op in (REDUCE_GRAD, UNSHARD):
+            group = met[action.stage, action.op, turns[d, action.stage, action.op]]
+            group.add(d)
+            if action.op == REDUCE_GRAD and len(group) < len(program.holders[action.stage]):
+                return False
+            turns[d, action.stage, action.op] += 1
+            return True
+        if any(copy in program.where and copy not in posted for copy in copies(action)):
+            return False
         receive = needs(action)
         if receive in program.messages:
             return {receive, program.messages[receive].send} <= posted
@@ -255,7 +330,7 @@ def _disproved(program: Program, cell: tuple[int, int] | None, why: str) -> Plan
     where = f"device {cell[0]}, action {cell[1]}" if cell else "the whole program"
     return PlanError(
         what="the program is not a valid step",
-        where=f"{where}\n{grid(program.rows, mark=cell)}",
+        where=f"{where}\n{grid(program.order, mark=cell)}",
         why=why,
-        fix="correct the schedule that generated it (planner/schedules.py)",
+        fix="correct the schedule that generated it (planner/schedules)",
     )

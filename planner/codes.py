@@ -1,0 +1,114 @@
+"""Actions as 64-bit numbers, so that a row of a program is an array and a pass over it is arithmetic.
+
+A code holds operation, stage and micro-batch: `op << 56 | stage << 32 | (microbatch + 1)`, 0 standing for no
+micro-batch. `planner.program.Action` is the same thing for people.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Codes = npt.NDArray[np.int64]
+Order = tuple[Codes, ...]
+"""Actions of every device, one row per device."""
+
+# Operations. The letters are those of torch.distributed.pipelining as far as it has them.
+FORWARD, BACKWARD = "F", "B"
+BACKWARD_INPUT, BACKWARD_WEIGHT = "I", "W"
+RECOMPUTE = "R"
+SEND_FORWARD, RECV_FORWARD = "SEND_F", "RECV_F"
+SEND_BACKWARD, RECV_BACKWARD = "SEND_B", "RECV_B"
+OFFLOAD, RELEASE, FETCH = "OFFLOAD", "RELEASE", "FETCH"
+UNSHARD, RESHARD = "UNSHARD", "RESHARD"
+REDUCE_GRAD = "REDUCE_GRAD"
+PULL, PUSH = "PULL", "PUSH"
+OPTIMIZER = "OPTIMIZER"
+LOAD = "LOAD"
+
+OPS = (
+    *(FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, RECOMPUTE),
+    *(SEND_FORWARD, RECV_FORWARD, SEND_BACKWARD, RECV_BACKWARD),
+    *(OFFLOAD, RELEASE, FETCH, UNSHARD, RESHARD, REDUCE_GRAD, PULL, PUSH, OPTIMIZER, LOAD),
+)
+NUMBER = {op: number for number, op in enumerate(OPS)}
+COMPUTES = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
+"""What a schedule may contain; everything else is added by `planner.lowering`."""
+
+OP, STAGE = 56, 32
+MICROBATCH = (1 << 32) - 1
+_STAGES = (1 << 24) - 1
+
+
+def code(op: str, stage: int, microbatch: int | None = None) -> int:
+    """Pack one action.
+
+    >>> unpack(code("B", 3, 0)), unpack(code("OPTIMIZER", 1))
+    (('B', 3, 0), ('OPTIMIZER', 1, None))
+    """
+    return NUMBER[op] << OP | stage << STAGE | (0 if microbatch is None else microbatch + 1)
+
+
+def unpack(number: int) -> tuple[str, int, int | None]:
+    """Return operation, stage and micro-batch of a code."""
+    microbatch = number & MICROBATCH
+    return OPS[number >> OP], number >> STAGE & _STAGES, microbatch - 1 if microbatch else None
+
+
+def run(op: str, stage: int, microbatches: int | range | Codes) -> Codes:
+    """Return one operation of one stage for several micro-batches, in order."""
+    chosen = np.arange(microbatches) if isinstance(microbatches, int) else np.asarray(microbatches)
+    return chosen.astype(np.int64) + (code(op, stage) + 1)
+
+
+def weave(*parts: Codes) -> Codes:
+    """Take one of each part in turn; all are equally long.
+
+    >>> [unpack(c)[0] for c in weave(run("F", 0, 2), run("B", 0, 2)).tolist()]
+    ['F', 'B', 'F', 'B']
+    """
+    return np.stack(parts, axis=1).reshape(-1)
+
+
+def join(*parts: Codes) -> Codes:
+    """Put parts behind each other."""
+    return np.concatenate([*parts, np.empty(0, np.int64)])
+
+
+def ops(row: Codes) -> Codes:
+    """Number of the operation (index into `OPS`) of every action."""
+    return row >> OP
+
+
+def stages(row: Codes) -> Codes:
+    """Stage of every action."""
+    return (row >> STAGE) & _STAGES
+
+
+def microbatches(row: Codes) -> Codes:
+    """Micro-batch of every action, -1 where it has none."""
+    return (row & MICROBATCH) - 1
+
+
+def kinds(row: Codes) -> Codes:
+    """Stage and operation of every action, without its micro-batch."""
+    return row >> STAGE
+
+
+def has(row: Codes, *wanted: str) -> npt.NDArray[np.bool_]:
+    """Where the operation is one of `wanted`."""
+    found = np.zeros(len(row), bool)
+    for op in wanted:
+        found |= ops(row) == NUMBER[op]
+    return found
+
+
+def with_op(row: Codes, op: str) -> Codes:
+    """The same stages and micro-batches with another operation."""
+    return (row & ((1 << OP) - 1)) | (NUMBER[op] << OP)
+
+
+def insert(row: Codes, where: npt.NDArray[np.bool_], op: str, *, behind: bool) -> Codes:
+    """Add `op`, for the same stage and micro-batch, before or behind every action that `where` marks."""
+    at = np.flatnonzero(where)
+    return np.insert(row, at + 1 if behind else at, with_op(row[at], op))
