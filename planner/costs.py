@@ -1,249 +1,379 @@
-"""What every action of a plan costs on a cluster, from a profile: seconds alone on its device, bytes on the wire.
+"""What every action and every transfer of a program costs on a cluster, from a profile: seconds and bytes.
 
-How actions disturb each other (shared cores and links) is the simulator's matter.
+How they disturb each other (shared cores and links) is the simulator's matter.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from random import Random
-from typing import Literal
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from planner import codes, collectives, synchronisation
 from planner.cluster import Cluster, Device, by_size
-from planner.plan import Plan
-from planner.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
-from planner.program import (
-    BACKWARD,
-    FORWARD,
+from planner.codes import (
+    FETCH,
     LOAD,
+    OFFLOAD,
     OPTIMIZER,
-    RECOMPUTE,
+    PULL,
+    PUSH,
+    RECV_BACKWARD,
+    RECV_FORWARD,
     REDUCE_GRAD,
+    REDUCE_TIED,
     SEND_BACKWARD,
     SEND_FORWARD,
-    Action,
-    Program,
+    UNSHARD_FORWARD,
 )
+from planner.errors import DEVICE, PlanError
+from planner.linking import MESSAGES, Linked
+from planner.plan import Plan
+from planner.profile import Profile
+from planner.program import Program
+from planner.stage_costs import MEDIAN, QUANTILES, Quantile, Spread, StageCosts, at, layer_table
+from planner.stage_memory import of_plan
 from planner.trace import Trace
 
-Quantile = Literal["low", "lower", "median", "upper", "high"]
-QUANTILES: dict[Quantile, float] = {"low": 0.1, "lower": 0.25, "median": 0.5, "upper": 0.75, "high": 0.9}
-"""The percentiles that a profile's `Timing` holds, by the first part of the field's name."""
+Floats = npt.NDArray[np.float64]
 _SHARES = tuple(QUANTILES.values())
-Spread = tuple[float, ...]
-"""Seconds at each of `QUANTILES`."""
+
+
+class TransferKind(NamedTuple):
+    """Transfers that cost the same: which, between which devices, how much.
+
+    `seconds` until it is done when it has its links for itself; `work` the core seconds it takes from each end's host;
+    `ways` the links that each of its parts passes, at the same time; `busy` how long these are taken (of a collective
+    that overlaps computing, only `seconds` are waited for).
+    """
+
+    op: str
+    stage: int
+    source: int
+    target: int
+    bytes: float
+    seconds: float
+    work: float
+    ways: tuple[tuple[int, ...], ...]
+    busy: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
     """The price list of one program.
 
-    `seconds` holds, per device, what each action computes when it has its cores for itself (posting time for sends
-    and receives); `sizes` the bytes of each send; `ways` the links of each ordered pair of devices; `transfers` the
-    seconds of each send on undisturbed links and `works` the core seconds it takes from each end; `reductions` the
-    seconds of each stage's all-reduce. `spread` has, per device, the quantiles of every stage's operations, whatever
-    the micro-batch. `contended` is off when the seconds were measured under contention already.
+    `seconds` holds what each action (of `linked.flat`) computes when it has its cores for itself, posting time for
+    sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
+    the transfers' prices, `transfer_kind` which one each transfer has (-1 where there is none). `applying` is what a
+    parameter server needs to update each stage. `contended` is off when the seconds were measured under contention.
     """
 
     cluster: Cluster
-    seconds: tuple[dict[Action, float], ...]
-    sizes: dict[Action, float]
-    ways: dict[tuple[int, int], tuple[int, ...]]
-    transfers: dict[Action, float]
-    works: dict[Action, float]
-    reductions: dict[int, float]
-    spread: tuple[dict[tuple[int, str], Spread], ...]
+    linked: Linked
+    seconds: Floats
+    spread: Floats
+    kind: npt.NDArray[np.int64]
+    kinds: tuple[TransferKind, ...]
+    transfer_kind: npt.NDArray[np.int64]
+    applying: dict[int, float]
     contended: bool = True
+
+    @property
+    def transfers(self) -> Floats:
+        """Seconds of every transfer alone on its links; 0 where there is none."""
+        return np.array([*(kind.seconds for kind in self.kinds), 0.0])[self.transfer_kind]
 
     def replayed(self, trace: Trace) -> Costs:
         """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
 
         What the simulator then still gets wrong is the schedule and communication model alone.
         """
-        seconds = tuple(
-            {a: measured.get(a, s) for a, s in mine.items()}
-            for mine, measured in zip(self.seconds, trace.work, strict=True)
-        )
-        return dataclasses.replace(self, seconds=seconds, contended=False)
+        reducing = codes.has(self.linked.flat, REDUCE_GRAD)
+        seconds = [
+            seconds if reduces else trace.work[row].get(action, seconds)
+            for action, row, seconds, reduces in zip(
+                self.linked.actions, self.linked.row.tolist(), self.seconds.tolist(), reducing.tolist(), strict=True
+            )
+        ]
+        return dataclasses.replace(self, seconds=np.array(seconds), contended=False)
 
     @property
     def by_operation(self) -> dict[str, float]:
         """Median seconds of each operation per stage, as "1B"; the devices of a stage are alike."""
-        return {
-            f"{action.stage}{action.op}": seconds
-            for mine in self.seconds
-            for action, seconds in mine.items()
-            if action.op != REDUCE_GRAD
-        } | {f"{stage}{REDUCE_GRAD}": seconds for stage, seconds in self.reductions.items()}
+        first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
+        found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
+        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op == REDUCE_GRAD}
 
     @property
     def certain(self) -> bool:
         """Whether no operation has any spread."""
-        return all(spread[0] == spread[-1] for table in self.spread for spread in table.values())
+        return bool((self.spread[:, 0] == self.spread[:, -1]).all())
 
     def at(self, quantile: Quantile) -> Costs:
         """Return the same costs with every operation at one quantile."""
         index = list(QUANTILES).index(quantile)
-        return self._with(lambda spread: spread[index])
+        return dataclasses.replace(self, seconds=self.spread[self.kind, index])
 
-    def drawn(self, random: Random) -> Costs:
+    def drawn(self, random: np.random.Generator) -> Costs:
         """Draw every action's seconds from its own spread, independently.
 
         The quantile function is linear between the measured percentiles and constant beyond them: no draw is outside
         of what was seen.
         """
-
-        def draw(spread: Spread) -> float:
-            share = random.random()
-            right = bisect.bisect_left(_SHARES, share)
-            if right in (0, len(_SHARES)):
-                return spread[min(right, len(_SHARES) - 1)]
-            part = (share - _SHARES[right - 1]) / (_SHARES[right] - _SHARES[right - 1])
-            return spread[right - 1] + part * (spread[right] - spread[right - 1])
-
-        return self._with(draw)
-
-    def _with(self, choose: Callable[[Spread], float]) -> Costs:
-        seconds = tuple(
-            {a: choose(table[a[:2]]) if a[:2] in table else s for a, s in mine.items()}
-            for mine, table in zip(self.seconds, self.spread, strict=True)
-        )
-        return dataclasses.replace(self, seconds=seconds)
+        share = random.random(len(self.kind))
+        right = np.clip(np.searchsorted(_SHARES, share), 1, len(_SHARES) - 1)
+        low, high = np.array(_SHARES)[right - 1], np.array(_SHARES)[right]
+        part = np.clip((share - low) / (high - low), 0.0, 1.0)
+        below, above = self.spread[self.kind, right - 1], self.spread[self.kind, right]
+        return dataclasses.replace(self, seconds=below + part * (above - below))
 
 
-def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster) -> Costs:
-    """Price every action of `program` on the devices of `cluster`, which are the plan's, in its order.
+def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked | None = None) -> Costs:
+    """Price every action and transfer of `program` on the devices of `cluster`, which are the plan's rows, in order.
 
-    Raises `PlanError` when the plan is for other layers or two neighbours have no link.
+    Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
-    ranges = plan.layer_ranges([layer.name for layer in profile.layers])
-    stages = [StageCosts(profile, layers, plan.samples) for layers in ranges]
-    loads = tuple(at(profile.load, plan.batch, quantile) for quantile in QUANTILES)
-    spread = tuple(
-        {
-            (stage, op): loads if op == LOAD else stages[stage].spread(op, device)
-            for stage, op in {action[:2] for action in row if action not in program.messages}
-        }
-        for row, device in zip(program.rows, cluster.devices, strict=True)
+    linked = linked or Linked(program)
+    prices = _Prices(profile, plan, cluster, program)
+    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, cluster.devices)))}
+    device_class = np.array([classes[_class(device)] for device in cluster.devices])
+    width = linked.stages * len(codes.OPS)
+    number = device_class[linked.row] * width + codes.stages(linked.flat) * len(codes.OPS) + codes.ops(linked.flat)
+    found = np.flatnonzero(np.bincount(number, minlength=1))
+    examples = {number: device for device, number in reversed([(d, classes[_class(d)]) for d in cluster.devices])}
+    table = np.array(
+        [
+            prices.action(codes.OPS[n % len(codes.OPS)], n % width // len(codes.OPS), examples[n // width])
+            for n in found.tolist()
+        ]
     )
-    names = plan.devices
-    messages = {message.send: message for message in program.messages.values()}
-    bytes_of = {
-        (stage, op): profile.crossing_bytes(
-            ranges[stage].stop if op == SEND_FORWARD else ranges[stage].start,
-            plan.samples,
-            gradients=op == SEND_BACKWARD,
-        )
-        for stage, op in {send[:2] for send in messages}
-    }
-    posts = {kind: cluster.post_seconds(size) for kind, size in bytes_of.items()}
-    works = {k: by_size(cluster.transfer_work, b) if cluster.transfer_work else 0.0 for k, b in bytes_of.items()}
-    ways = {
-        pair: cluster.path(names[pair[0]], names[pair[1]]) for pair in {(m.source, m.target) for m in messages.values()}
-    }
-    kinds = {(m.source, m.target, *send[:2]) for send, m in messages.items()}
-    transfers = {
-        (a, b, stage, op): cluster.transfer_seconds(ways[a, b], bytes_of[stage, op]) for a, b, stage, op in kinds
-    }
-    middle = list(QUANTILES).index("median")
+    place = np.zeros(int(found.max()) + 1, np.int64)
+    place[found] = np.arange(len(found))
+    kind = place[number]
+    kinds, transfer_kind = _transfers(linked, prices)
+    server = synchronisation.get(plan.synchronisation).server
     return Costs(
         cluster=cluster,
-        seconds=tuple(
-            {
-                action: posts[program.messages[action].send[:2]]
-                if action in program.messages
-                else table[action[:2]][middle]
-                for action in row
-            }
-            for row, table in zip(program.rows, spread, strict=True)
-        ),
-        sizes={send: bytes_of[send[:2]] for send in messages},
-        ways=ways,
-        transfers={send: transfers[m.source, m.target, *send[:2]] for send, m in messages.items()},
-        works={send: works[send[:2]] for send in messages},
-        reductions={
-            stage: cluster.all_reduce_seconds(
-                tuple(names[d] for d in devices), sum(profile.layers[i].gradient_bytes for i in ranges[stage])
-            )
-            for stage, devices in program.replicas.items()
-            if len(devices) > 1
-        },
-        spread=spread,
+        linked=linked,
+        seconds=table[kind, MEDIAN],
+        spread=table,
+        kind=kind,
+        kinds=kinds,
+        transfer_kind=transfer_kind,
+        applying={s: prices.applying(s) for s in range(linked.stages)} if server else {},
     )
 
 
-class StageCosts:
-    """Seconds of one stage's operations at one micro-batch size.
+def _class(device: Device) -> tuple[float, int]:
+    return device.speed, device.threads
 
-    A stage runs its layers without the seams that the profiler had to cut between them. The whole model, measured
-    beside its layers, says what a seam costs: (sum of the layers - whole) / (number of seams).
+
+def _transfers(linked: Linked, prices: _Prices) -> tuple[tuple[TransferKind, ...], npt.NDArray[np.int64]]:
+    """Price transfers kind by kind: those of one stage between the same two devices cost the same."""
+    kinds: dict[tuple[str, int, int, int], int] = {}
+    numbers = np.full(linked.transfers, -1, np.int64)
+    for op, base in linked.planes:
+        used = base + np.flatnonzero(linked.parties[base : base + linked.slots])
+        stage = (used - base) // linked.microbatches
+        key = (linked.source[used] * linked.devices + linked.target[used]) * linked.stages + stage
+        if op not in MESSAGES:
+            key = stage
+        begins = np.flatnonzero(np.diff(key, prepend=-1))  # transfers of one kind stand in runs
+        lengths = np.diff([*begins.tolist(), len(used)])
+        of_run = []
+        for first in used[begins].tolist():
+            ends = (int(linked.source[first]), int(linked.target[first])) if op in MESSAGES else (-1, -1)
+            of_run.append(kinds.setdefault((op, (first - base) // linked.microbatches, *ends), len(kinds)))
+        numbers[used] = np.repeat(np.array(of_run, np.int64), lengths)
+    return tuple(prices.transfer(*kind) for kind in kinds), numbers
+
+
+class _Prices:
+    """Prices of one plan's operations, asked for once per kind."""
+
+    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster, program: Program) -> None:
+        self.profile, self.plan, self.cluster = profile, plan, cluster
+        self.ranges = plan.layer_ranges([layer.name for layer in profile.layers])
+        names = {layer.name: i for i, layer in enumerate(profile.layers)}
+        chosen = frozenset(names[n] for n in plan.recompute_layers) if plan.recompute_layers else None
+        self.stages = [StageCosts(profile, layers, plan.samples, chosen) for layers in self.ranges]
+        self.holders = program.holders
+        self.way = synchronisation.get(plan.synchronisation)
+        self.groups = plan.groups
+
+    def action(self, op: str, stage: int, device: Device) -> Spread:
+        """Seconds that an action keeps its device from computing, at every quantile."""
+        if op == LOAD:
+            return np.array([at(self.profile.load, self.plan.batch, quantile) for quantile in QUANTILES])
+        posts = {SEND_FORWARD: (stage + 1, True), RECV_FORWARD: (stage, True)}
+        posts |= {SEND_BACKWARD: (stage - 1, False), RECV_BACKWARD: (stage, False)}
+        if op in posts:
+            target, forward = posts[op]
+            return np.full(len(QUANTILES), self.cluster.post_seconds(self.message_bytes(target, forward=forward)))
+        seconds = self.stages[stage].spread(op, device)
+        if op == OPTIMIZER:
+            if "optimizer" in self.way.shards:
+                seconds = seconds / len(self.holders[stage])
+            if self.plan.host_optimizer:
+                seconds = np.full(len(QUANTILES), self.on_host(stage, device))
+        return seconds
+
+    def message_bytes(self, stage: int, *, forward: bool) -> float:
+        """Bytes of the message that `stage` receives."""
+        cut = self.ranges[stage].start if forward else self.ranges[stage].stop
+        return self.profile.crossing_bytes(cut, self.plan.samples, gradients=not forward)
+
+    def transfer(self, op: str, stage: int, source: int, target: int) -> TransferKind:
+        """Price one kind of transfer."""
+        if op in MESSAGES:
+            size = self.message_bytes(stage, forward=op == RECV_FORWARD)
+            way = self.cluster.path(self.groups[source][0], self.groups[target][0])
+            seconds = self.cluster.transfer_seconds(way, size)
+            work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
+            return TransferKind(op, stage, source, target, size, seconds, work, (way,), seconds)
+        row = self.holders[stage][0]
+        if op in (OFFLOAD, FETCH):
+            size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
+            way = host_way(self.cluster, self.groups[row][0])
+            seconds = self.cluster.transfer_seconds(way, size)
+            return TransferKind(op, stage, row, row, size, seconds, 0.0, (way,), seconds)
+        if op in (PULL, PUSH):
+            return self._served(op, stage, row)
+        return self._collective(op, stage)
+
+    def _collective(self, op: str, stage: int) -> TransferKind:
+        layers = self.ranges[stage]
+        devices = tuple(self.groups[row][0] for row in self.holders[stage])
+        if op == REDUCE_TIED:
+            group = next(group for group in self.plan.tied if group[0] == stage)
+            rows = dict.fromkeys(row for s in group for row in self.holders[s])
+            devices = tuple(self.groups[row][0] for row in rows)
+            size = self.tied_bytes(group)
+            busy = seconds = collectives.all_reduce(self.cluster, devices, size)
+        elif op == REDUCE_GRAD:
+            per_layer = [float(self.profile.layers[i].gradient_bytes) for i in layers]
+            size = sum(per_layer)
+            busy, seconds = self._reduced(stage, devices, per_layer)
+        else:
+            per_layer = [float(self.profile.layers[i].parameter_bytes) for i in layers]
+            size = sum(per_layer)
+            gathers = [collectives.half(self.cluster, devices, bytes_) for bytes_ in per_layer]
+            busy = sum(gathers)
+            seconds = busy
+            if "parameters" in self.way.shards:
+                needed = self._reached(stage, forward=op == UNSHARD_FORWARD)
+                ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
+                seconds = collectives.lead(needed, ordered)
+        ways = tuple(dict.fromkeys(collectives.ring_ways(self.cluster, devices))) if len(devices) > 1 else ()
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, busy)
+
+    def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
+        """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
+
+        Gradients become ready from the last layer to the first. DDP reduces them in buckets as they fill, sharded
+        gradients layer by layer.
+        """
+        whole = collectives.all_reduce if not self.way.shards else collectives.half
+        sharded = "gradients" in self.way.shards
+        if not self.plan.bucket_bytes and not sharded:
+            seconds = whole(self.cluster, devices, sum(per_layer))
+            return seconds, seconds
+        times = self._reached(stage, forward=False)
+        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+        op = table.backward_weight if self._splits else table.backward
+        layers = self.ranges[stage]
+        end = float(op[MEDIAN, layers.stop] - op[MEDIAN, layers.start])
+        ready: list[float] = []
+        sizes: list[float] = []
+        for index, size in enumerate(reversed(per_layer)):
+            done = times[index + 1] if index + 1 < len(times) else end
+            if sizes and not sharded and sizes[-1] < self.plan.bucket_bytes:
+                sizes[-1] += size
+                ready[-1] = done
+            else:
+                sizes.append(size)
+                ready.append(done)
+        seconds = [whole(self.cluster, devices, size) for size in sizes]
+        return sum(seconds), collectives.tail(ready, seconds, end)
+
+    @property
+    def _splits(self) -> bool:
+        from planner import schedules
+
+        return schedules.get(self.plan.schedule).splits
+
+    def _reached(self, stage: int, *, forward: bool) -> list[float]:
+        """Seconds after a pass's begin at which it reaches each of the stage's layers, in its own direction."""
+        layers = self.ranges[stage]
+        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+        sums = table.forward if forward else table.backward_weight if self._splits else table.backward
+        reached = sums[MEDIAN, layers.start : layers.stop]
+        if forward:
+            return (reached - reached[0]).tolist()
+        ends = sums[MEDIAN, layers.start + 1 : layers.stop + 1]
+        return (ends[-1] - ends)[::-1].tolist()
+
+    def tied_bytes(self, group: tuple[int, ...]) -> float:
+        """Bytes of the parameters that a group of stages shares: at most those of the smallest layer that has them."""
+        homes = {self.profile.layers[i].name: s for s, layers in enumerate(self.ranges) for i in layers}
+        size = {layer.name: layer.gradient_bytes for layer in self.profile.layers}
+        shared = [names for _, *names in self.profile.tied if {homes[n] for n in names} == set(group)]
+        return float(sum(min(size[name] for name in names) for names in shared))
+
+    def _served(self, op: str, stage: int, row: int) -> TransferKind:
+        """A pull or push: every server's shard at the same time, all workers through the servers' own links."""
+        size = float(sum(self.profile.layers[i].parameter_bytes for i in self.ranges[stage]))
+        if self.way.server == "host":
+            ways = [host_way(self.cluster, self.groups[row][0])]
+        else:
+            mine = self.groups[row][0]
+            ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
+        each = size / max(1, len(self.plan.servers))
+        seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, tuple(ways), seconds)
+
+    def applying(self, stage: int) -> float:
+        """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
+        device = self.cluster.devices[self.holders[stage][0]]
+        if self.way.server == "host":
+            return self.on_host(stage, device, copies=False)
+        return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
+
+    def on_host(self, stage: int, device: Device, *, copies: bool = True) -> float:
+        """Seconds of an update on the host: gradients down, memory-bound arithmetic, parameters up.
+
+        The update reads parameters, gradients and state and writes parameters and state (ZeRO-Offload, arXiv
+        2101.06840, finds the CPU's Adam bound by memory).
+        """
+        layers = [self.profile.layers[i] for i in self.ranges[stage]]
+        parameters = float(sum(layer.parameter_bytes for layer in layers))
+        gradients = float(sum(layer.gradient_bytes for layer in layers))
+        state = float(sum(layer.optimizer_bytes for layer in layers))
+        host = next(host for host in self.cluster.hosts if host.name == device.host)
+        shards = len(self.holders[stage]) if "optimizer" in self.way.shards else 1
+        moved = (2 * parameters + gradients + 2 * state) / shards
+        seconds = moved / host.memory_bytes_per_s
+        if copies:
+            way = host_way(self.cluster, device.name)
+            seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
+        return seconds
+
+
+def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
+    """Return the link from a device to its host's memory.
+
+    Raises `PlanError` (exit 5) where there is none: a CPU's memory is its host's already.
     """
-
-    def __init__(self, profile: Profile, layers: range, samples: int) -> None:
-        self.profile, self.samples = profile, samples
-        self.layers = [profile.layers[i] for i in layers]
-        self.parts = list(self.layers)
-        if layers.stop == len(profile.layers):
-            self.parts.append(profile.loss)
-
-    def spread(self, op: str, device: Device) -> Spread:
-        """Seconds of an operation on a device, at every quantile; a reduction's own are the network's."""
-        price: dict[str, Callable[[int, Quantile], float]] = {
-            FORWARD: self.forward,
-            BACKWARD: self.backward,
-            RECOMPUTE: self.recompute,
-            OPTIMIZER: self.optimizer,
-            REDUCE_GRAD: lambda threads, quantile: 0.0,
-        }
-        return tuple(price[op](device.threads, quantile) / device.speed for quantile in QUANTILES)
-
-    def forward(self, threads: int, quantile: Quantile = "median") -> float:
-        """Seconds of one micro-batch's forward, with the loss on the last stage."""
-        seconds = self._sum("forward", threads, quantile, self.parts) - self._seams("forward", threads, self.parts)
-        return max(0.0, seconds) + self.profile.action_s
-
-    def backward(self, threads: int, quantile: Quantile = "median") -> float:
-        """Seconds of one micro-batch's whole backward."""
-        seconds = self._sum("backward", threads, quantile, self.parts) - self._seams("backward", threads, self.parts)
-        return max(0.0, seconds) + self.profile.action_s
-
-    def recompute(self, threads: int, quantile: Quantile = "median") -> float:
-        """Seconds of repeating the forward: the layers without the loss, the last one only as far as it is needed."""
-        seconds = self._sum("forward", threads, quantile, self.layers[:-1])
-        seconds += self._sum("recompute", threads, quantile, self.layers[-1:])
-        return max(0.0, seconds - self._seams("forward", threads, self.layers))
-
-    def optimizer(self, threads: int, quantile: Quantile = "median") -> float:
-        """Seconds of updating the stage's parameters."""
-        alone = sum(float(getattr(times(layer, threads).optimizer, f"{quantile}_s")) for layer in self.layers)
-        whole = [w for w in self.profile.whole if w.layers_optimizer_s > 0]
-        return alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
-
-    def _sum(self, kind: str, threads: int, quantile: Quantile, parts: Sequence[LayerProfile]) -> float:
-        return sum(at(getattr(times(part, threads), kind), self.samples, quantile) for part in parts)
-
-    def _seams(self, kind: str, threads: int, parts: Sequence[LayerProfile]) -> float:
-        if not self.profile.whole:
-            return 0.0
-        near = _nearest([w.threads for w in self.profile.whole], threads)
-        whole = [w for w in self.profile.whole if w.threads == near]
-        nearest = min(whole, key=lambda w: abs(math.log(w.samples / self.samples)))
-        all_seams = float(getattr(nearest, f"layers_{kind}_s") - getattr(nearest, f"{kind}_s"))
-        return all_seams * (len(parts) - 1) / len(self.profile.layers)
-
-
-def times(layer: LayerProfile, threads: int) -> LayerTimes:
-    """Return the layer's times at the measured number of threads nearest to `threads`."""
-    return next(t for t in layer.times if t.threads == _nearest([t.threads for t in layer.times], threads))
-
-
-def _nearest(known: Sequence[int], threads: int) -> int:
-    return min(known, key=lambda t: (abs(math.log(t / threads)), t), default=threads)
-
-
-def at(timings: Sequence[Timing], samples: int, quantile: Quantile = "median") -> float:
-    """Interpolate measured seconds to a micro-batch of `samples`."""
-    return interpolate([(float(t.samples), getattr(t, f"{quantile}_s")) for t in timings], samples)
+    host = next(d.host for d in cluster.devices if d.name == device)
+    way = tuple(i for i, link in enumerate(cluster.links) if set(link.between) == {device, host})
+    if not way:
+        raise PlanError(
+            what=f"{device} has no link to its host's memory",
+            where=f"cluster '{cluster.name}'",
+            why="swapping, a host's optimizer and central storage copy between a device and its host",
+            fix=f'add a [[links]] entry with between = ["{device}", "{host}"], or plan without them',
+            code=DEVICE,
+        )
+    return way[:1]

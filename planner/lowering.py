@@ -2,48 +2,118 @@
 
 from __future__ import annotations
 
-from planner import schedules
-from planner.plan import Plan
-from planner.program import (
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from planner import codes, schedules, synchronisation
+from planner.codes import (
     BACKWARD,
+    BACKWARD_INPUT,
+    COMPUTES,
+    FETCH,
     FORWARD,
     LOAD,
+    OFFLOAD,
     OPTIMIZER,
-    RECEIVES,
     RECOMPUTE,
+    RECV_BACKWARD,
+    RECV_FORWARD,
     REDUCE_GRAD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
-    Action,
+    REDUCE_TIED,
+    RELEASE,
+    UNSHARD_BACKWARD,
+    UNSHARD_FORWARD,
+    Codes,
     Order,
-    Program,
-    counterpart,
-    prove,
 )
+from planner.compiled import kernel
+from planner.plan import Plan
+from planner.program import Program, prove
+from planner.schedules import Shape
+
+STEADY_WINDOWS = 3
+"""Steps of an asynchronous plan that are unrolled beyond those that fill its pipeline."""
 
 
 def lower(plan: Plan) -> Program:
     """Unroll a plan into what every device does in one step, and prove it.
 
-    Raises `PlanError` when the result would not be a step that ends.
+    A plan without flush is unrolled over `windows(plan)` steps. Raises `PlanError` when the schedule cannot arrange
+    the plan's pipeline, or when the result would not be a step that ends.
     """
-    stages = len(plan.stages)
-    share = plan.microbatches // plan.replicas
-    order = schedules.get(plan.schedule)(stages, share)
-    rows = tuple(_shift(row, share * replica) for replica in range(plan.replicas) for row in order)
-    rows = prefetch(communicate(rows, stages))
-    if plan.recompute:
-        rows = recompute(rows)
-    if plan.replicas > 1:
-        rows = reduce_gradients(rows)
-    rows = load(optimize(rows), stages)
-    program = Program(rows)
-    prove(program, stages, plan.microbatches)
+    program = unroll(plan)
+    prove(
+        program,
+        len(plan.stages),
+        plan.microbatches * windows(plan),
+        backward=schedules.get(plan.schedule).trains,
+    )
     return program
 
 
-def _shift(row: tuple[Action, ...], by: int) -> tuple[Action, ...]:
-    return tuple(Action(a.stage, a.op, None if a.microbatch is None else a.microbatch + by) for a in row)
+def unroll(plan: Plan) -> Program:
+    """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself."""
+    schedule, way = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
+    stages = len(plan.stages)
+    share = _between_updates(plan)
+    rows = prefetch(communicate(compute_order(plan), stages), RECV_FORWARD, RECV_BACKWARD)
+    if schedule.trains:
+        rows = recompute(rows, _forgetful(plan))
+        if plan.replicas > 1 or way.server:
+            rows = prefetch(tuple(way.add(row, share) for row in rows), UNSHARD_FORWARD, UNSHARD_BACKWARD)
+    if plan.offload and schedule.trains:
+        rows = tuple(offload(row) for row in rows)
+    if schedule.trains and plan.tied:
+        rows = tuple(tie(row, plan.tied) for row in rows)
+    if schedule.trains and not way.server:
+        rows = tuple(optimize(row, share) for row in rows)
+        if way.name in ("zero-1", "zero-2") and plan.replicas > 1:
+            rows = tuple(gather(row) for row in rows)
+    return Program(tuple(load(row, stages) for row in rows))
+
+
+def windows(plan: Plan) -> int:
+    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on."""
+    if not asynchronous(plan):
+        return 1
+    return STEADY_WINDOWS + 2 * math.ceil(plan.depth / plan.microbatches)
+
+
+def asynchronous(plan: Plan) -> bool:
+    """Whether steps overlap: no flush, or a parameter server that nobody waits for."""
+    return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
+
+
+def compute_order(plan: Plan) -> Order:
+    """Return the computes of every device: the schedule's, once for each replica of the pipeline.
+
+    Raises `PlanError` (exit 2) when the schedule cannot arrange them.
+    """
+    replicas = () if not plan.uneven else tuple(len(s.devices) // plan.tensor for s in plan.stages)
+    share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
+    shape = Shape(plan.depth, share, plan.chunks, replicas, plan.stage_seconds)
+    order = schedules.arrange(plan.schedule, shape)
+    unrolled = share * windows(plan)
+    if unrolled > share:
+        order = schedules.get(plan.schedule).order(shape._replace(microbatches=unrolled))
+    if plan.uneven:
+        return order
+    return tuple(row + unrolled * replica for replica in range(plan.replicas) for row in order)
+
+
+def _between_updates(plan: Plan) -> int:
+    """How many of its micro-batches a device takes between two updates of its parameters."""
+    if schedules.get(plan.schedule).updates == "microbatch":
+        return 1
+    return -(-plan.microbatches // plan.replicas) if asynchronous(plan) else 1 << 32
+
+
+def _forgetful(plan: Plan) -> Codes:
+    """Stages that recompute anything."""
+    names = set(plan.recompute_layers)
+    return np.array([s for s, g in enumerate(plan.stages) if plan.recompute or names & set(g.layers)], np.int64)
 
 
 def communicate(rows: Order, stages: int) -> Order:
@@ -54,124 +124,221 @@ def communicate(rows: Order, stages: int) -> Order:
     the pair's messages, of both directions, in one and the same order, which is what NCCL demands and gloo allows.
 
     >>> from planner.program import grid
-    >>> from planner.schedules import gpipe
-    >>> print(grid(communicate(gpipe(2, 1), 2)))
+    >>> from planner.schedules import Shape, arrange
+    >>> print(grid(communicate(arrange("gpipe", Shape(2, 1)), 2)))
     0F0      0SEND_F0 0RECV_B0 0B0
     1RECV_F0 1F0      1B0      1SEND_B0
     """
-    device = {action: d for d, row in enumerate(rows) for action in row}
-    lowered: list[list[Action]] = [[] for _ in rows]
-    available: set[Action] = set()
-    at = [0] * len(rows)
-    while any(i < len(row) for i, row in zip(at, rows, strict=True)):
-        ready = [
-            (d, row[at[d]])
-            for d, row in enumerate(rows)
-            if at[d] < len(row) and ((source := _source(row[at[d]], stages)) is None or source in available)
-        ]
-        if not ready:  # left as it is: `prove` shows the cell that waits for ever
-            return tuple((*low, *row[i:]) for low, row, i in zip(lowered, rows, at, strict=True))
-        for d, action in ready:
-            lowered[d].append(action)
+    if stages == 1:
+        return rows
+    flat, offsets = flatten(rows)
+    last = int(codes.microbatches(flat).max()) + 1
+    out = np.zeros(3 * len(flat), np.int64)
+    ends = 3 * offsets[:-1]
+    home, made = np.full(stages * last, -1, np.int64), np.zeros(2 * stages * last, np.int8)
+    ready = np.zeros(len(rows), np.int8)
+    _communicate(len(flat), flat, offsets, stages, last, home, made, offsets[:-1].copy(), ready, out, ends)
+    return tuple(out[3 * start : end] for start, end in zip(offsets[:-1], ends, strict=True))
+
+
+@kernel
+def _communicate(flat, offsets, stages, last, home, made, at, ready, out, ends):  # type: ignore[no-untyped-def]
+    """Play the rows in rounds; `made` marks outputs (forward, then gradients), `home` the device of a micro-batch."""
+    rows = len(offsets) - 1
+    for d in range(rows):
+        for i in range(offsets[d], offsets[d + 1]):
+            if flat[i] >> 56 == 0:
+                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
+    moved = True
+    while moved:
+        moved = False
+        for d in range(rows):
+            ready[d] = 0
+            if at[d] < offsets[d + 1]:
+                op = flat[at[d]] >> 56
+                stage = flat[at[d]] >> 32 & 0xFFFFFF
+                m = (flat[at[d]] & 0xFFFFFFFF) - 1
+                ready[d] = 1
+                if op == 0 and stage > 0 and not made[(stage - 1) * last + m]:
+                    ready[d] = 0
+                if 1 <= op <= 2 and stage < stages - 1 and not made[(stages + stage + 1) * last + m]:
+                    ready[d] = 0
+        for d in range(rows):
+            if ready[d]:
+                moved = True
+                out[ends[d]] = flat[at[d]]
+                ends[d] += 1
+        for d in range(rows):
+            if ready[d]:
+                action = flat[at[d]]
+                at[d] += 1
+                op = action >> 56
+                stage = action >> 32 & 0xFFFFFF
+                m = (action & 0xFFFFFFFF) - 1
+                target = -1
+                send = receive = 0
+                if op == 0:
+                    made[stage * last + m] = 1
+                    if stage < stages - 1:
+                        target = home[(stage + 1) * last + m]
+                        send = 5 << 56 | stage << 32 | (m + 1)
+                        receive = 6 << 56 | (stage + 1) << 32 | (m + 1)
+                if 1 <= op <= 2:
+                    made[(stages + stage) * last + m] = 1
+                    if stage > 0:
+                        target = home[(stage - 1) * last + m]
+                        send = 7 << 56 | stage << 32 | (m + 1)
+                        receive = 8 << 56 | (stage - 1) << 32 | (m + 1)
+                if target >= 0 and target != d:
+                    out[ends[d]] = send
+                    ends[d] += 1
+                    out[ends[target]] = receive
+                    ends[target] += 1
+    for d in range(rows):  # what waits for ever is left as it is: the proof shows the cell
+        while at[d] < offsets[d + 1]:
+            out[ends[d]] = flat[at[d]]
+            ends[d] += 1
             at[d] += 1
-        for d, action in ready:
-            available.add(action)
-            send = _send(action, stages)
-            if send is not None:
-                receive = counterpart(send)
-                target = device[Action(receive.stage, FORWARD, receive.microbatch)]
-                if target != d:
-                    lowered[d].append(send)
-                    lowered[target].append(receive)
-    return tuple(tuple(row) for row in lowered)
+    return 0
 
 
-def prefetch(rows: Order) -> Order:
-    """Post every receive one compute earlier, so that a transfer overlaps the compute before the one that needs it.
+def flatten(rows: Order) -> tuple[Codes, Codes]:
+    """Return all rows behind each other, and where each begins (with the end of the last one)."""
+    lengths = np.array([0, *map(len, rows)], np.int64)
+    return codes.join(*rows), np.cumsum(lengths)
+
+
+def prefetch(rows: Order, *wanted: str) -> Order:
+    """Post receives or gathers (the operations `wanted`) one compute earlier, so that they overlap that compute.
 
     A receive never passes another message with the same device, so both ends keep the pair's order; the price is the
     buffer of one more message.
 
     >>> from planner.program import grid
-    >>> from planner.schedules import gpipe
-    >>> print(grid(prefetch(communicate(gpipe(2, 2), 2))))
+    >>> from planner.schedules import Shape, arrange
+    >>> print(grid(prefetch(communicate(arrange("gpipe", Shape(2, 2)), 2), "RECV_F", "RECV_B")))
     0F0      0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1
     1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
     """
-    messages = Program(rows).messages
-
-    def partner(action: Action, d: int) -> int | None:
-        message = messages.get(action)
-        return None if message is None else message.source + message.target - d
-
-    moved = []
-    for d, row in enumerate(rows):
-        out: list[Action] = []
-        for action in row:
-            at = len(out)
-            if action.op in RECEIVES:
-                computes = 0
-                while at and computes < 1 and partner(out[at - 1], d) != partner(action, d):
-                    computes += out[at - 1] not in messages
-                    at -= 1
-            out.insert(at, action)
-        moved.append(tuple(out))
-    return tuple(moved)
+    flat, offsets = flatten(rows)
+    if not codes.has(flat, *wanted).any():
+        return rows
+    stages, last = int(codes.stages(flat).max()) + 1, int(codes.microbatches(flat).max()) + 1
+    home = np.full(stages * last, -1, np.int64)
+    early = np.array([op in wanted for op in codes.OPS], np.int8)
+    _prefetch(len(flat), flat, offsets, last, home, early)
+    return tuple(flat[a:b] for a, b in pairwise(offsets))
 
 
-def _source(action: Action, stages: int) -> Action | None:
-    """The compute on a neighbouring stage that makes this one's input."""
-    if action.op == FORWARD and action.stage > 0:
-        return Action(action.stage - 1, FORWARD, action.microbatch)
-    if action.op == BACKWARD and action.stage < stages - 1:
-        return Action(action.stage + 1, BACKWARD, action.microbatch)
-    return None
+@kernel
+def _prefetch(flat, offsets, last, home, early):  # type: ignore[no-untyped-def]
+    """Move `early` operations in place, over at most one compute; 5 to 8 are messages, 6 and 8 receives."""
+    rows = len(offsets) - 1
+    for d in range(rows):
+        for i in range(offsets[d], offsets[d + 1]):
+            if flat[i] >> 56 == 0:
+                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
+    for d in range(rows):
+        for i in range(offsets[d], offsets[d + 1]):
+            action = flat[i]
+            op = action >> 56
+            if not early[op]:
+                continue
+            stage = action >> 32 & 0xFFFFFF
+            m = (action & 0xFFFFFFFF) - 1
+            peer = -2
+            if op == 6:
+                peer = home[(stage - 1) * last + m]
+            if op == 8:
+                peer = home[(stage + 1) * last + m]
+            at = i
+            computes = 0
+            while at > offsets[d] and computes < 1:
+                before = flat[at - 1]
+                kind = before >> 56
+                there = before >> 32 & 0xFFFFFF
+                other = (before & 0xFFFFFFFF) - 1
+                if kind == op and peer == -2:
+                    break
+                if 5 <= kind <= 8:
+                    partner = home[(there + (1 if kind == 5 or kind == 8 else -1)) * last + other]
+                    if partner == peer:
+                        break
+                elif kind < 5:
+                    computes += 1
+                flat[at] = before
+                at -= 1
+            flat[at] = action
+    return 0
 
 
-def _send(action: Action, stages: int) -> Action | None:
-    """The send of what `action` makes for a neighbouring stage."""
-    if action.op == FORWARD and action.stage < stages - 1:
-        return Action(action.stage, SEND_FORWARD, action.microbatch)
-    if action.op == BACKWARD and action.stage > 0:
-        return Action(action.stage, SEND_BACKWARD, action.microbatch)
-    return None
-
-
-def recompute(rows: Order) -> Order:
-    """Repeat each micro-batch's forward right before its backward: between the two only the stage's input is kept."""
+def recompute(rows: Order, stages: Codes) -> Order:
+    """Repeat a micro-batch's forward right before its backward, on the given stages."""
+    if not len(stages):
+        return rows
     return tuple(
-        tuple(
-            added
-            for action in row
-            for added in (
-                (Action(action.stage, RECOMPUTE, action.microbatch), action) if action.op == BACKWARD else (action,)
-            )
+        codes.insert(
+            row,
+            codes.has(row, BACKWARD, BACKWARD_INPUT) & np.isin(codes.stages(row), stages),
+            RECOMPUTE,
+            behind=False,
         )
         for row in rows
     )
 
 
-def reduce_gradients(rows: Order) -> Order:
-    """All-reduce a stage's gradients over its replicas behind its last backward."""
+def offload(row: Codes) -> Codes:
+    """Copy a micro-batch's saved activations to the host behind its forward, and back one compute before its backward.
 
-    def last(row: tuple[Action, ...], i: int) -> bool:
-        return row[i].op == BACKWARD and not any(a.op == BACKWARD and a.stage == row[i].stage for a in row[i + 1 :])
+    A copy out runs beside the computes. Its memory is freed at the RELEASE before the second compute behind it, which
+    waits for the copy: that bounds what is held, whatever the link's speed. A micro-batch with fewer than four computes
+    between its forward and its backward stays.
 
-    return tuple(
-        tuple(
-            added
-            for i, action in enumerate(row)
-            for added in ((action, Action(action.stage, REDUCE_GRAD)) if last(row, i) else (action,))
-        )
-        for row in rows
-    )
+    >>> from planner.program import actions
+    >>> from planner.schedules import Shape, arrange
+    >>> print(*actions(offload(arrange("1f1b", Shape(6, 6))[1]))[:12])
+    1F0 1OFFLOAD0 1F1 1OFFLOAD1 1RELEASE0 1F2 1OFFLOAD2 1RELEASE1 1F3 1OFFLOAD3 1RELEASE2 1FETCH0
+    """
+    computing = codes.has(row, *COMPUTES)
+    computes, turn = np.flatnonzero(computing), np.cumsum(computing) - 1
+    forward = np.flatnonzero(codes.has(row, FORWARD))
+    takers = np.flatnonzero(codes.has(row, RECOMPUTE, BACKWARD, BACKWARD_INPUT))
+    taken, first = np.unique(codes.with_op(row[takers], FORWARD), return_index=True)
+    back = takers[first][np.searchsorted(taken, row[forward])]
+    before = turn[back] - computing[back]  # the compute before the one that needs the activations
+    stays = before - turn[forward] < 4
+    forward, before = forward[~stays], before[~stays]
+    at = np.concatenate([forward + 1, computes[turn[forward] + 2], computes[before]])
+    return np.insert(row, at, np.concatenate([codes.with_op(row[forward], op) for op in (OFFLOAD, RELEASE, FETCH)]))
 
 
-def optimize(rows: Order) -> Order:
-    """Update every stage's parameters at the end of the step."""
-    return tuple((*row, *(Action(s, OPTIMIZER) for s in sorted({a.stage for a in row}))) for row in rows)
+def optimize(row: Codes, share: int) -> Codes:
+    """Update every stage's parameters: at the end of the step, or as often as an asynchronous plan does."""
+    if share >= 1 << 32:
+        held = np.unique(codes.stages(row[codes.has(row, FORWARD)]))
+        return codes.join(row, np.array([codes.code(OPTIMIZER, int(s)) for s in held], np.int64))
+    behind = codes.has(row, REDUCE_GRAD)
+    if not behind.any():
+        behind = synchronisation.last_backward(row, share)
+    at = np.flatnonzero(behind)
+    following = row[np.minimum(at + 1, len(row) - 1)]
+    at = at + codes.has(following, codes.SEND_BACKWARD)  # the neighbour is waiting for the gradient, not for the update
+    return np.insert(row, at + 1, codes.with_op(row[behind], OPTIMIZER))
 
 
-def load(rows: Order, stages: int) -> Order:
+def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
+    """Add up the gradients of parameters that several stages share, when all of them have theirs."""
+    held = set(codes.stages(row[codes.has(row, FORWARD)]).tolist())
+    mine = [codes.code(REDUCE_TIED, group[0]) for group in tied if held & set(group)]
+    return codes.join(row, np.array(mine, np.int64))
+
+
+def gather(row: Codes) -> Codes:
+    """Gather the updated shards behind the optimizer: the step is over when every replica has all parameters."""
+    return codes.insert(row, codes.has(row, OPTIMIZER), UNSHARD_FORWARD, behind=True)
+
+
+def load(row: Codes, stages: int) -> Codes:
     """Produce the step's batch where it is used: inputs at the first stage, targets at the last."""
-    return tuple((*(Action(s, LOAD) for s in sorted({a.stage for a in row} & {0, stages - 1})), *row) for row in rows)
+    held = np.unique(codes.stages(row[codes.has(row, FORWARD)])).tolist()
+    return codes.join(np.array([codes.code(LOAD, s) for s in held if s in (0, stages - 1)], np.int64), row)

@@ -1,238 +1,266 @@
-"""The memory of every device over a step: a curve by kind of bytes, computed from a trace's actions.
+"""The memory of every device over a step: a curve by kind of bytes, from the order of its actions.
 
-Static bytes (parameters, buffers, optimizer state after its first step) plus what each action allocates, keeps and
-frees. Inside a forward or backward the layers are walked one by one, so the peak is that of the worst layer.
+Static bytes (parameters, their versions, buffers, optimizer state after its first step) plus what each action
+allocates, keeps and frees. Inside a forward or backward the layers are walked one by one, so the peak is that of the
+worst layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from planner.plan import Plan
-from planner.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
-from planner.program import (
+import numpy as np
+import numpy.typing as npt
+
+from planner import codes, schedules, synchronisation
+from planner.codes import (
     BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FETCH,
     FORWARD,
     LOAD,
+    OPS,
     OPTIMIZER,
+    PUSH,
+    RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
-    SEND_BACKWARD,
-    Program,
-    parse,
+    RELEASE,
 )
-from planner.trace import COMPUTE, MemoryPoint, Trace
+from planner.compiled import kernel
+from planner.linking import Linked
+from planner.plan import Plan
+from planner.profile import Profile, interpolate
+from planner.stage_memory import of_plan
+from planner.trace import MemoryPoint
 
-KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "communication", "input", "transient")
+KINDS = (
+    *("parameters", "versions", "buffers", "gradients", "optimizer", "activations", "communication", "input"),
+    "transient",
+)
+Floats = npt.NDArray[np.float64]
+_INDEX = {kind: number for number, kind in enumerate(KINDS)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """Bytes of one stage at one micro-batch size.
+class MemoryModel:
+    """What every action of a program does to its device's bytes.
 
-    `received` and `sent` are its boundary tensors per micro-batch, `received_gradient` and `sent_gradient` those of
-    the way back. Every `*_peak` is the most that is live inside the action above what was live when it began.
+    `static` are the bytes (devices, kinds) before the first action. `change` (stage x op, kinds) is what an action
+    leaves behind, `inside` (stage x op) what it needs on top while it runs, `inside_first` the same for a backward
+    that has to allocate its gradients. `gradients` (stages) are those bytes.
     """
 
-    parameters: float
-    buffers: float
-    gradients: float
-    optimizer: float
-    optimizer_peak: float
-    received: float
-    received_gradient: float
-    sent_gradient: float
-    saved: float
-    kept: float
-    forward_peak: float
-    recompute_peak: float
-    backward_first_peak: float
-    backward_peak: float
-
-
-def stage_memory(profile: Profile, layers: range, samples: int, *, recompute: bool) -> StageMemory:
-    """Add up a stage's layers.
-
-    `saved` is what is live of a micro-batch when its backward starts, `kept` what lies between forward and backward:
-    with `recompute` only what the stage sends on (and the loss), besides the input it received.
-    """
-    own = [profile.layers[i] for i in layers]
-    parts = [_Sizes.of(layer, samples) for layer in own]
-    gradients = [profile.crossing_bytes(i, samples, gradients=True) for i in layers]
-    if layers.stop == len(profile.layers):
-        ends = parts[-1].output
-        gradients.append(parts[-1].output)
-        parts.append(_Sizes.of(profile.loss, samples))
-        ends += parts[-1].saved
-    else:
-        ends = sum(
-            value_bytes(value, samples)
-            for value in profile.crossing(layers.stop)
-            if value.source == layers[-1] or (value.source in layers and not profile.layers[value.source].output_saved)
+    def __init__(self, profile: Profile, plan: Plan, linked: Linked) -> None:
+        self.linked, self.plan = linked, plan
+        ranges = plan.layer_ranges([layer.name for layer in profile.layers])
+        self.of = [of_plan(profile, plan, layers) for layers in ranges]
+        self.batch = _batch_bytes(profile, plan.batch)
+        way = synchronisation.get(plan.synchronisation)
+        schedule = schedules.get(plan.schedule)
+        copies = plan.replicas * schedule.copies if not plan.uneven else 0
+        self.shards = way.shards
+        self.served = bool(way.server)
+        self.holders = [copies or len(stage.devices) // plan.tensor for stage in plan.stages]
+        # DDP's buckets are the gradients, and stay; so do shards.
+        self.keeps_gradients = [n > 1 and not self.served and not schedule.asynchronous for n in self.holders]
+        self.gradients = np.array(
+            [0.0 if keeps else of.gradients for of, keeps in zip(self.of, self.keeps_gradients, strict=True)]
         )
-    received = profile.crossing_bytes(layers.stop, samples, gradients=True)
-    inside = sum(part.saved + (part.output if part.output_saved else 0.0) for part in parts[: len(own) - 1])
-    inside += parts[len(own) - 1].saved
-    return StageMemory(
-        parameters=sum(layer.parameter_bytes for layer in own),
-        buffers=sum(layer.buffer_bytes for layer in own),
-        gradients=sum(layer.gradient_bytes for layer in own),
-        optimizer=sum(layer.optimizer_bytes for layer in own),
-        optimizer_peak=max(layer.optimizer_peak_bytes for layer in own),
-        received=profile.crossing_bytes(layers.start, samples) if layers.start else 0.0,
-        received_gradient=received,
-        sent_gradient=profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0,
-        saved=inside + ends,
-        kept=ends if recompute else inside + ends,
-        forward_peak=_forward_peak(parts, keep=not recompute),
-        recompute_peak=_forward_peak(parts[: len(own)], keep=True),
-        backward_first_peak=_backward_peak(parts, own, gradients, received, first=True),
-        backward_peak=_backward_peak(parts, own, gradients, received, first=False),
-    )
+        self.static = self._static(schedule)
+        width = len(self.of) * len(OPS)
+        self.change = np.zeros((width, len(KINDS)))
+        self.inside, self.inside_first = np.zeros(width), np.zeros(width)
+        for stage in range(len(self.of)):
+            self._describe(stage)
 
+    def _static(self, schedule: schedules.Schedule) -> Floats:
+        static = np.zeros((self.linked.devices, len(KINDS)))
+        depth = len(self.of)
+        for row, held in enumerate(self.plan.stages_of):
+            for stage in held:
+                of, n = self.of[stage], self.holders[stage]
+                static[row, _INDEX["parameters"]] += of.parameters / (n if "parameters" in self.shards else 1)
+                static[row, _INDEX["versions"]] += (schedule.versions(stage, depth) - 1) * of.parameters
+                static[row, _INDEX["buffers"]] += of.buffers
+                if schedule.trains and not self.served and not self.plan.host_optimizer:
+                    static[row, _INDEX["optimizer"]] += of.optimizer / (n if "optimizer" in self.shards else 1)
+                if self.keeps_gradients[stage] and schedule.trains:
+                    static[row, _INDEX["gradients"]] += of.gradients / (n if "gradients" in self.shards else 1)
+        return static
 
-@dataclass(frozen=True)
-class _Sizes:
-    saved: float
-    output: float
-    output_saved: bool
-    forward_peak: float
-    backward_first_peak: float
-    backward_peak: float
-
-    @classmethod
-    def of(cls, layer: LayerProfile, samples: int) -> _Sizes:
-        def at(get: Callable[[LayerSizes], int]) -> float:
-            return interpolate([(float(s.samples), float(get(s))) for s in layer.sizes], samples)
-
-        return cls(
-            at(lambda s: s.saved_bytes),
-            at(lambda s: s.output_bytes),
-            layer.sizes[-1].output_saved,
-            at(lambda s: s.forward_peak_bytes),
-            at(lambda s: s.backward_first_peak_bytes),
-            at(lambda s: s.backward_peak_bytes),
-        )
-
-
-def _forward_peak(parts: list[_Sizes], *, keep: bool) -> float:
-    live = peak = loose = 0.0
-    for part in parts:
-        peak = max(peak, live + loose + part.forward_peak)
-        live += part.saved + (part.output if part.output_saved else 0.0) if keep else 0.0
-        loose = part.output if not keep or not part.output_saved else 0.0
-    return peak
-
-
-def _backward_peak(
-    parts: list[_Sizes], own: list[LayerProfile], gradients: list[float], received: float, *, first: bool
-) -> float:
-    """Walk the layers backwards: each frees what it saved, its output and its output's gradient."""
-    live = peak = arriving = 0.0
-    for index in reversed(range(len(parts))):
-        part = parts[index]
-        # A received gradient stays in its buffer; one from the next layer is let go of where it has been used.
-        held = received if index == len(parts) - 1 else 0.0
-        peak = max(peak, live + held + (part.backward_first_peak if first else part.backward_peak))
-        live -= part.saved + (part.output if index < len(own) - 1 and part.output_saved else 0.0)
-        live += gradients[index] - arriving
-        arriving = gradients[index]
-        if first and index < len(own):
-            live += own[index].gradient_bytes
-    return peak
-
-
-@dataclass
-class _Live:
-    """The bytes of one device while its actions are walked."""
-
-    stage: StageMemory
-    kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    first: bool = True
-
-    def point(self, device: int, time: float, transient: float = 0.0) -> MemoryPoint:
-        kinds = self.kinds | {"transient": transient}
-        return MemoryPoint(device, time, tuple(kinds[k] for k in KINDS))
-
-    def add(self, **bytes_: float) -> None:
-        for kind, amount in bytes_.items():
-            self.kinds[kind] += amount
-
-
-def memory_curve(trace: Trace, program: Program, plan: Plan, profile: Profile) -> tuple[MemoryPoint, ...]:
-    """Return the bytes live on every device over the step, by kind.
-
-    `trace` may be simulated or measured: only its order and times are used. Of a peak inside an action, everything
-    that the action adds is `transient`; the other kinds are those when it began.
-    """
-    ranges = plan.layer_ranges([layer.name for layer in profile.layers])
-    stages = [stage_memory(profile, r, plan.samples, recompute=plan.recompute) for r in ranges]
-    points: list[MemoryPoint] = []
-    for device in range(len(trace.devices)):
-        stage = plan.stage_of(device)
-        live = _Live(stages[stage])
-        of = live.stage
-        live.add(parameters=of.parameters, buffers=of.buffers, optimizer=of.optimizer)
-        if plan.replicas > 1:  # DDP's buckets are the gradients, and stay
-            live.add(gradients=of.gradients)
-            live.first = False
-        points.append(live.point(device, 0.0))
-        events = [e for e in trace.events if e.device == device and e.lane == COMPUTE]
-        for event in events:
-            action = parse(event.action)
-            sent = sum(send.op == SEND_BACKWARD for send in program.completions.get(action, ()))
-            live.add(communication=-sent * of.sent_gradient)
-            inside = _inside(action.op, live, plan, profile)
-            if inside:
-                points.append(live.point(device, event.ready))
-                points.append(live.point(device, (event.ready + event.end) / 2, inside))
-            _apply(action.op, live, plan, profile, stage)
-            if inside or action.op in (RECV_FORWARD, RECV_BACKWARD):
-                points.append(live.point(device, event.end))
-    return tuple(points)
-
-
-def _inside(op: str, live: _Live, plan: Plan, profile: Profile) -> float:
-    """Bytes live inside the action on top of those when it began, at its worst."""
-    of = live.stage
-    match op:
-        case "LOAD":
-            return sum(_batch_bytes(profile, plan.batch))
-        case "F":
-            return of.forward_peak
-        case "R":
-            return of.recompute_peak
-        case "B":  # the recomputed activations live inside it, as torch's checkpoint has it
-            return of.saved - of.kept + (of.backward_first_peak if live.first else of.backward_peak)
-        case "OPTIMIZER":
-            return of.optimizer_peak
-        case _:
-            return 0.0
-
-
-def _apply(op: str, live: _Live, plan: Plan, profile: Profile, stage: int) -> None:
-    """Change the live bytes to those after the action."""
-    of = live.stage
-    if op == LOAD:
-        inputs, targets = _batch_bytes(profile, plan.batch)
-        first, last = stage == 0, stage == len(plan.stages) - 1
-        live.add(input=(inputs if first else 0.0) + (targets if last else 0.0))
-    elif op == RECV_FORWARD:
-        live.add(communication=of.received)
-    elif op == RECV_BACKWARD:
-        live.add(communication=of.received_gradient)
-    elif op == FORWARD:
-        live.add(activations=of.kept)
-    elif op == BACKWARD:
-        live.add(
+    def _describe(self, stage: int) -> None:
+        of = self.of[stage]
+        has_input, has_gradient = self._receives(stage)
+        received = of.received if has_input else 0.0
+        received_gradient = of.received_gradient if has_gradient else 0.0
+        sent = of.sent_gradient if stage and self._receives(stage - 1)[1] else 0.0
+        gathered = of.gathered if "parameters" in self.shards else 0.0
+        whole = of.reduced if "gradients" in self.shards else 0.0
+        repeated = of.saved - of.kept
+        trains = schedules.get(self.plan.schedule).trains
+        inputs, targets = self.batch
+        first, last = stage == 0, stage == len(self.of) - 1
+        self._set(stage, LOAD, inside=inputs + targets, input=inputs * first + targets * last)
+        self._set(stage, RECV_FORWARD, communication=received)
+        self._set(stage, RECV_BACKWARD, communication=received_gradient)
+        if trains:
+            self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
+        else:
+            self._set(stage, FORWARD, inside=of.forward_peak, communication=-received)
+        self._set(stage, RECOMPUTE, inside=of.recompute_peak + gathered)
+        # The recomputed activations live inside the backward, as torch's checkpoint has it.
+        self._set(
+            stage,
+            BACKWARD,
+            inside=repeated + of.backward_peak + gathered + whole,
+            inside_first=repeated + of.backward_first_peak + gathered + whole,
             activations=-of.kept,
-            communication=of.sent_gradient - of.received - of.received_gradient,
-            gradients=of.gradients if live.first else 0.0,
+            communication=sent - received - received_gradient,
         )
-        live.first = False
-    elif op == OPTIMIZER and plan.replicas == 1:
-        live.add(gradients=-of.gradients)
+        self._set(
+            stage,
+            BACKWARD_INPUT,
+            inside=repeated + of.backward_peak + gathered,
+            activations=repeated,
+            communication=sent,
+        )
+        self._set(
+            stage,
+            BACKWARD_WEIGHT,
+            inside=whole,
+            inside_first=whole + of.reduced,
+            activations=-of.saved,
+            communication=-received - received_gradient,
+        )
+        self._set(stage, RELEASE, activations=-of.kept)
+        self._set(stage, FETCH, activations=of.kept)
+        freed = 0.0 if self.keeps_gradients[stage] else -of.gradients
+        peak = of.optimizer_peak / (self.holders[stage] if "optimizer" in self.shards else 1)
+        self._set(stage, OPTIMIZER, inside=0.0 if self.plan.host_optimizer else peak, gradients=freed)
+        self._set(stage, PUSH, gradients=freed)
+
+    def _set(
+        self, stage: int, op: str, *, inside: float = 0.0, inside_first: float | None = None, **change: float
+    ) -> None:
+        at = stage * len(OPS) + codes.NUMBER[op]
+        self.inside[at] = inside
+        self.inside_first[at] = inside if inside_first is None else inside_first
+        for kind, amount in change.items():
+            self.change[at, _INDEX[kind]] += amount
+
+    def _receives(self, stage: int) -> tuple[bool, bool]:
+        """Whether a stage's input and its output's gradient come from another device."""
+        found = []
+        for op in (RECV_FORWARD, RECV_BACKWARD):
+            base = int(self.linked.base[codes.NUMBER[op]])
+            own = slice(base + stage * self.linked.microbatches, base + (stage + 1) * self.linked.microbatches)
+            found.append(base >= 0 and bool(self.linked.parties[own].any()))
+        return found[0], found[1]
+
+    @property
+    def freed(self) -> Floats:
+        """Bytes of gradients' messages that are known to be sent when each action begins, and let go of there."""
+        linked = self.linked
+        freed = np.zeros(len(linked.flat))
+        base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
+        if base >= 0:
+            known = linked.completions[base : base + linked.slots]
+            sent = np.array([0.0, *(of.sent_gradient for of in self.of)])[: len(self.of) + 1]
+            size = np.repeat(sent[np.minimum(np.arange(len(self.of)) + 2, len(self.of))], linked.microbatches)
+            np.add.at(freed, known[known >= 0], size[known >= 0])
+        return freed
+
+    def peaks(self) -> Floats:
+        """Most bytes that are live on every device, all kinds together."""
+        linked = self.linked
+        peaks = np.zeros(linked.devices)
+        _peaks(
+            len(linked.flat),
+            *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1), self.freed),
+            *(self.inside, self.inside_first, self.gradients, np.zeros(linked.stages, np.int64), peaks),
+        )
+        return peaks
+
+    def curve(self, ready: Sequence[float], end: Sequence[float]) -> tuple[MemoryPoint, ...]:
+        """Return the bytes live on every device over the step, by kind, from when each action was ready and done.
+
+        Of a peak inside an action, everything that the action adds is `transient`; the other kinds are those when it
+        began.
+        """
+        linked = self.linked
+        kind = codes.stages(linked.flat) * len(OPS) + codes.ops(linked.flat)
+        fresh = np.zeros(len(linked.flat), np.int8)
+        _fresh(
+            len(linked.flat), linked.flat, linked.offsets, self.gradients, np.zeros(linked.stages, np.int64), fresh
+        )  # fmt: skip
+        change = self.change[kind]
+        change[:, _INDEX["gradients"]] += np.where(fresh, self.gradients[codes.stages(linked.flat)], 0.0)
+        inside = np.where(fresh, self.inside_first[kind], self.inside[kind])
+        freed = self.freed
+        points: list[MemoryPoint] = []
+        for row in range(linked.devices):
+            a, b = int(linked.offsets[row]), int(linked.offsets[row + 1])
+            live = self.static[row].copy()
+            points.append(MemoryPoint(row, 0.0, tuple(live.tolist())))
+            for i in range(a, b):
+                live[_INDEX["communication"]] -= freed[i]
+                if inside[i]:
+                    now = live.tolist()
+                    points.append(MemoryPoint(row, ready[i], tuple(now)))
+                    now[_INDEX["transient"]] = float(inside[i])
+                    points.append(MemoryPoint(row, (ready[i] + end[i]) / 2, tuple(now)))
+                if inside[i] or change[i].any():
+                    live += change[i]
+                    points.append(MemoryPoint(row, end[i], tuple(live.tolist())))
+        return tuple(points)
+
+
+_B, _W = codes.NUMBER[BACKWARD], codes.NUMBER[BACKWARD_WEIGHT]
+_OPTIMIZER, _PUSH = codes.NUMBER[OPTIMIZER], codes.NUMBER[PUSH]
+
+
+@kernel
+def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-def]
+    """Mark the backwards that allocate their stage's gradients: the first of a device, and after each update."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            op = flat[i] >> 56
+            stage = flat[i] >> 32 & 0xFFFFFF
+            if op == _B or op == _W:
+                if held[stage] != d + 1 and gradients[stage] > 0:
+                    fresh[i] = 1
+                held[stage] = d + 1
+            elif op == _OPTIMIZER or op == _PUSH:
+                held[stage] = 0
+    return 0
+
+
+@kernel
+def _peaks(flat, offsets, width, static, change, freed, inside, inside_first, gradients, held, peaks):  # type: ignore[no-untyped-def]
+    """Walk every row; as `MemoryModel.curve`, totals only."""
+    for d in range(len(offsets) - 1):
+        live = peak = static[d]
+        for i in range(offsets[d], offsets[d + 1]):
+            op = flat[i] >> 56
+            stage = flat[i] >> 32 & 0xFFFFFF
+            kind = stage * width + op
+            live -= freed[i]
+            within = inside[kind]
+            if op == _B or op == _W:
+                if held[stage] != d + 1 and gradients[stage] > 0:
+                    within = inside_first[kind]
+                    peak = max(peak, live + within)
+                    live += gradients[stage]
+                    within = 0.0
+                held[stage] = d + 1
+            elif op == _OPTIMIZER or op == _PUSH:
+                held[stage] = 0
+            peak = max(peak, live + within)
+            live += change[kind]
+            peak = max(peak, live)
+        peaks[d] = peak
+    return 0
 
 
 def _batch_bytes(profile: Profile, batch: int) -> tuple[float, float]:

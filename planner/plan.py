@@ -5,27 +5,45 @@ It knows no costs. `planner.lowering` turns it into a program.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from planner import schedules
 from planner.errors import ARTEFACT, PlanError
+from planner.schedules import Schedule
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run of consecutive layers, by name, and the devices that hold it: one per replica."""
+    """A run of consecutive layers, by name, and the devices that hold it.
+
+    Replica by replica; within a replica the devices that split the stage's tensors, and for a schedule that keeps two
+    copies of every stage (Chimera) one such group per copy.
+    """
 
     layers: tuple[str, ...]
     devices: tuple[str, ...]
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """How one step is trained.
 
     `microbatches` (M) counts the whole step: with R replicas each takes M / R of them. `batch` is samples per step,
-    so a micro-batch has `batch / microbatches`. `threads` are each device's. With `recompute` a stage keeps only its
-    inputs and outputs between forward and backward.
+    so a micro-batch has `batch / microbatches`. `threads` are each device's.
+
+    `chunks` (v) is the number of stages per device, `tensor` the number of devices over which each stage's tensors are
+    split. `synchronisation` says how replicas agree on parameters (`planner.synchronisation`); `servers` are the
+    devices or hosts that keep the parameters where it needs them. Gradients are reduced in buckets of `bucket_bytes`
+    as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter.
+
+    Memory savings: with `recompute` a stage keeps only its inputs and outputs between forward and backward,
+    `recompute_layers` forgets single layers; `offload` swaps saved activations to the host and back;
+    `host_optimizer` keeps the optimizer's state on the host and updates there.
+
+    `stage_seconds` are forward, backward-input and backward-weight of each stage per micro-batch, kept with the plan
+    when its schedule orders by them, so that a plan alone says what is run.
 
     `str(plan)` is safe as a file name:
 
@@ -39,45 +57,123 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stages: tuple[Stage, ...]
     microbatches: int
     batch: int
+    chunks: int = 1
+    tensor: int = 1
+    synchronisation: str = "all-reduce"
+    servers: tuple[str, ...] = ()
+    bucket_bytes: int = 0
+    tied: tuple[tuple[int, ...], ...] = ()
     recompute: bool = False
+    recompute_layers: tuple[str, ...] = ()
+    offload: bool = False
+    host_optimizer: bool = False
+    stage_seconds: tuple[tuple[float, float, float], ...] = ()
     threads: int = 1
 
     def __post_init__(self) -> None:
         if not self.stages or any(not stage.layers or not stage.devices for stage in self.stages):
             raise ValueError("stages: every stage needs layers and devices")
-        if len({len(stage.devices) for stage in self.stages}) != 1:
-            raise ValueError("stages: every stage needs the same number of devices (replicas)")
-        if len(set(self.devices)) != sum(len(stage.devices) for stage in self.stages):
-            raise ValueError("stages: a device holds one stage")
-        if self.microbatches < 1 or self.batch < 1 or self.threads < 1:
-            raise ValueError("microbatches, batch and threads must be positive")
+        if min(self.microbatches, self.batch, self.threads, self.chunks, self.tensor) < 1:
+            raise ValueError("microbatches, batch, threads, chunks and tensor must be positive")
+        if len(self.stages) % self.chunks:
+            raise ValueError(f"chunks: {len(self.stages)} stages cannot be dealt {self.chunks} to each device")
+        if any(len(stage.devices) % (self.tensor * self._schedule.copies) for stage in self.stages):
+            raise ValueError(f"stages: devices come in groups of {self.tensor * self._schedule.copies} per replica")
+        if self.uneven and (self.chunks > 1 or self._schedule.copies > 1):
+            raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
+        if len({name for group in self.groups for name in group}) != sum(len(group) for group in self.groups):
+            raise ValueError("stages: a device holds more than its share of the stages")
+        if self.recompute and self.recompute_layers:
+            raise ValueError("recompute_layers: recompute forgets all layers already")
         if self.batch % self.microbatches:
             raise ValueError(f"microbatches: {self.microbatches} do not divide a batch of {self.batch}")
-        if self.microbatches % self.replicas:
+        if not self.uneven and self.microbatches % self.replicas:
             raise ValueError(f"microbatches: {self.microbatches} cannot be dealt to {self.replicas} replicas")
 
     def __str__(self) -> str:
-        name = f"{self.strategy}-k{len(self.devices)}-m{self.microbatches}"
-        return f"{name}-recompute" if self.recompute else name
+        parts = [self.strategy, f"k{len(self.device_names)}", f"m{self.microbatches}"]
+        if (self.chunks > 1 and self.strategy == "interleaved") or self.chunks > 2:
+            parts.append(f"v{self.chunks}")
+        if self.tensor > 1:
+            parts.append(f"t{self.tensor}")
+        if self.uneven:
+            parts.append("r" + ".".join(str(len(s.devices) // self.tensor) for s in self.stages))
+        elif self.replicas > 1 and len(self.stages) > 1:
+            parts.append(f"r{self.replicas}")
+        if self.synchronisation != "all-reduce":
+            parts.append(self.synchronisation)
+        parts += [name for name in ("recompute", "offload") if getattr(self, name)]
+        if self.recompute_layers:
+            parts.append(f"recompute{len(self.recompute_layers)}")
+        if self.host_optimizer:
+            parts.append("host")
+        return "-".join(parts)
+
+    @property
+    def _schedule(self) -> Schedule:
+        return schedules.get(self.schedule)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether stages have different numbers of replicas."""
+        return len({len(stage.devices) for stage in self.stages}) > 1
+
+    @property
+    def depth(self) -> int:
+        """Devices (or tensor groups) of one pipeline."""
+        return len(self.stages) // self.chunks
 
     @property
     def replicas(self) -> int:
-        """Copies of the pipeline, each with its share of the micro-batches."""
-        return len(self.stages[0].devices)
+        """Copies of the pipeline, each with its share of the micro-batches; the most of any stage where uneven."""
+        return max(len(stage.devices) for stage in self.stages) // (self.tensor * self._schedule.copies)
+
+    @functools.cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The devices behind each row of the program: one, or as many as split its tensors.
+
+        Replica by replica, device by device of the pipeline; stage by stage where replicas are uneven.
+        Raises `ValueError` when a device's stages are not those that the schedule places there.
+        """
+        if self.uneven:
+            return tuple(group for stage in self.stages for group in self._cut(stage))
+        rows: dict[int, tuple[str, ...]] = {}
+        for s, stage in enumerate(self.stages):
+            homes = self._schedule.homes(s, self.depth)
+            for index, group in enumerate(self._cut(stage)):
+                replica, copy = divmod(index, len(homes))
+                row = replica * self.depth + homes[copy]
+                if rows.setdefault(row, group) != group:
+                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with {rows[row]}")
+        return tuple(rows[row] for row in sorted(rows))
+
+    def _cut(self, stage: Stage) -> list[tuple[str, ...]]:
+        return [stage.devices[i : i + self.tensor] for i in range(0, len(stage.devices), self.tensor)]
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """All devices: replica by replica, stage by stage. Their order is the order of the program's rows."""
-        return tuple(stage.devices[r] for r in range(self.replicas) for stage in self.stages)
+        """A name for every row of the program: its device, or the first and the last of its group."""
+        return tuple(group[0] if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in self.groups)
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """All devices, group by group."""
+        return tuple(name for group in self.groups for name in group)
 
     @property
     def samples(self) -> int:
         """Samples per micro-batch."""
         return self.batch // self.microbatches
 
-    def stage_of(self, device: int) -> int:
-        """Stage that the device with this row holds."""
-        return device % len(self.stages)
+    @functools.cached_property
+    def stages_of(self) -> tuple[tuple[int, ...], ...]:
+        """Stages that every row holds."""
+        rows = {group: row for row, group in enumerate(self.groups)}
+        held: list[list[int]] = [[] for _ in self.groups]
+        for s, stage in enumerate(self.stages):
+            for group in self._cut(stage):
+                held[rows[group]].append(s)
+        return tuple(map(tuple, held))
 
     def layer_ranges(self, layers: Sequence[str]) -> tuple[range, ...]:
         """Return each stage's layers as indices into `layers`.

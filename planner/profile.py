@@ -199,6 +199,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                     graph.add_edge(value.source, target, bytes=value.bytes_at[-1][1], value=value.name)
         return graph
 
+    @cached_property
+    def tables(self) -> dict[object, object]:
+        """What others have derived from this profile and keep with it (`planner.stage_costs`, `planner.memory`)."""
+        return {}
+
     def crossing(self, cut: int) -> list[Value]:
         """Return the values alive between layer `cut - 1` and layer `cut`: what a stage boundary there must carry.
 

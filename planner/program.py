@@ -5,7 +5,6 @@ Both interpreters walk it: the simulator with costs, the executor with tensors. 
 
 from __future__ import annotations
 
-import bisect
 import csv
 import io
 import re
@@ -29,10 +28,12 @@ from planner.codes import (
     RECV_BACKWARD,
     RECV_FORWARD,
     REDUCE_GRAD,
+    REDUCE_TIED,
     RELEASE,
     SEND_BACKWARD,
     SEND_FORWARD,
-    UNSHARD,
+    UNSHARD_BACKWARD,
+    UNSHARD_FORWARD,
     Order,
 )
 from planner.errors import PlanError
@@ -153,32 +154,6 @@ class Program:
         return found
 
     @cached_property
-    def completions(self) -> dict[Action, tuple[Action, ...]]:
-        """Which sends are known to be complete once an action has its input, because of who waits for whom.
-
-        A send that device p's action C has taken is complete when anything that p sent after C arrives. So a sender
-        can let go of the tensor there without asking, and without ever waiting. Sends that nothing acknowledges are
-        complete at the end of the step.
-        """
-        takes: dict[Action, tuple[int, int, Action]] = {}
-        sends: dict[tuple[int, int], list[tuple[int, Action]]] = defaultdict(list)
-        for d, row in enumerate(self.rows):
-            for i, action in enumerate(row):
-                receive = needs(action)
-                if receive in self.messages and receive not in takes:
-                    takes[receive] = (d, i, action)
-                if action.op in SENDS:
-                    sends[d, self.messages[action].target].append((i, action))
-        known: dict[Action, list[Action]] = defaultdict(list)
-        for receive, (d, i, _) in takes.items():
-            message = self.messages[receive]
-            answers = sends[d, message.source]
-            at = bisect.bisect_right(answers, i, key=lambda answer: answer[0])
-            if at < len(answers):
-                known[takes[counterpart(answers[at][1])][2]].append(message.send)
-        return {action: tuple(done) for action, done in known.items()}
-
-    @cached_property
     def holders(self) -> dict[int, tuple[int, ...]]:
         """Devices that hold each stage, in order: those that reduce its gradients together."""
         found: dict[int, list[int]] = defaultdict(list)
@@ -228,9 +203,9 @@ def copies(action: Action) -> tuple[Action, ...]:
     """Return what `action` also waits for on its own device: copies to and from the host, gathered parameters."""
     stage, op, m = action
     if op in (BACKWARD, BACKWARD_INPUT, RECOMPUTE):
-        return Action(stage, FETCH, m), Action(stage, UNSHARD, m)
+        return Action(stage, FETCH, m), Action(stage, UNSHARD_BACKWARD, m)
     if op == FORWARD:
-        return (Action(stage, UNSHARD, m),)
+        return (Action(stage, UNSHARD_FORWARD, m),)
     return (Action(stage, OFFLOAD, m),) if op == RELEASE else ()
 
 
@@ -297,15 +272,22 @@ def _prove_progress(program: Program) -> None:
     posted: set[Action] = set()
     met: dict[tuple[int, str, int], set[int]] = defaultdict(set)
     turns: dict[tuple[int, int, str], int] = defaultdict(int)
+    tied: dict[int, int] = defaultdict(int)
+    for row in program.rows:
+        for action in row:
+            tied[action.stage] += action.op == REDUCE_TIED
 
     def passes(d: int, action: Action) -> bool:
-        if action.op in (REDUCE_GRAD, UNSHARD):
+        if action.op in (REDUCE_GRAD, UNSHARD_FORWARD, UNSHARD_BACKWARD):
             group = met[action.stage, action.op, turns[d, action.stage, action.op]]
             group.add(d)
             if action.op == REDUCE_GRAD and len(group) < len(program.holders[action.stage]):
                 return False
             turns[d, action.stage, action.op] += 1
             return True
+        if action.op == REDUCE_TIED:
+            met[action.stage, action.op, 0].add(d)
+            return len(met[action.stage, action.op, 0]) == tied[action.stage]
         if any(copy in program.where and copy not in posted for copy in copies(action)):
             return False
         receive = needs(action)

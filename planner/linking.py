@@ -1,0 +1,225 @@
+"""Who waits for whom in a program, as arrays: what both simulators walk.
+
+Everything that takes time beside a device's own computing is a *transfer*: a message, a copy to or from the host, a
+collective, a push to a server. Some actions *post* to a transfer; when its last party has posted, it begins; some
+actions *wait* for it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from planner import codes
+from planner.codes import (
+    FETCH,
+    OFFLOAD,
+    PULL,
+    PUSH,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    UNSHARD_BACKWARD,
+    UNSHARD_FORWARD,
+)
+from planner.compiled import kernel
+from planner.lowering import flatten
+from planner.program import Action, Program, actions
+
+Ints = npt.NDArray[np.int64]
+
+PLANES = (
+    *(RECV_FORWARD, RECV_BACKWARD, OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD),
+    *(REDUCE_GRAD, REDUCE_TIED, PULL, PUSH),
+)
+"""Kinds of transfers, by the action that completes or starts them. A plane has one slot per stage and micro-batch."""
+MESSAGES = (RECV_FORWARD, RECV_BACKWARD)
+COLLECTIVES = (UNSHARD_FORWARD, UNSHARD_BACKWARD, REDUCE_GRAD)
+"""Planes whose n-th transfer of a stage joins the n-th action of every holder."""
+
+
+class Linked:
+    """A program's actions, flat, with what each posts to and waits for.
+
+    `flat` are the codes of all rows, `offsets` where each row begins. `posts`, `waits` and `copies` hold a transfer's
+    number, or -1: a compute waits for its message (`waits`) and for a copy or a gather (`copies`). Transfers are
+    numbered plane by plane, stage by stage, micro-batch by micro-batch (or turn by turn); `parties` is how many post
+    to each, 0 for a number that is not used. `source` and `target` are the devices of a message's two ends; of other
+    transfers both are the (last) device that posts.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.flat, self.offsets = flatten(program.order)
+        self.devices = len(program.order)
+        found = codes.ops(self.flat)
+        self.stages = int(codes.stages(self.flat).max()) + 1
+        self.microbatches = max(1, int(codes.microbatches(self.flat).max()) + 1)
+        present = np.bincount(found, minlength=len(codes.OPS))
+        used = [present[codes.NUMBER[op]] > 0 for op in PLANES]
+        self.slots = self.stages * self.microbatches
+        self.base = np.full(len(codes.OPS), -1, np.int64)
+        count = 0
+        for op, is_used in zip(PLANES, used, strict=True):
+            if is_used:
+                self.base[codes.NUMBER[op]] = count
+                count += self.slots
+        self.posts, self.waits, self.copies = (np.full(len(self.flat), -1, np.int64) for _ in range(3))
+        self.parties = np.zeros(count, np.int64)
+        self.source, self.target = (np.full(count, -1, np.int64) for _ in range(2))
+        turns = np.zeros(3 * self.stages, np.int64)
+        _link(
+            len(self.flat),
+            *(self.flat, self.offsets, self.stages, self.microbatches, self.base, turns),
+            *(self.posts, self.waits, self.copies, self.parties, self.source, self.target),
+        )
+
+    @property
+    def transfers(self) -> int:
+        """How many numbers transfers have."""
+        return len(self.parties)
+
+    @cached_property
+    def row(self) -> Ints:
+        """Device of every action."""
+        return np.repeat(np.arange(self.devices), np.diff(self.offsets))
+
+    @cached_property
+    def actions(self) -> list[Action]:
+        """Every action, for people."""
+        return list(actions(self.flat))
+
+    @cached_property
+    def planes(self) -> list[tuple[str, int]]:
+        """The planes that are used, with the number of their first transfer."""
+        return [(op, int(self.base[codes.NUMBER[op]])) for op in PLANES if self.base[codes.NUMBER[op]] >= 0]
+
+    @cached_property
+    def completions(self) -> Ints:
+        """Position at which each message's send is known to be complete, -1 where nothing says so; see `completions`."""
+        known = np.full(self.transfers, -1, np.int64)
+        takers = np.full(self.transfers, -1, np.int64)
+        nearest = np.full(self.devices, -1, np.int64)
+        messages = self.slots * sum(op in MESSAGES for op, _ in self.planes)
+        _complete(
+            len(self.flat),
+            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, messages),
+            *(takers, nearest, known),
+        )
+        return known
+
+
+# The kernels know operations by number: constants, so that they can be compiled.
+_F, _B, _I, _R = (codes.NUMBER[op] for op in ("F", "B", "I", "R"))
+_SEND_F, _RECV_F, _SEND_B, _RECV_B = (codes.NUMBER[op] for op in ("SEND_F", "RECV_F", "SEND_B", "RECV_B"))
+_OFFLOAD, _RELEASE, _FETCH = (codes.NUMBER[op] for op in ("OFFLOAD", "RELEASE", "FETCH"))
+_UNSHARD_F, _UNSHARD_B = (codes.NUMBER[op] for op in ("UNSHARD_F", "UNSHARD_B"))
+_REDUCE, _TIED, _PULL, _PUSH = (codes.NUMBER[op] for op in ("REDUCE_GRAD", "REDUCE_TIED", "PULL", "PUSH"))
+_SAME = (1 << codes.OP) - 1
+
+
+@kernel
+def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, parties, source, target):  # type: ignore[no-untyped-def]
+    """One pass over all rows."""
+    for d in range(len(offsets) - 1):
+        for i in range(3 * stages):
+            turns[i] = 0
+        for i in range(offsets[d], offsets[d + 1]):
+            action = flat[i]
+            op = action >> 56
+            stage = action >> 32 & 0xFFFFFF
+            at = stage * last + (action & 0xFFFFFFFF) - 1
+            own = -1
+            if op == _F:
+                if base[_RECV_F] >= 0 and target[base[_RECV_F] + at] == d:
+                    waits[i] = base[_RECV_F] + at
+                gather = _UNSHARD_F
+            elif op == _B or op == _I or op == _R:
+                if base[_RECV_B] >= 0 and target[base[_RECV_B] + at] == d:
+                    waits[i] = base[_RECV_B] + at
+                if base[_FETCH] >= 0 and parties[base[_FETCH] + at] > 0:
+                    copies[i] = base[_FETCH] + at
+                gather = _UNSHARD_B
+            else:
+                gather = -1
+                if op == _SEND_F:
+                    own = base[_RECV_F] + at + last
+                    source[own] = d
+                elif op == _SEND_B:
+                    own = base[_RECV_B] + at - last
+                    source[own] = d
+                elif op == _RECV_F or op == _RECV_B:
+                    own = base[op] + at
+                    target[own] = d
+                elif op == _RELEASE:
+                    copies[i] = base[_OFFLOAD] + at
+                elif base[op] >= 0:
+                    if op == _UNSHARD_F or op == _UNSHARD_B or op == _REDUCE:  # the n-th of every holder join
+                        which = (op - _UNSHARD_F if op != _REDUCE else 2) * stages + stage
+                        own = base[op] + stage * last + turns[which]
+                        turns[which] += 1
+                        if op == _REDUCE or action & 0xFFFFFFFF == 0:
+                            waits[i] = own
+                    elif op == _TIED:
+                        own = base[op] + stage * last
+                        waits[i] = own
+                    else:
+                        own = base[op] + at
+                        if op == _PULL or op == _PUSH:
+                            waits[i] = own
+                    source[own] = d
+                    target[own] = d
+                if own >= 0:
+                    posts[i] = own
+                    parties[own] += 1
+            if gather >= 0 and base[gather] >= 0:  # a gather is at most a few actions back
+                j = i - 1
+                while j >= offsets[d]:
+                    if flat[j] >> 56 == gather and (flat[j] & _SAME) == (action & _SAME):
+                        copies[i] = posts[j]
+                        break
+                    if flat[j] >> 56 <= _B and (flat[j] & _SAME) == (action & _SAME):
+                        break
+                    j -= 1
+    return 0
+
+
+@kernel
+def _complete(flat, offsets, waits, posts, source, target, messages, takers, nearest, known):  # type: ignore[no-untyped-def]
+    """Find, from the end of each row, the send that answers each message, and who takes the answer."""
+    rows = len(offsets) - 1
+    for d in range(rows):
+        for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
+            if 0 <= waits[i] < messages:
+                takers[waits[i]] = i
+    for d in range(rows):
+        for other in range(rows):
+            nearest[other] = -1
+        for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
+            op = flat[i] >> 56
+            if op == _SEND_F or op == _SEND_B:
+                nearest[target[posts[i]]] = posts[i]
+            elif 0 <= waits[i] < messages and takers[waits[i]] == i:
+                answer = nearest[source[waits[i]]]
+                if answer >= 0:
+                    known[waits[i]] = takers[answer]
+    return 0
+
+
+def completions(program: Program) -> dict[Action, tuple[Action, ...]]:
+    """Return which sends are known to be complete once an action has its input, because of who waits for whom.
+
+    A send that device p's action C has taken is complete when anything that p sent after C arrives. So a sender can
+    let go of the tensor there without asking, and without ever waiting. Sends that nothing acknowledges are complete
+    at the end of the step.
+    """
+    linked = Linked(program)
+    known = linked.completions
+    found: dict[Action, list[Action]] = defaultdict(list)
+    for i in np.flatnonzero(codes.has(linked.flat, codes.SEND_FORWARD, codes.SEND_BACKWARD)).tolist():
+        if known[linked.posts[i]] >= 0:
+            found[linked.actions[known[linked.posts[i]]]].append(linked.actions[i])
+    return {action: tuple(done) for action, done in found.items()}
