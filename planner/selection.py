@@ -3,8 +3,9 @@
     cheapest(seconds, saved, needed) -> Selection(layers, seconds, freed, bound)
 
 The model is additive: a recomputed layer costs its own seconds and frees its own saved bytes, whatever its neighbours
-do. In truth layers that are recomputed one after the other interact a little: each keeps its input, which is not saved
-otherwise if the layer before is recomputed and made it, and repeating them together is a little cheaper than apart.
+do. In truth neighbours interact a little. A recomputed layer needs its input kept; where the layer that makes it is
+recomputed as well, the two free less than the sum, unless both are repeated in one go, which keeps the first input
+only. Who needs the difference prices the chosen set again, and asks for more bytes.
 """
 
 from __future__ import annotations

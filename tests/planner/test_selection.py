@@ -6,7 +6,7 @@ from itertools import product
 from math import inf, isclose
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from planner import selection
@@ -54,7 +54,7 @@ def test_the_cheapest_of_all_sets(layers: list[tuple[float, int]], needed: int) 
         assert isclose(found.seconds, least, rel_tol=1e-9, abs_tol=1e-15)
 
 
-@pytest.mark.parametrize("wide", [0, 2, 8])
+@pytest.mark.parametrize("wide", [0, 2])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layers=st.lists(st.tuples(SECONDS, BYTES), max_size=10), share=st.floats(0, 1))
 def test_joined_with_the_last_layers_it_is_exact(
@@ -73,13 +73,18 @@ def test_joined_with_the_last_layers_it_is_exact(
         assert isclose(found.seconds, least, rel_tol=1e-9, abs_tol=1e-15)
 
 
-@pytest.mark.parametrize("tolerance", [0.01, 0.5])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEEPS_THE_BEST_OF_AN_INTERVAL = [(31, 46), (37, 50), (11, 31), (8, 21), (3, 12), (26, 48)]
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(layers=KEEPS_THE_BEST_OF_AN_INTERVAL, share=162 / 208, tolerance=1.0)
 @given(
-    layers=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=60), share=st.floats(0, 1)
+    layers=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=60),
+    share=st.floats(0, 1),
+    tolerance=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
 )
 def test_approximated_it_stays_within_what_it_says(
-    tolerance: float, layers: list[tuple[int, int]], share: float, monkeypatch: pytest.MonkeyPatch
+    layers: list[tuple[int, int]], share: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "WIDE", 4)
     monkeypatch.setattr(selection, "TAIL", 0)
