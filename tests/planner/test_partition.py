@@ -1,27 +1,73 @@
+"""Where to cut, against every cut there is."""
+
 from __future__ import annotations
 
-from itertools import combinations, pairwise
+from collections.abc import Callable, Iterator
+from itertools import combinations, pairwise, product
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from planner import partition
+
+Table = NDArray[np.float64]
+
+
+def cuts(layers: int, stages: int) -> Iterator[tuple[range, ...]]:
+    for inner in combinations(range(1, layers), stages - 1):
+        yield tuple(range(a, b) for a, b in pairwise((0, *inner, layers)))
+
+
+def slowest(tables: Callable[[int], Table], ranges: tuple[range, ...]) -> float:
+    return max(float(tables(s)[r.start, r.stop]) for s, r in enumerate(ranges))
+
+
+def tables(layers: int, count: int, high: int = 12) -> st.SearchStrategy[Table]:
+    """Tables of small integers that nothing is monotone in, as many as asked for; some runs are impossible."""
+    size = count * (layers + 1) ** 2
+    entry = st.one_of(st.integers(0, high), st.just(float("inf")))
+    return st.lists(entry, min_size=size, max_size=size).map(
+        lambda numbers: np.array(numbers, dtype=float).reshape(count, layers + 1, layers + 1)
+    )
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
 def test_balanced_is_exact(weights: list[int], data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, len(weights)))
-    n = len(weights)
-
-    def heaviest(cuts: tuple[int, ...]) -> int:
-        edges = (0, *cuts, n)
-        return max(sum(weights[a:b]) for a, b in pairwise(edges))
-
-    best = min(heaviest(cuts) for cuts in combinations(range(1, n), stages - 1))
     found = partition.balanced([float(w) for w in weights], stages)
-    assert [i for r in found for i in r] == list(range(n))
+    assert [i for r in found for i in r] == list(range(len(weights)))
     assert all(found)
+    best = min(max(sum(weights[i] for i in r) for r in ranges) for ranges in cuts(len(weights), stages))
     assert max(sum(weights[i] for i in r) for r in found) == best
+
+
+@given(st.lists(st.floats(0, 20), min_size=1, max_size=9), st.data())
+def test_balanced_begins_the_last_stage_first(weights: list[float], data: st.DataObject) -> None:
+    table = partition.spans(weights)
+
+    def cut(stages: int, end: int) -> tuple[float, tuple[range, ...]]:
+        if stages == 1:
+            return float(table[0, end]), (range(end),)
+        best: tuple[float, tuple[range, ...]] = (float("inf"), ())
+        for start in range(stages - 1, end):
+            before, ranges = cut(stages - 1, start)
+            if max(before, float(table[start, end])) < best[0]:
+                best = max(before, float(table[start, end])), (*ranges, range(start, end))
+        return best
+
+    stages = data.draw(st.integers(1, len(weights)))
+    assert partition.balanced(weights, stages) == cut(stages, len(weights))[1]
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(ValueError, match="2 layers cannot make 3 stages"):
+        partition.balanced([1.0, 1.0], 3)
+    assert partition.cut(partition.spans([1.0, 1.0]), 3) is None
+    assert partition.lightest(partition.spans([1.0, 1.0]), 3) is None
+    assert partition.replicated(lambda r: partition.spans([1.0, 1.0]), 4, stages=3) is None
 
 
 @given(st.integers(1, 50), st.data())
@@ -30,3 +76,119 @@ def test_equal_differs_by_at_most_one(layers: int, data: st.DataObject) -> None:
     found = partition.equal(layers, stages)
     assert [i for r in found for i in r] == list(range(layers))
     assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
+def test_spans_add_up_layers_and_both_cuts(weights: list[int], data: st.DataObject) -> None:
+    positions = st.lists(st.integers(0, 9), min_size=len(weights) + 1, max_size=len(weights) + 1)
+    entering, leaving = data.draw(positions), data.draw(positions)
+    table = partition.spans(weights, entering, leaving)
+    for start, stop in combinations(range(len(weights) + 1), 2):
+        assert table[start, stop] == entering[start] + sum(weights[start:stop]) + leaving[stop]
+
+
+@given(st.integers(1, 6), st.data())
+def test_cut_is_exact_for_unequal_devices_under_their_memory(layers: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, layers))
+    seconds = data.draw(tables(layers, stages))
+    filled = data.draw(tables(layers, stages)) / data.draw(st.integers(1, 12))
+    fitting = [c for c in cuts(layers, stages) if slowest(lambda s: filled[s], c) <= 1]
+    best = min((slowest(lambda s: seconds[s], c) for c in fitting), default=float("inf"))
+    found = partition.cut(seconds, stages, filled)
+    assert found == partition.cut(lambda s: seconds[s], stages, lambda s: filled[s])
+    if found is None:
+        assert best == float("inf")
+    else:
+        assert found in fitting
+        assert slowest(lambda s: seconds[s], found) == best
+
+
+@given(st.integers(1, 7), st.data())
+def test_cut_is_exact_for_equal_devices(layers: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, layers))
+    seconds = data.draw(tables(layers, 1))[0]
+    best = min(slowest(lambda s: seconds, c) for c in cuts(layers, stages))
+    found = partition.cut(seconds, stages)
+    assert (found is None) == (best == float("inf"))
+    assert found is None or slowest(lambda s: seconds, found) == best
+
+
+@given(st.integers(1, 6), st.data())
+def test_lightest_is_exact_and_fits_where_anything_does(layers: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, layers))
+    capacities = data.draw(st.lists(st.integers(1, 20), min_size=stages, max_size=stages))
+    held = partition.spans(data.draw(st.lists(st.integers(0, 9), min_size=layers, max_size=layers)))
+
+    def filled(stage: int) -> Table:
+        return held * (stages - stage) / capacities[stage]  # 1F1B
+
+    found = partition.lightest(filled, stages)
+    assert found is not None
+    least = slowest(filled, found)
+    assert least == min(slowest(filled, c) for c in cuts(layers, stages))
+    assert (partition.cut(held, stages, filled) is not None) == (least <= 1)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans(), st.data())
+def test_replicated_is_exact(layers: int, devices: int, constrained: bool, free: bool, data: st.DataObject) -> None:
+    counts = data.draw(st.sampled_from([None, [1, 2, 4], [2, 3], [1]]))
+    stages = None if free else data.draw(st.integers(1, layers))
+    seconds = data.draw(tables(layers, devices))
+    filled = data.draw(tables(layers, layers * devices, 3)).reshape(layers, devices, layers + 1, layers + 1) / 2
+
+    def fits(ranges: tuple[range, ...], replicas: tuple[int, ...]) -> bool:
+        behind = range(len(ranges), 0, -1)
+        return not constrained or all(
+            filled[k - 1, r - 1, x.start, x.stop] <= 1 for k, r, x in zip(behind, replicas, ranges, strict=True)
+        )
+
+    def price(ranges: tuple[range, ...], replicas: tuple[int, ...]) -> tuple[float, int, int]:
+        times = (float(seconds[r - 1, x.start, x.stop]) for r, x in zip(replicas, ranges, strict=True))
+        return max(times), sum(replicas), len(ranges)
+
+    best = min(
+        (
+            price(ranges, replicas)
+            for count in (range(1, layers + 1) if stages is None else [stages])
+            for ranges in cuts(layers, count)
+            for replicas in product(counts or range(1, devices + 1), repeat=count)
+            if sum(replicas) <= devices and fits(ranges, replicas)
+        ),
+        default=(float("inf"), 0, 0),
+    )
+    found = partition.replicated(
+        lambda r: seconds[r - 1],
+        devices,
+        stages=stages,
+        filled=(lambda behind, r: filled[behind - 1, r - 1]) if constrained else None,
+        counts=counts,
+    )
+    if found is None:
+        assert best[0] == float("inf")
+    else:
+        assert [i for r in found[0] for i in r] == list(range(layers))
+        assert fits(*found)
+        assert price(*found) == best
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=1, max_size=6), st.data())
+def test_replicated_as_pipedream_states_it(compute: list[float], data: st.DataObject) -> None:
+    """The recurrence of the paper, with floats: A(j, m) = min over i, r of max(A(i, m - r), T(i..j, r))."""
+    layers, devices = len(compute), data.draw(st.integers(1, 5))
+    gradients = data.draw(st.lists(st.floats(0, 30), min_size=layers, max_size=layers))
+    work, weights = partition.spans(compute), partition.spans(gradients)
+
+    def seconds(replicas: int) -> Table:
+        return np.maximum(work / replicas, 4 * (replicas - 1) / replicas * weights / 10)
+
+    def best(stop: int, left: int) -> float:
+        if stop == 0:
+            return 0.0
+        return min(
+            (max(best(i, left - r), float(seconds(r)[i, stop])) for i in range(stop) for r in range(1, left + 1)),
+            default=float("inf"),
+        )
+
+    found = partition.replicated(seconds, devices)
+    assert found is not None
+    assert max(float(seconds(r)[x.start, x.stop]) for x, r in zip(*found, strict=True)) == best(layers, devices)
