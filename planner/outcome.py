@@ -24,7 +24,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     `interval_s` bounds the step time: from the profile's spread when simulated, the 10th to 90th percentile of the
     steps when measured. `capacity_bytes` is each device's memory. `profiled_s` has a prediction's median seconds per
-    stage and operation, before jitter and contention. `losses` are the measured mean loss of each step.
+    stage and operation, before jitter and contention. `samples_s` are the simulated steps in ascending order.
+    `estimated` says that no layer was measured. `losses` are the measured mean loss of each step.
     """
 
     plan: Plan
@@ -35,6 +36,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     profiled_s: dict[str, float] = {}
     memory_step: Trace | None = None
     step_times_s: tuple[float, ...] = ()
+    samples_s: tuple[float, ...] = ()
+    estimated: bool = False
     losses: tuple[float, ...] = ()
 
     @cached_property
@@ -60,7 +63,15 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def bubble(self) -> float:
-        """Idle share of the devices' time: the median over the steps."""
+        """Idle share of the devices' time: the median over the steps; of a plan without flush that of its steady state.
+
+        There, what a device works per step is what it worked in all the steps of the trace, over their number.
+        """
+        if self.source == "simulated" and self.step_times_s:
+            from planner.lowering import windows
+
+            worked = sum(self.trace.busy) / windows(self.plan)
+            return max(0.0, 1.0 - worked / (len(self.trace.devices) * self.step_s))
         return statistics.median(trace.makespan_bubble for trace in self.steps)
 
     @property

@@ -174,6 +174,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     action_s: float
     noise: float
     machine: Cluster
+    estimated: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -1,27 +1,30 @@
 """The simulator: a SimPy process per device walks its row of the program and emits the trace it leaves.
 
-It means what the executor does. Receives are posted where they stand; a transfer starts when both ends are posted
-(rendezvous) and shares its links with others; a compute waits for its message, then for its share of the cores.
+It means what the executor does. Receives are posted where they stand; a transfer starts when all of its parties have
+posted (rendezvous) and shares its links with others; a compute waits for its message, then for its share of the cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from random import Random
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import simpy
 
+from planner import codes, synchronisation
 from planner.cluster import Cluster
-from planner.costs import Costs, costs_of
-from planner.lowering import lower
-from planner.memory import memory_curve
+from planner.codes import PULL, PUSH
+from planner.costs import Costs, TransferKind, costs_of
+from planner.linking import MESSAGES
+from planner.lowering import asynchronous, lower
+from planner.memory import MemoryModel
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.program import RECEIVES, REDUCE_GRAD, Action, Message, Program, needs
 from planner.resources import Alone, FairShare, Process
+from planner.steady import steady_step
 from planner.trace import COMPUTE, LINK, Event, Trace
 
 SAMPLES = 3
@@ -29,36 +32,64 @@ SAMPLES = 3
 SEED = 0
 
 
-def simulate(profile: Profile, plan: Plan, cluster: Cluster) -> Outcome:
+class Failure(NamedTuple):
+    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew."""
+
+    device: str
+    at_s: float
+    down_s: float
+
+
+def simulate(
+    profile: Profile,
+    plan: Plan,
+    cluster: Cluster,
+    *,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    failures: tuple[Failure, ...] = (),
+) -> Outcome:
     """Predict one step of `plan` on `cluster`: its trace, its memory curve and the interval of its step time.
 
     A step waits again and again for the slower of its devices, so jitter costs time even where no median changes.
-    Therefore every action's duration is drawn from its measured spread, for a few steps, and the median step is the
+    Therefore every action's duration is drawn from its measured spread, for `samples` steps, and the median step is the
     prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once.
     """
     program = lower(plan)
     taken = placed(plan, cluster)
     costs = costs_of(profile, plan, program, taken)
+    way = synchronisation.get(plan.synchronisation)
 
-    def step(prices: Costs) -> Trace:
-        return interpret(program, prices, plan.devices)
+    def step(prices: Costs) -> _Run:
+        run = _Run(prices, plan.devices, together=not way.asynchronous, failures=failures)
+        run.env.run()
+        return run
 
     if costs.certain:
         steps = [step(costs)]
-        ends = (steps[0].end, steps[0].end)
+        low = high = steps[0]
     else:
-        random = Random(SEED)
-        steps = [step(costs.drawn(random)) for _ in range(SAMPLES)]
-        ends = (step(costs.at("low")).end, step(costs.at("high")).end)
-    trace = sorted(steps, key=lambda drawn: drawn.end)[len(steps) // 2]
-    trace = msgspec.structs.replace(trace, memory=memory_curve(trace, program, plan, profile))
+        random = np.random.default_rng(seed)
+        steps = [step(costs.drawn(random)) for _ in range(samples)]
+        low, high = step(costs.at("low")), step(costs.at("high"))
+
+    def seconds(run: _Run) -> float:
+        return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
+
+    middle = sorted(steps, key=seconds)[len(steps) // 2]
+    memory = MemoryModel(profile, plan, costs.linked).curve(middle.ready, middle.end)
+    trace = msgspec.structs.replace(middle.trace(), memory=memory)
+    ends = (seconds(low), seconds(high), seconds(middle))
     return Outcome(
         plan=plan,
         source="simulated",
         steps=(trace,),
         profiled_s=costs.by_operation,
-        interval_s=(min(*ends, trace.end), max(*ends, trace.end)),
-        capacity_bytes=tuple(float(device.memory_bytes) for device in taken.devices),
+        interval_s=(min(ends), max(ends)),
+        capacity_bytes=capacities(plan, cluster),
+        step_times_s=(seconds(middle),) if asynchronous(plan) else (),
+        samples_s=tuple(sorted(map(seconds, steps))),
+        estimated=profile.estimated,
     )
 
 
@@ -66,91 +97,161 @@ def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> T
     """Put the measured computing times of one step through the simulator."""
     program = lower(plan)
     costs = costs_of(profile, plan, program, placed(plan, cluster))
-    return interpret(program, costs.replayed(measured), plan.devices)
+    return interpret(costs.replayed(measured), plan.devices)
 
 
 def placed(plan: Plan, cluster: Cluster) -> Cluster:
-    """Return the cluster reduced to the plan's devices, in the order of the program's rows."""
-    taken = cluster.take(len(plan.devices))
+    """Return the cluster with one device per row of the program: the plan's own, of a group its first."""
+    taken = cluster.take(len(plan.device_names))
     by_name = {device.name: device for device in taken.devices}
-    return msgspec.structs.replace(taken, devices=tuple(by_name[name] for name in plan.devices))
+    return msgspec.structs.replace(taken, devices=tuple(by_name[group[0]] for group in plan.groups))
 
 
-def interpret(program: Program, costs: Costs, devices: tuple[str, ...]) -> Trace:
+def capacities(plan: Plan, cluster: Cluster) -> tuple[float, ...]:
+    """Return each row's memory in bytes: that of the smallest device in its group."""
+    memory = {d.name: float(d.memory_bytes) for d in cluster.take(len(plan.device_names)).devices}
+    return tuple(min(memory[name] for name in group) for group in plan.groups)
+
+
+def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     """Walk the program with the costs from time 0 and return what happened."""
-    run = _Run(program, costs)
+    run = _Run(costs, devices)
     run.env.run()
-    run.events.sort(key=lambda event: (event.device, event.start, event.end))
-    return Trace(devices=devices, events=tuple(run.events))
+    return run.trace()
 
 
 class _Run:
-    def __init__(self, program: Program, costs: Costs) -> None:
-        self.program, self.costs = program, costs
+    def __init__(
+        self, costs: Costs, devices: tuple[str, ...], *, together: bool = True, failures: tuple[Failure, ...] = ()
+    ) -> None:
+        self.costs, self.devices, self.together = costs, devices, together
+        linked = self.linked = costs.linked
         self.env = simpy.Environment()
-        self.events: list[Event] = []
-        messages = program.messages
-        self.half_posted: set[Action] = set()
-        self.arrived: Mapping[Action, simpy.Event] = {a: self.env.event() for a in messages if a.op in RECEIVES}
-        self.reducing = {stage: _Meeting(self.env, len(program.replicas[stage])) for stage in costs.reductions}
+        self.seconds: list[float] = costs.seconds.tolist()
+        self.posts, self.waits, self.copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
+        self.missing: list[int] = linked.parties.tolist()
+        self.kind_of: list[int] = costs.transfer_kind.tolist()
+        self.done: dict[int, bool] = {}
+        self.waiting: dict[int, simpy.Event] = {}
+        self.begun: dict[int, float] = {}
+        self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
+        self.moved: list[tuple[int, float, float]] = []
         self.links = _links(self.env, costs.cluster)
         self.cores = _cores(self.env, costs)
-        for device, row in enumerate(program.rows):
-            self.env.process(self.device(device, row))
+        self.server = simpy.Resource(self.env)
+        self.pushed: dict[int, list[int]] = {}
+        self.failures = {f.device: f for f in failures}
+        self.alone = [
+            kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
+            for kind in costs.kinds
+        ]
+        for device in range(linked.devices):
+            self.env.process(self.device(device))
 
-    def device(self, device: int, row: tuple[Action, ...]) -> Process:
-        seconds, cores = self.costs.seconds[device], self.cores[device]
-        for action in row:
-            start = ready = self.env.now
-            receive = needs(action)
-            if action in self.program.messages:
-                self.post(self.program.messages[action])
-            elif receive is not None and receive in self.arrived:
-                yield self.arrived[receive]
-                ready = self.env.now
-            elif action.op == REDUCE_GRAD and action.stage in self.reducing:
-                yield self.reducing[action.stage].join()
-                ready = self.env.now
-                yield self.env.timeout(self.costs.reductions[action.stage])
-            if seconds[action] > 0:
-                yield cores.use(seconds[action])
-            self.events.append(Event(device, COMPUTE, str(action), start, ready, self.env.now))
+    def _shared(self, way: tuple[int, ...]) -> bool:
+        return any(isinstance(self.links[i], FairShare) for i in way)
 
-    def post(self, message: Message) -> None:
-        """Start the transfer when its other end has been posted before."""
-        if message.send in self.half_posted:
-            self.env.process(self.transfer(*message))
-        self.half_posted.add(message.send)
+    @property
+    def last(self) -> float:
+        """When the last action was done."""
+        return max(self.end, default=0.0)
 
-    def transfer(self, source: int, send: Action, target: int, receive: Action) -> Process:
-        start = self.env.now
-        way, seconds = self.costs.ways[source, target], self.costs.transfers[send]
-        work = self.costs.works[send]
-        shares = [self.links[index].use(seconds) for index in way] if seconds > 0 else []
-        if work > 0 and self.cores[source] is self.cores[target]:
-            shares.append(self.cores[source].use(2 * work))
-        elif work > 0:
-            shares += [self.cores[end].use(work) for end in (source, target)]
+    def device(self, device: int) -> Process:
+        env, cores = self.env, self.cores[device]
+        posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
+        failure = self.failures.get(self.devices[device])
+        for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
+            self.start[i] = env.now
+            if posts[i] >= 0:
+                self.post(posts[i])
+            if waits[i] >= 0 and waits[i] not in done:
+                yield self.wait(waits[i])
+            if copies[i] >= 0 and copies[i] not in done:
+                yield self.wait(copies[i])
+            self.ready[i] = env.now
+            if failure is not None and failure.at_s <= env.now + seconds[i]:
+                yield env.timeout(max(0.0, failure.at_s - env.now) + failure.down_s)
+                failure = None
+            if seconds[i] > 0:
+                yield cores.use(seconds[i])
+            self.end[i] = env.now
+
+    def wait(self, transfer: int) -> simpy.Event:
+        """Return the event of a transfer's end; several devices may wait for one."""
+        if transfer not in self.waiting:
+            self.waiting[transfer] = self.env.event()
+        return self.waiting[transfer]
+
+    def post(self, transfer: int) -> None:
+        """Begin the transfer when its last party has come."""
+        self.missing[transfer] -= 1
+        if self.missing[transfer]:
+            return
+        number = self.kind_of[transfer]
+        kind = self.costs.kinds[number]
+        self.begun[transfer] = self.env.now
+        if self.alone[number]:
+            timer = self.env.timeout(kind.seconds)
+            timer.callbacks.append(partial(self.finish, transfer))
+        else:
+            self.env.process(self.transfer(transfer, kind))
+
+    def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
+        """Let those go on who wait for it."""
+        self.moved.append((transfer, self.begun[transfer], self.env.now))
+        self.done[transfer] = True
+        if transfer in self.waiting:
+            self.waiting[transfer].succeed()
+
+    def transfer(self, transfer: int, kind: TransferKind) -> Process:
+        shares = [self.links[index].use(kind.seconds) for way in kind.ways for index in way] if kind.seconds > 0 else []
+        if not shares and kind.seconds > 0:
+            shares = [self.env.timeout(kind.seconds)]
+        if kind.work > 0 and self.cores[kind.source] is self.cores[kind.target]:
+            shares.append(self.cores[kind.source].use(2 * kind.work))
+        elif kind.work > 0:
+            shares += [self.cores[end].use(kind.work) for end in (kind.source, kind.target)]
         if len(shares) == 1:
             yield shares[0]
         elif shares:
             yield simpy.AllOf(self.env, shares)
-        size = self.costs.sizes[send]
-        self.events.append(Event(target, LINK, str(receive), start, start, self.env.now, size))
-        self.arrived[receive].succeed()
+        if kind.op == PUSH:
+            self.pushed.setdefault(kind.stage, []).append(transfer)
+            mine = self.pushed[kind.stage]
+            if self.together and len(mine) % self._workers(kind.stage):
+                return  # the last one updates
+            pushed = mine[-self._workers(kind.stage) :] if self.together else [transfer]
+            with self.server.request() as turn:
+                yield turn
+                yield self.env.timeout(self.costs.applying[kind.stage])
+            for each in pushed:
+                self.finish(each)
+        else:
+            self.finish(transfer)
 
+    def _workers(self, stage: int) -> int:
+        pushes = self.linked.flat >> codes.STAGE == codes.code(PUSH, stage) >> codes.STAGE
+        return len(np.unique(self.linked.row[pushes]))
 
-class _Meeting:
-    """Fires when all replicas have come."""
-
-    def __init__(self, env: simpy.Environment, expected: int) -> None:
-        self.missing, self.complete = expected, env.event()
-
-    def join(self) -> simpy.Event:
-        self.missing -= 1
-        if self.missing == 0:
-            self.complete.succeed()
-        return self.complete
+    def trace(self) -> Trace:
+        """Everything that happened, device by device."""
+        rows = self.linked.row.tolist()
+        events = [
+            Event(rows[i], COMPUTE, str(action), self.start[i], self.ready[i], self.end[i])
+            for i, action in enumerate(self.linked.actions)
+        ]
+        posted = dict(zip(self.posts, range(len(self.posts)), strict=True))
+        for transfer, begin, end in self.moved:
+            kind = self.costs.kinds[self.kind_of[transfer]]
+            if kind.op in MESSAGES:
+                base = int(self.linked.base[codes.NUMBER[kind.op]])
+                action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
+                events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
+            elif kind.bytes and kind.op not in (PULL, PUSH):
+                i = posted[transfer]
+                events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
+        events.sort(key=lambda event: (event.device, event.start, event.end))
+        return Trace(devices=self.devices, events=tuple(events))
 
 
 def _links(env: simpy.Environment, cluster: Cluster) -> list[FairShare | Alone]:
@@ -162,9 +263,11 @@ def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
     pools: dict[tuple[str, int], FairShare] = {}
     sharing: list[FairShare | Alone] = []
     hosts = {host.name: host for host in costs.cluster.hosts}
+    count: dict[str, int] = {}
     for device in costs.cluster.devices:
-        neighbours = [d for d in costs.cluster.devices if d.host == device.host and d.shares_cores]
-        if not (costs.contended and device.shares_cores and len(neighbours) > 1):
+        count[device.host] = count.get(device.host, 0) + device.shares_cores
+    for device in costs.cluster.devices:
+        if not (costs.contended and device.shares_cores and count[device.host] > 1):
             sharing.append(Alone(env))
             continue
         key = (device.host, device.threads)

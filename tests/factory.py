@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from planner import schedules
 from planner.cluster import Cluster, Device, Host, Link
 from planner.lowering import lower
 from planner.plan import Plan, Stage
@@ -122,15 +124,31 @@ def devices(
 
 
 def pipeline(
-    schedule: str, stages: int, microbatches: int, *, batch: int | None = None, recompute: bool = False
+    schedule: str,
+    devices: int,
+    microbatches: int,
+    *,
+    chunks: int = 1,
+    batch: int | None = None,
+    replicas: int = 1,
+    **fields: Any,
 ) -> tuple[Plan, Program]:
-    """One layer per stage, one sample per micro-batch."""
+    """One layer per stage, one sample per micro-batch; of several replicas each has its devices behind the others."""
+    chosen = schedules.get(schedule)
+    stages = tuple(
+        Stage(
+            layers=(f"layer{s}",),
+            devices=tuple(f"d{r * devices + home}" for r in range(replicas) for home in chosen.homes(s, devices)),
+        )
+        for s in range(devices * chunks)
+    )
     plan = Plan(
         strategy=schedule,
         schedule=schedule,
-        stages=tuple(Stage(layers=(f"layer{s}",), devices=(f"d{s}",)) for s in range(stages)),
+        stages=stages,
         microbatches=microbatches,
         batch=batch or microbatches,
-        recompute=recompute,
+        chunks=chunks,
+        **fields,
     )
     return plan, lower(plan)
