@@ -114,7 +114,7 @@ def read(path: Path) -> Profile:
 def _table(text: str) -> tuple[dict[str, str], list[_Node]]:
     """The `# name = value` lines, and the nodes with seconds and bytes."""
     lines = text.splitlines()
-    notes = dict(m.groups() for line in lines if (m := re.fullmatch(r"# (\w+) = (.+)", line)))
+    notes = {m[1]: m[2] for line in lines if (m := re.fullmatch(r"# (\w+) = (.+)", line))}
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     nodes = [
         _Node(
@@ -130,9 +130,13 @@ def _table(text: str) -> tuple[dict[str, str], list[_Node]]:
     ]
     for node in nodes:
         if not all(node.number < reader <= len(nodes) for reader in node.read_by):
-            raise ValueError(f"node {node.number} '{node.op}': it cannot be read by {node.read_by}, which must be later")
-        if not node.made:
-            raise ValueError(f"node {node.number} '{node.op}': it has no output_bytes")
+            raise ValueError(
+                f"node {node.number} '{node.op}': it cannot be read by {node.read_by}, which must be later"
+            )
+        if not node.made or min(*node.made, node.parameter_bytes) < 0:
+            raise ValueError(f"node {node.number} '{node.op}': its bytes must be there and not negative")
+        if not (0 <= node.forward_s < math.inf and 0 <= node.backward_s < math.inf):
+            raise ValueError(f"node {node.number} '{node.op}': its times must be finite and not negative")
     return notes, nodes
 
 
