@@ -46,6 +46,11 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
         return cls(samples=samples, low_s=low, lower_s=lower, median_s=median, upper_s=upper, high_s=high)
 
 
+def _sound(timings: Sequence[Timing]) -> bool:
+    """Whether all seconds are finite and not negative."""
+    return all(0 <= n < math.inf for t in timings for n in (t.low_s, t.lower_s, t.median_s, t.upper_s, t.high_s))
+
+
 class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
     """A layer's times with a given number of threads, one `Timing` per measured micro-batch size.
 
@@ -180,14 +185,36 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if not self.layers:
             raise ValueError("layers: a profile needs at least one layer")
         for index, layer in enumerate((*self.layers, self.loss)):
-            numbers = [t.median_s for times in layer.times for t in (*times.forward, *times.backward)]
             if not layer.times or not layer.sizes:
                 raise ValueError(f"layers[{index}] '{layer.name}': no measured times or sizes")
-            if not all(math.isfinite(n) and n >= 0 for n in numbers):
+            timings = [
+                timing
+                for t in layer.times
+                for timing in (
+                    *(*t.forward, *t.backward, *t.backward_input, *t.backward_weight, *t.recompute),
+                    t.optimizer,
+                )
+            ]
+            if not _sound(timings):
                 raise ValueError(f"layers[{index}] '{layer.name}': times must be finite and not negative")
+        if not _sound(self.load) or not all(0 <= n < math.inf for n in (self.action_s, self.noise)):
+            raise ValueError("load, action_s and noise must be finite and not negative")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Raise `ValueError` unless every value flows forward and every layer is between the first and the last."""
         for value in self.values:
-            if not all(value.source < t < len(self.layers) for t in value.targets):
+            if value.source < -1 or not all(value.source < t < len(self.layers) for t in value.targets):
                 raise ValueError(f"values '{value.name}': layer {value.source} cannot feed layers {value.targets}")
+            if any(size < 0 for _, size in value.bytes_at) or not value.bytes_at:
+                raise ValueError(f"values '{value.name}': the bytes must be known and not negative")
+        reading = {target for value in self.values for target in value.targets}
+        read = {value.source for value in self.values if value.targets}
+        for index, layer in enumerate(self.layers):
+            if index > 0 and index not in reading:
+                raise ValueError(f"layers[{index}] '{layer.name}': it reads no value")
+            if index < len(self.layers) - 1 and index not in read:
+                raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
 
     @cached_property
     def graph(self) -> nx.DiGraph[int]:

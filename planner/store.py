@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -33,11 +33,27 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     partial: bool = False
 
 
-class Store:
-    """The artefacts below one folder."""
+class Catalogue(Protocol):
+    """Profiles that come with the program: the module `profiles.shipped`, which the commands hand over."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def profiles(self) -> dict[str, Path]:
+        """The files by name."""
+
+    def read(self, path: Path) -> Profile:
+        """Build a profile from one of these files, or from a person's own in the same format."""
+
+
+def is_table(path: Path) -> bool:
+    """Whether a profile is a table of somebody else's measurements: it has no model file and cannot be run."""
+    return path.suffix == ".csv"
+
+
+class Store:
+    """The artefacts below one folder, and beside them the profiles of a catalogue, where there is one."""
+
+    def __init__(self, root: Path | None = None, *, catalogue: Catalogue | None = None) -> None:
         self.root = root or Path(FOLDER)
+        self.catalogue = catalogue
 
     def check_writable(self) -> None:
         """Raise `PlanError` (exit 4) now rather than after minutes of measuring."""
@@ -54,7 +70,7 @@ class Store:
         return path
 
     def profile_path(self, given: str | None) -> Path:
-        """Return the path of a profile: as given, by its name in the store, or the one written last.
+        """Return the path of a profile: as given, by its name in the store or the catalogue, or the one written last.
 
         Raises `PlanError` (exit 4) when there is none.
         """
@@ -75,11 +91,16 @@ class Store:
         for path in known:
             if given in (path.stem, path.name):
                 return path
-        names = [path.stem for path in known]
+        shipped = self.catalogue.profiles() if self.catalogue else {}
+        if given in shipped:
+            return shipped[given]
+        names = [*(path.stem for path in known), *shipped]
         raise unknown("profile", given, names, where="--profile", fix="plan profile model.py", code=ARTEFACT)
 
     def load_profile(self, path: Path) -> Profile:
-        """Read a profile. Raises `PlanError` (exit 4) when it is damaged."""
+        """Read a profile, measured (JSON) or of the catalogue (CSV). Raises `PlanError` (exit 4) when it is damaged."""
+        if self.catalogue and is_table(path):
+            return self.catalogue.read(path)
         return decode(self._read(path), str(path))
 
     def save_ranking(self, ranking: Ranking) -> None:

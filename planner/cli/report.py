@@ -31,7 +31,9 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
-    store = Store()
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
     if simulated or plan is not None:
         ranking = store.load_ranking()
         path = store.profile_path(ranking.profile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -9,13 +10,13 @@ import typer
 
 from planner.cli import output
 from planner.cli.simulate import figures, require_same
-from planner.errors import TOLERANCE, PlanError
+from planner.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.outcome import Comparison, Error, compare
 from planner.plan import Plan, Stage
 from planner.profile import Profile
 from planner.simulate import replay
 from planner.simulate import simulate as predict
-from planner.store import Run, Store
+from planner.store import Run, Store, is_table
 from planner.units import percent, rate, seconds, size
 
 
@@ -36,10 +37,13 @@ def run(
     """Run a plan with real processes, record every action, and compare it with the prediction."""
     if steps < 1:
         raise PlanError(what="--steps must be positive", where="--steps", why=f"it is {steps}", fix="--steps 20")
-    store = Store()
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
     store.check_writable()
     wanted = store.plan(plan)
     path = store.profile_path(profile or _simulated_with(store, plan))
+    _check_has_model(path)
     measured_profile = store.load_profile(path)
     from executor.run import partial
     from executor.run import run as execute
@@ -106,7 +110,22 @@ def _simulated_with(store: Store, reference: str) -> str | None:
     if reference.endswith(".toml"):
         return None
     name = store.load_ranking().profile
-    return name if (store.root / "profiles" / f"{name}.json").exists() else None
+    known = (store.root / "profiles" / f"{name}.json").exists() or (
+        store.catalogue is not None and name in store.catalogue.profiles()
+    )
+    return name if known else None
+
+
+def _check_has_model(path: Path) -> None:
+    """Raise `PlanError` (exit 4) for a shipped profile: there is nothing to run."""
+    if is_table(path):
+        raise PlanError(
+            what="a plan of a shipped profile cannot be run",
+            where=f"profile '{path.stem}'",
+            why="a shipped profile has no model file: it was transcribed from somebody else's measurements",
+            fix="plan profile model.py   (profiles a model of your own; then plan simulate and plan run)",
+            code=ARTEFACT,
+        )
 
 
 def on_this_machine(plan: Plan, profile: Profile) -> Plan:

@@ -28,17 +28,23 @@ def simulate(
     strategy: Annotated[
         list[str] | None, typer.Option(help="Only this strategy; may be repeated. Default: all of them.")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="A profile's path or name. Default: the last one.")] = None,
-    cluster: Annotated[Path | None, typer.Option(help="A TOML file with other hardware than this machine.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="A profile's path or name, or a shipped one, as resnet50. Default: the last one.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Other hardware than the profiled: a TOML file, or a shipped name, as dgx-a100.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them."""
-    store = Store()
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
     path = store.profile_path(profile)
     measured = store.load_profile(path)
     if profile is None:
         check_fresh(measured, path)
-    hardware = clusters.read(cluster) if cluster else measured.machine
+    hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
     chosen = [strategies.get(name) for name in strategy] if strategy else None
     ranking = rank(
         measured,
