@@ -17,6 +17,7 @@ from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.torch_adapter import PipeStage
+from planner.linking import completions
 from planner.lowering import lower
 from planner.plan import Plan
 from planner.program import Action, Row, needs
@@ -49,7 +50,8 @@ class Rank:
         self.file, self.plan, self.backend, self.seed = file, plan, backend, seed
         self.program = lower(plan)
         self.row: Row = self.program.rows[rank]
-        self.stage_index = plan.stage_of(rank)
+        self.completions = completions(self.program)
+        (self.stage_index,) = plan.stages_of[rank]
         count = len(plan.stages)
         layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
@@ -125,7 +127,7 @@ class Rank:
             for work in self.receiving.pop(receive):
                 work.wait()
         ready = self.backend.stamp()
-        for send in self.program.completions.get(action, ()):
+        for send in self.completions.get(action, ()):
             for work in self.sending.pop(send)[0]:
                 work.wait()  # complete already: its receiver has answered
         self.repeats = []

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining import stage as torch_stage
 
-from planner.program import Order
+from planner.codes import Order
+from planner.program import actions
 
 _INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.13; absent in 2.11
 _FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters
@@ -117,8 +118,9 @@ def oracle(stages: list[PipelineStage], order: Order, microbatches: int, loss: C
 
 def torch_lowering(order: Order, stages: int) -> list[list[str]]:
     """Return what torch's lowering makes of an order, as text."""
-    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(order)}
-    where = {action.stage: d for d, row in enumerate(order) for action in row}
+    rows = [actions(row) for row in order]
+    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(rows)}
+    where = {action.stage: d for d, row in enumerate(rows) for action in row}
     lowered = schedules._add_send_recv(table, stage_to_rank=lambda s: where[s], num_stages=stages)
     return [[str(action) for action in lowered[d]] for d in sorted(lowered)]
 

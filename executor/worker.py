@@ -23,10 +23,11 @@ from executor.devices import Backend, open_device
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.rank import Rank, Stamped
+from planner.codes import RECV_FORWARD, REDUCE_GRAD
 from planner.errors import RUN_FAILED, PlanError
 from planner.memory import KINDS
 from planner.plan import Plan
-from planner.program import RECEIVES, RECV_FORWARD, REDUCE_GRAD, Action, needs
+from planner.program import RECEIVES, Action, needs
 from planner.trace import COMPUTE, LINK, Event, MemoryPoint
 
 PATIENCE_S = 60.0

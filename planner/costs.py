@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from planner import codes, collectives, synchronisation
+from planner import codes, collectives, schedules, synchronisation
 from planner.cluster import Cluster, Device, by_size
 from planner.codes import (
     FETCH,
@@ -278,8 +278,8 @@ class _Prices:
         whole = collectives.all_reduce if not self.way.shards else collectives.half
         sharded = "gradients" in self.way.shards
         if not self.plan.bucket_bytes and not sharded:
-            seconds = whole(self.cluster, devices, sum(per_layer))
-            return seconds, seconds
+            at_once = whole(self.cluster, devices, sum(per_layer))
+            return at_once, at_once
         times = self._reached(stage, forward=False)
         table = layer_table(self.profile, self.plan.samples, self.plan.threads)
         op = table.backward_weight if self._splits else table.backward
@@ -300,8 +300,6 @@ class _Prices:
 
     @property
     def _splits(self) -> bool:
-        from planner import schedules
-
         return schedules.get(self.plan.schedule).splits
 
     def _reached(self, stage: int, *, forward: bool) -> list[float]:
@@ -311,9 +309,9 @@ class _Prices:
         sums = table.forward if forward else table.backward_weight if self._splits else table.backward
         reached = sums[MEDIAN, layers.start : layers.stop]
         if forward:
-            return (reached - reached[0]).tolist()
+            return [float(r) for r in reached - reached[0]]
         ends = sums[MEDIAN, layers.start + 1 : layers.stop + 1]
-        return (ends[-1] - ends)[::-1].tolist()
+        return [float(e) for e in (ends[-1] - ends)[::-1]]
 
     def tied_bytes(self, group: tuple[int, ...]) -> float:
         """Bytes of the parameters that a group of stages shares: at most those of the smallest layer that has them."""

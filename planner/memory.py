@@ -32,6 +32,7 @@ from planner.compiled import kernel
 from planner.linking import Linked
 from planner.plan import Plan
 from planner.profile import Profile, interpolate
+from planner.schedules import Schedule
 from planner.stage_memory import of_plan
 from planner.trace import MemoryPoint
 
@@ -74,7 +75,7 @@ class MemoryModel:
         for stage in range(len(self.of)):
             self._describe(stage)
 
-    def _static(self, schedule: schedules.Schedule) -> Floats:
+    def _static(self, schedule: Schedule) -> Floats:
         static = np.zeros((self.linked.devices, len(KINDS)))
         depth = len(self.of)
         for row, held in enumerate(self.plan.stages_of):

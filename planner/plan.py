@@ -94,13 +94,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         parts = [self.strategy, f"k{len(self.device_names)}", f"m{self.microbatches}"]
         if (self.chunks > 1 and self.strategy == "interleaved") or self.chunks > 2:
             parts.append(f"v{self.chunks}")
-        if self.tensor > 1:
+        if self.tensor > 1 and self.strategy != "tensor-parallel":
             parts.append(f"t{self.tensor}")
         if self.uneven:
             parts.append("r" + ".".join(str(len(s.devices) // self.tensor) for s in self.stages))
         elif self.replicas > 1 and len(self.stages) > 1:
             parts.append(f"r{self.replicas}")
-        if self.synchronisation != "all-reduce":
+        if self.synchronisation not in ("all-reduce", self.strategy):
             parts.append(self.synchronisation)
         parts += [name for name in ("recompute", "offload") if getattr(self, name)]
         if self.recompute_layers:
@@ -192,6 +192,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         ends = [sum(len(stage.layers) for stage in self.stages[: i + 1]) for i in range(len(self.stages))]
         return tuple(range(end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
+
+
+def unrunnable(plan: Plan) -> str | None:
+    """Return why the executor cannot run a plan yet, or None when it can."""
+    reasons = {
+        f"the schedule {plan.schedule}": plan.schedule not in ("naive", "gpipe", "1f1b"),
+        f"synchronisation by {plan.synchronisation}": plan.replicas > 1 and plan.synchronisation != "all-reduce",
+        "several stages per device": plan.chunks > 1,
+        "tensors split over devices": plan.tensor > 1,
+        "different numbers of replicas per stage": plan.uneven,
+        "recomputing single layers": bool(plan.recompute_layers),
+        "swapping activations": plan.offload,
+        "an optimizer on the host": plan.host_optimizer,
+        "parameters shared by several stages": bool(plan.tied),
+    }
+    missing = [name for name, found in reasons.items() if found]
+    return ", ".join(missing) or None
 
 
 def read(path: Path) -> Plan:

@@ -9,10 +9,11 @@ import msgspec
 from planner.cluster import Cluster
 from planner.errors import NOTHING_FITS, PlanError
 from planner.outcome import Outcome
+from planner.placement import Question
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.simulate import simulate
-from planner.strategies import Question, Strategy, all_strategies
+from planner.simulate import SAMPLES, SEED, simulate
+from planner.strategies import Strategy, all_strategies
 from planner.units import size
 
 
@@ -70,6 +71,8 @@ def rank(
     batch: int,
     name: str,
     strategies: Sequence[Strategy] | None = None,
+    samples: int = SAMPLES,
+    seed: int = SEED,
     progress: Callable[[str], None] = lambda label: None,
 ) -> Ranking:
     """Simulate every strategy, with and without recompute, for K devices and M micro-batches.
@@ -85,7 +88,12 @@ def rank(
             rejected.append(Rejected(strategy=entry.name, why=f"{plan.what}: {plan.why}"))
             continue
         progress(str(plan))
-        outcomes.append(simulate(profile, plan, cluster))
+        try:
+            outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed))
+        except PlanError as error:
+            rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
+    distinct = {str(outcome.plan): outcome for outcome in outcomes}  # with one stage many strategies are one plan
+    outcomes = list(distinct.values())
     outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else _lack(o)))
     return Ranking(
         k=k, m=m, batch=batch, profile=name, cluster=cluster, outcomes=tuple(outcomes), rejected=tuple(rejected)
@@ -123,7 +131,8 @@ def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple
             yield entry, error
             continue
         yield entry, plan
-        yield entry, msgspec.structs.replace(plan, recompute=True)
+        if plan.schedule != "forward-only":
+            yield entry, msgspec.structs.replace(plan, recompute=True)
 
 
 def _lack(outcome: Outcome) -> float:

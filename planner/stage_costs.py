@@ -97,7 +97,10 @@ class StageCosts:
         table = layer_table(self.profile, self.samples, threads)
         if self.recomputed is not None:
             chosen = [i for i in self.layers if i in self.recomputed]
-            return np.sum([table.forward[:, i + 1] - table.forward[:, i] for i in chosen], axis=0)
+            repeated: Spread = sum(
+                (table.forward[:, i + 1] - table.forward[:, i] for i in chosen), np.zeros(len(QUANTILES))
+            )
+            return repeated
         last = self.layers.stop - 1
         seconds = table.forward[:, last] - table.forward[:, self.layers.start]
         seconds = seconds + table.recompute[:, last + 1] - table.recompute[:, last]
@@ -108,7 +111,8 @@ class StageCosts:
         table = layer_table(self.profile, self.samples, threads)
         alone = table.optimizer[:, self.layers.stop] - table.optimizer[:, self.layers.start]
         whole = [w for w in self.profile.whole if w.layers_optimizer_s > 0]
-        return alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
+        scaled: Spread = alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
+        return scaled
 
     def _run(self, kind: str, threads: int, seams: str, share: float = 1.0) -> Spread:
         """A pass over all layers, and the loss on the last stage, plus the executor's own time."""

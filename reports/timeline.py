@@ -8,7 +8,8 @@ from array import array
 from collections import defaultdict
 from typing import Any
 
-from planner.program import OPS, parse
+from planner.codes import OPS
+from planner.program import parse
 from planner.trace import LANES, LINK, Event, Trace
 from reports.markup import Html, tag
 

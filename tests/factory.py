@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
 
 from planner import schedules
 from planner.cluster import Cluster, Device, Host, Link
@@ -11,6 +14,7 @@ from planner.lowering import lower
 from planner.plan import Plan, Stage
 from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
 from planner.program import Program
+from planner.schedules import Shape
 
 KEY = ProfileKey(
     model="model.py", source_sha256="0" * 64, device="by hand", dtype="float32", cores=2, torch="2.13.0", python="3.11"
@@ -152,3 +156,22 @@ def pipeline(
         **fields,
     )
     return plan, lower(plan)
+
+
+def shapes(
+    devices: int = 6, microbatches: int = 12, *, only: Callable[[schedules.Schedule], bool] = lambda schedule: True
+) -> st.SearchStrategy[tuple[str, Shape]]:
+    """Draw a registered schedule and a shape that it can arrange."""
+    every = [name for name in schedules.names() if only(schedules.get(name))]
+
+    @st.composite
+    def draw(pick: st.DrawFn) -> tuple[str, Shape]:
+        chosen = schedules.get(pick(st.sampled_from(every)))
+        least, most = chosen.chunks
+        shape = Shape(
+            pick(st.integers(1, devices)), pick(st.integers(1, microbatches)), pick(st.integers(least, most or 3))
+        )
+        assume(schedules.why_not(chosen, shape) is None)
+        return chosen.name, shape
+
+    return draw()

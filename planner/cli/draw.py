@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from planner.trace import COMPUTE, Trace
 
-LETTERS = {"F": "F", "B": "B", "R": "R", "OPTIMIZER": "O", "LOAD": "L", "REDUCE_GRAD": "A"}
+LETTERS = {"F": "F", "B": "B", "I": "I", "W": "W", "R": "R", "OPTIMIZER": "O", "LOAD": "L"}
+LETTERS |= {"REDUCE_GRAD": "A", "REDUCE_TIED": "A", "UNSHARD_F": "A", "UNSHARD_B": "A", "PULL": "P", "PUSH": "P"}
+NAMES = {"F": "forward", "B": "backward", "I": "of input", "W": "of weights", "R": "recompute", "A": "all-reduce"}
+NAMES |= {"O": "optimizer", "L": "load", "P": "push and pull"}
 
 
 def ascii_timeline(trace: Trace, width: int = 80) -> str:
@@ -33,5 +36,7 @@ def ascii_timeline(trace: Trace, width: int = 80) -> str:
         lines.append(f"{trace.devices[d]:<{label}} {line}")
     if len(trace.devices) > len(shown):
         lines.append(f"... and {len(trace.devices) - len(shown)} more devices")
-    lines.append(" " * (label + 1) + "F forward  B backward  R recompute  A all-reduce  O optimizer  L load  . waiting")
+    drawn = {c for line in lines for c in line[label + 1 :]}
+    legend = "  ".join(f"{letter} {name}" for letter, name in NAMES.items() if letter in drawn)
+    lines.append(" " * (label + 1) + f"{legend}  . waiting")
     return "\n".join(lines)

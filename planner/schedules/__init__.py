@@ -3,10 +3,13 @@
 A schedule returns compute actions only; what has to be sent, recomputed or reduced is added by `planner.lowering`.
 """
 
-from planner.schedules import asynchronous, interleaved, straight
-from planner.schedules.registry import Schedule, Shape, arrange, get, names, schedule, why_not
-
-__all__ = [
-    *("Schedule", "Shape", "arrange", "get", "names", "schedule", "why_not"),
-    *("asynchronous", "interleaved", "straight"),
-]
+from planner.schedules import asynchronous as asynchronous
+from planner.schedules import interleaved as interleaved
+from planner.schedules import straight as straight
+from planner.schedules.registry import Schedule as Schedule
+from planner.schedules.registry import Shape as Shape
+from planner.schedules.registry import arrange as arrange
+from planner.schedules.registry import get as get
+from planner.schedules.registry import names as names
+from planner.schedules.registry import schedule as schedule
+from planner.schedules.registry import why_not as why_not

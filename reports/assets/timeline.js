@@ -62,7 +62,7 @@
   let colours = {}, hatch = null, waiting = false;
 
   const readColours = () => {
-    const ops = data.ops.map((op) => page.colour(/SEND|RECV|REDUCE/.test(op) ? "--op-link" : `--op-${op}`));
+    const ops = data.ops.map((op) => page.colour(/SEND|RECV|REDUCE|SHARD|OFFLOAD|RELEASE|FETCH|PULL|PUSH/.test(op) ? "--op-link" : `--op-${op}`));
     const bright = new Set(["B", "R", "OPTIMIZER", "LOAD", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD"]);
     colours = {
       ops, onOps: data.ops.map((op) => (bright.has(op) ? "#101418" : "#ffffff")), paper: page.colour("--paper"), ink: page.colour("--ink"),

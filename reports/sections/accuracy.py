@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from planner.codes import OPS
 from planner.memory import KINDS
 from planner.outcome import Comparison, Error
 from planner.plan import Plan
-from planner.program import OPS, parse
+from planner.program import parse
 from planner.units import percent, seconds, size
 from reports.figures import action_name, relative, signed
 from reports.markup import Cell, Html, Number, figure, join, table, tag

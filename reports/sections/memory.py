@@ -25,7 +25,7 @@ Curve = list[MemoryPoint]
 
 def kind_name(kind: str) -> str:
     """Name a kind of bytes for a reader."""
-    return "optimizer state" if kind == "optimizer" else kind
+    return {"optimizer": "optimizer state", "versions": "weight versions"}.get(kind, kind)
 
 
 @section("memory", "Memory over time")
@@ -57,12 +57,12 @@ def memory(report: Report) -> str:
     axes = _Axes.of(drawn, [limit for limit in limits.values() if limit is not None])
     if not axes.capacity and any(limits.values()):
         caption += f" Every capacity is more than {_CAPACITY_IN_SIGHT:g} times the highest peak, so none is drawn."
-    names, stage_of = predicted.memory_trace.devices, predicted.plan.stage_of
+    names, held = predicted.memory_trace.devices, predicted.plan.stages_of
     body = join(
         _legend(used, measured=bool(theirs), capacity=axes.capacity),
         tag(
             "div",
-            *(_device(names[d], stage_of(d), curves[d], theirs.get(d, []), limits[d], axes) for d in shown),
+            *(_device(names[d], held[d], curves[d], theirs.get(d, []), limits[d], axes) for d in shown),
             cls="multiples",
         ),
     )
@@ -128,7 +128,7 @@ class _Axes(NamedTuple):
         }
 
 
-def _device(name: str, stage: int, points: Curve, measured: Curve, limit: float | None, axes: _Axes) -> Html:
+def _device(name: str, held: tuple[int, ...], points: Curve, measured: Curve, limit: float | None, axes: _Axes) -> Html:
     kept = thinned(points)
     times = [p.time for p in kept]
     traces: list[dict[str, object]] = []
@@ -156,7 +156,7 @@ def _device(name: str, stage: int, points: Curve, measured: Curve, limit: float 
         words += "; the capacity is far above the chart"
     return tag(
         "div",
-        tag("h4", name, tag("span", f"stage {stage}", cls="muted")),
+        tag("h4", name, tag("span", f"stage {', '.join(map(str, held))}", cls="muted")),
         tag("p", unbroken(words), cls="note"),
         plot(label=f"Memory of {name} over the step: {words}", traces=traces, layout=layout, height=200),
         cls="multiple",

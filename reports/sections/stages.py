@@ -6,8 +6,8 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
+from planner.codes import BACKWARD, FORWARD, RECOMPUTE
 from planner.plan import Stage
-from planner.program import BACKWARD, FORWARD, RECOMPUTE
 from planner.trace import Trace
 from planner.units import percent, seconds, size
 from reports.figures import OP_NAMES, signed

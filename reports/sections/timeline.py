@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.codes import OPS
 from planner.outcome import Outcome
-from planner.program import OPS
 from planner.trace import LINK, Trace
 from planner.units import percent, seconds, size
 from reports import timeline as encoding
@@ -14,7 +14,7 @@ from reports.report import Report
 
 _ROWS = 200
 _ON_LINKS = {"SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD"}
-_LEGEND = ("F", "B", "R", "OPTIMIZER", "LOAD", "SEND_F")
+_LEGEND = ("F", "B", "I", "W", "R", "OPTIMIZER", "LOAD", "SEND_F")
 
 
 @section("timeline", "Timeline")
@@ -31,7 +31,7 @@ def timeline(report: Report) -> str:
         "ops": OPS,
         "op_names": names,
         "devices": [
-            {"name": name, "stage": report.predicted.plan.stage_of(index)}
+            {"name": name, "stage": ", ".join(map(str, report.predicted.plan.stages_of[index]))}
             for index, name in enumerate(report.predicted.trace.devices)
         ],
         "sources": [

@@ -16,8 +16,9 @@ from executor.rank import Rank
 from executor.torch_adapter import oracle
 from executor.worker import join
 from planner import schedules
+from planner.codes import OPTIMIZER
 from planner.plan import Plan
-from planner.program import OPTIMIZER, Action
+from planner.program import Action
 
 SEED = 3
 

@@ -11,9 +11,10 @@ from executor.layers import cut
 from executor.model_file import load
 from executor.run import run
 from planner import partition
+from planner.codes import FORWARD, REDUCE_GRAD
 from planner.errors import PlanError
 from planner.plan import Plan, Stage
-from planner.program import FORWARD, REDUCE_GRAD, parse
+from planner.program import parse
 from planner.trace import COMPUTE
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import networkx as nx
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import schedules
+from planner.codes import OPS
 from planner.errors import PlanError
+from planner.linking import completions
 from planner.lowering import communicate
-from planner.program import OPS, SENDS, Action, Program, parse, prove
-from tests.factory import pipeline
+from planner.program import SENDS, Action, Program, actions, needs, parse, prove
+from planner.schedules import Shape
+from tests.factory import pipeline, shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ACTIONS = st.builds(Action, st.integers(0, 999), st.sampled_from(OPS), st.none() | st.integers(0, 9999))
@@ -33,67 +37,72 @@ def test_parse_rejects_what_is_no_action(text: str) -> None:
         parse(text)
 
 
-@given(st.sampled_from(schedules.names()), st.integers(1, 6), st.integers(1, 12))
-def test_csv_round_trip(name: str, p: int, m: int) -> None:
-    _, program = pipeline(name, p, m)
+@given(shapes())
+def test_csv_round_trip(drawn: tuple[str, Shape]) -> None:
+    name, shape = drawn
+    _, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks)
     assert Program.from_csv(program.to_csv()) == program
 
 
 @pytest.mark.parametrize("name", schedules.names())
 def test_golden(name: str) -> None:
     """The lowered program of every schedule, as a file: a change of it must be meant."""
-    _, program = pipeline(name, 4, 8)
+    chosen = schedules.get(name)
+    chunks = 2 if chosen.placement == "looped" else chosen.chunks[0]
+    _, program = pipeline(name, 4, 8, chunks=chunks)
     assert program.to_csv() == (GOLDEN / f"{name}-k4-m8.csv").read_text()
 
 
-@given(st.sampled_from(schedules.names()), st.integers(1, 6), st.integers(1, 10))
-def test_lowering_equals_torch_up_to_reordering(name: str, p: int, m: int) -> None:
+@given(shapes(only=lambda schedule: schedule.copies == 1 and not schedule.splits))
+def test_lowering_equals_torch_up_to_reordering(drawn: tuple[str, Shape]) -> None:
     from executor.torch_adapter import torch_lowering
 
-    order = schedules.get(name)(p, m)
-    mine = [[str(action) for action in row] for row in communicate(order, p)]
-    theirs = torch_lowering(order, p)
+    name, shape = drawn
+    order = schedules.arrange(name, shape)
+    mine = [[str(action) for action in actions(row)] for row in communicate(order, shape.stages)]
+    theirs = torch_lowering(order, shape.stages)
     assert [sorted(row) for row in mine] == [sorted(row) for row in theirs]
 
 
-@given(st.sampled_from(schedules.names()), st.integers(2, 6), st.integers(1, 10))
-def test_both_ends_see_the_messages_of_a_pair_in_one_order(name: str, p: int, m: int) -> None:
+@given(shapes())
+def test_both_ends_see_the_messages_of_a_pair_in_one_order(drawn: tuple[str, Shape]) -> None:
     """What NCCL demands: sends and receives of two devices, both directions, in the same order on both."""
-    _, program = pipeline(name, p, m)
-    for d in range(p - 1):
+    name, shape = drawn
+    _, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks)
+    for pair in combinations(range(shape.devices), 2):
         ends = [
             [
                 program.messages[a].send
                 for a in program.rows[here]
-                if a in program.messages and {program.messages[a].source, program.messages[a].target} == {d, d + 1}
+                if a in program.messages and {program.messages[a].source, program.messages[a].target} == set(pair)
             ]
-            for here in (d, d + 1)
+            for here in pair
         ]
         assert ends[0] == ends[1]
 
 
-@given(st.sampled_from(schedules.names()), st.integers(2, 6), st.integers(1, 10))
-def test_completions_are_implied_by_dependencies(name: str, p: int, m: int) -> None:
+@given(shapes())
+def test_completions_are_implied_by_dependencies(drawn: tuple[str, Shape]) -> None:
     """A send counts as complete at an action only if every way there leads past the action that took it."""
-    _, program = pipeline(name, p, m)
+    name, shape = drawn
+    _, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks)
     graph = nx.DiGraph()
     for row in program.rows:
         nx.add_path(graph, row)
+    takers = {needs(action): action for row in reversed(program.rows) for action in reversed(row) if needs(action)}
     for message in program.messages.values():
-        taker = Action(message.receive.stage, message.receive.op[-1], message.receive.microbatch)
-        graph.add_edge(message.send, taker)
-    for action, done in program.completions.items():
+        graph.add_edge(message.send, takers[message.receive])
+    known = completions(program)
+    for action, done in known.items():
         for send in done:
-            receive = program.messages[send].receive
-            taker = Action(receive.stage, receive.op[-1], receive.microbatch)
-            assert nx.has_path(graph, taker, action)
-    known = {send for done in program.completions.values() for send in done}
-    forward = {a for a in program.where if a.op == "SEND_F"}
-    assert forward <= known, "a sent activation is always acknowledged by its gradient"
+            assert nx.has_path(graph, takers[program.messages[send].receive], action)
+    if schedules.get(name).trains and schedules.get(name).placement == "straight":
+        forward = {a for a in program.where if a.op == "SEND_F"}
+        assert forward <= {send for done in known.values() for send in done}, "its gradient acknowledges an activation"
 
 
 def _broken(text: str) -> Program:
-    return Program(tuple(tuple(parse(cell) for cell in line.split()) for line in text.strip().splitlines()))
+    return Program.of([[parse(cell) for cell in line.split()] for line in text.strip().splitlines()])
 
 
 @pytest.mark.parametrize(

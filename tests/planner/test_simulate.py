@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import networkx as nx
 import pytest
@@ -11,16 +13,20 @@ from hypothesis import strategies as st
 
 from planner import schedules
 from planner.cluster import Cluster, Host
+from planner.codes import REDUCE_GRAD
 from planner.costs import Costs, costs_of
+from planner.critical_path import walk
 from planner.lowering import lower
-from planner.memory import KINDS
+from planner.memory import KINDS, MemoryModel
+from planner.placement import Question
 from planner.plan import Plan, Stage
 from planner.profile import Profile
-from planner.program import REDUCE_GRAD, Program, needs
+from planner.program import Program, needs
 from planner.resources import FairShare
+from planner.schedules import Shape
 from planner.simulate import interpret, placed, simulate
-from planner.strategies import Question, all_strategies
-from tests.factory import devices, pipeline, profile
+from planner.strategies import all_strategies
+from tests.factory import devices, pipeline, profile, shapes
 
 COST = st.integers(1, 9).map(float)
 
@@ -28,46 +34,69 @@ COST = st.integers(1, 9).map(float)
 def longest_path(program: Program, costs: Costs) -> float:
     """Makespan as the longest path of the action graph: what no contention and no sharing allows to be quicker."""
     graph: nx.DiGraph = nx.DiGraph()
-    for d, row in enumerate(program.rows):
-        before = None
-        for action in row:
-            begin, end = (d, action, "begin"), (d, action, "end")
-            meet = (0, action, "meet") if action.op == REDUCE_GRAD and action.stage in costs.reductions else None
-            if meet:
-                graph.add_edge(begin, meet, seconds=0.0)
-                graph.add_edge(meet, end, seconds=costs.reductions[action.stage])
-            graph.add_edge(begin, end, seconds=costs.seconds[d][action])
-            if before:
-                graph.add_edge(before, begin, seconds=0.0)
-            before = end
-            receive = needs(action)
-            if receive in program.messages:
-                message = program.messages[receive]
-                graph.add_edge((message.source, message.send, "begin"), (d, receive, "go"), seconds=0.0)
-                graph.add_edge((d, receive, "begin"), (d, receive, "go"), seconds=0.0)
-                # The compute starts once the message is there: its own node, so that its duration comes behind it.
-                graph.add_edge((d, receive, "go"), begin, seconds=costs.transfers[message.send])
+    seconds = dict(zip(enumerate(costs.linked.actions), costs.seconds.tolist(), strict=True))
+    rows = costs.linked.row.tolist()
+    before: dict[int, object] = {}
+    transfers = {(k.op, k.stage): k.seconds for k in costs.kinds}
+    for (i, action), own in seconds.items():
+        d = rows[i]
+        begin, end = (d, action, "begin"), (d, action, "end")
+        graph.add_edge(begin, end, seconds=own)
+        if action.op == REDUCE_GRAD and (REDUCE_GRAD, action.stage) in transfers:
+            graph.add_edge(begin, (action, "meet"), seconds=0.0)
+            graph.add_edge((action, "meet"), end, seconds=transfers[REDUCE_GRAD, action.stage])
+        if d in before:
+            graph.add_edge(before[d], begin, seconds=0.0)
+        before[d] = end
+        receive = needs(action)
+        if receive in program.messages:
+            message = program.messages[receive]
+            graph.add_edge((message.source, message.send, "begin"), (d, receive, "go"), seconds=0.0)
+            graph.add_edge((d, receive, "begin"), (d, receive, "go"), seconds=0.0)
+            # The compute starts once the message is there: its own node, so that its duration comes behind it.
+            graph.add_edge((d, receive, "go"), begin, seconds=transfers[receive.op, receive.stage])
     return float(nx.dag_longest_path_length(graph, weight="seconds"))
 
 
-@given(
-    st.sampled_from(schedules.names()),
-    st.lists(COST, min_size=1, max_size=6),
-    st.integers(1, 12),
-    st.integers(0, 3),
-    st.booleans(),
-    st.data(),
-)
+@given(shapes(), st.integers(0, 3), st.booleans(), st.data())
 def test_simulation_is_the_longest_path(
-    name: str, forward: list[float], m: int, latency: int, recompute: bool, data: st.DataObject
+    drawn: tuple[str, Shape], latency: int, recompute: bool, data: st.DataObject
 ) -> None:
-    p = len(forward)
-    backward = data.draw(st.lists(COST, min_size=p, max_size=p))
+    name, shape = drawn
+    forward, backward = (data.draw(st.lists(COST, min_size=shape.stages, max_size=shape.stages)) for _ in range(2))
     costs_profile = profile(forward, backward, message_bytes=1)
-    plan, program = pipeline(name, p, m, recompute=recompute)
-    cluster = devices(p, latency_s=float(latency), bandwidth=1e300)
+    plan, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks, recompute=recompute)
+    cluster = devices(shape.devices, latency_s=float(latency), bandwidth=1e300)
     costs = costs_of(costs_profile, plan, program, cluster)
-    assert interpret(program, costs, plan.devices).end == longest_path(program, costs)
+    assert interpret(costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
+
+
+@given(shapes(), st.integers(0, 3), st.sampled_from(["", "recompute", "zero-1", "zero-3"]), st.data())
+def test_the_fast_interpreter_equals_simpy(
+    drawn: tuple[str, Shape], latency: int, more: str, data: st.DataObject
+) -> None:
+    """Every time of every action, and every device's peak, on every registered schedule."""
+    name, shape = drawn
+    forward, backward = (data.draw(st.lists(COST, min_size=shape.stages, max_size=shape.stages)) for _ in range(2))
+    costs_profile = profile(forward, backward, message_bytes=100)
+    fields: dict[str, Any] = {"recompute": more == "recompute"}
+    if more.startswith("zero") and schedules.get(name).updates == "step":
+        fields |= {"replicas": 2, "synchronisation": more, "microbatches": 2 * shape.microbatches}
+    rows = shape.devices * fields.get("replicas", 1)
+    plan, program = pipeline(
+        name, shape.devices, **({"microbatches": shape.microbatches, "chunks": shape.chunks} | fields)
+    )
+    cluster = devices(rows, latency_s=float(latency), bandwidth=1e3)
+    costs = costs_of(costs_profile, plan, program, cluster)
+    outcome = simulate(costs_profile, plan, cluster)
+    walked = walk(costs)
+    events = [e for e in outcome.trace.events if e.lane == "compute"]
+    ends = {(e.device, e.action): (e.ready, e.end) for e in events}
+    fast = zip(costs.linked.row.tolist(), costs.linked.actions, walked.ready, walked.end, strict=True)
+    for row, action, ready, end in fast:
+        assert (ready, end) == pytest.approx(ends[row, str(action)], rel=1e-12)
+    peaks = MemoryModel(costs_profile, plan, costs.linked).peaks()
+    assert peaks == pytest.approx([point.total for point in outcome.peak], rel=1e-12)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), COST)
@@ -77,7 +106,7 @@ def test_data_parallel_is_the_longest_path(k: int, share: int, f: float) -> None
     plan = next(s for s in all_strategies() if s.name == "data-parallel").spread(question)
     program = lower(plan)
     costs = costs_of(question.profile, plan, program, cluster)
-    assert interpret(program, costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
+    assert interpret(costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
 
 
 def test_ring_all_reduce_formula() -> None:
@@ -196,7 +225,7 @@ def test_replay_of_a_simulated_trace_is_the_trace() -> None:
     costs_profile = profile([1.0, 2.0, 3.0])
     cluster = placed(plan, devices(3))
     costs = costs_of(costs_profile, plan, program, cluster)
-    trace = interpret(program, costs, plan.devices)
-    again = interpret(program, costs.replayed(trace), plan.devices)
+    trace = interpret(costs, plan.devices)
+    again = interpret(costs.replayed(trace), plan.devices)
     assert again == trace
     assert msgspec.json.decode(msgspec.json.encode(trace), type=type(trace)) == trace

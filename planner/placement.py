@@ -1,0 +1,354 @@
+"""Where stages go: a schedule's pipeline over K devices, cut so that the slowest stage is fastest and all fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+
+from planner import collectives, partition, schedules
+from planner.cluster import Cluster, Device
+from planner.errors import PlanError
+from planner.lowering import compute_order
+from planner.plan import Plan, Stage
+from planner.profile import LayerProfile, Profile, interpolate, value_bytes
+from planner.stage_costs import MEDIAN, StageCosts, layer_table
+
+if TYPE_CHECKING:
+    from planner.partition import Table
+
+T = TypeVar("T")
+
+
+class Question(NamedTuple):
+    """What a strategy is asked: K devices of a cluster, M micro-batches in a batch of so many samples.
+
+    `replicas` copies of the pipeline, `chunks` stages per device (0: as few as the schedule takes, two where it takes
+    any number), each stage's tensors split over `tensor` devices.
+    """
+
+    profile: Profile
+    cluster: Cluster
+    k: int
+    m: int
+    batch: int
+    replicas: int = 1
+    chunks: int = 0
+    tensor: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Samples per micro-batch."""
+        return self.batch // self.m
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The K devices."""
+        return self.cluster.take(self.k).devices
+
+
+def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced", synchronisation: str = "") -> Plan:
+    """Place a schedule's pipeline on K devices: `replicas` of it, `cut` balanced by cost or equal in layers.
+
+    Raises `PlanError` (exit 2) when the numbers do not go together.
+    """
+    chosen = schedules.get(schedule)
+    chunks = q.chunks or max(chosen.chunks[0], 2 if chosen.placement == "looped" else 1)
+    depth = _depth(q)
+    shape = schedules.Shape(depth, q.m // q.replicas, chunks)
+    reason = schedules.why_not(chosen, shape)
+    if q.m % q.replicas:
+        reason = f"{q.m} micro-batches are not a multiple of {q.replicas} replicas"
+    if reason is not None:
+        raise PlanError(
+            what=f"{strategy} cannot be arranged",
+            where=f"strategy {strategy}, K={q.k}, M={q.m}",
+            why=reason,
+            fix=f"plan simulate --k {q.k} --m {_next(q.m, 2 * q.k)}",
+        )
+    count = depth * chunks
+    _enough_layers(q, count)
+    layers = len(q.profile.layers)
+    trial = _plan(q, strategy, schedule, partition.equal(layers, count), chunks, synchronisation)
+    if cut == "equal" or count == 1:
+        return trial
+    plan = _plan(q, strategy, schedule, balanced(q, trial), chunks, synchronisation)
+    return measured(q, plan) if chosen.measured else plan
+
+
+def measured(q: Question, plan: Plan) -> Plan:
+    """Write each stage's seconds into a plan whose schedule orders by them."""
+    import msgspec
+
+    ranges = plan.layer_ranges([layer.name for layer in q.profile.layers])
+    seconds = []
+    for s, layers in enumerate(ranges):
+        device = next(d for d in q.devices if d.name == plan.stages[s].devices[0])
+        costs = StageCosts(q.profile, layers, q.samples)
+        seconds.append(tuple(float(costs.spread(op, device)[MEDIAN]) for op in ("F", "I", "W")))
+    return msgspec.structs.replace(plan, stage_seconds=tuple(seconds))
+
+
+def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
+    """Cut for a plan's schedule and devices: the least slowest stage, transfers included, that fits into memory.
+
+    Where no cut fits, the one that lacks least.
+    """
+    tables = StageTables(q, plan)
+    found = partition.cut(tables.seconds, len(plan.stages), tables.filled)
+    found = found or partition.lightest(tables.filled, len(plan.stages))
+    assert found is not None, "there are enough layers"
+    return found
+
+
+class StageTables:
+    """Seconds and share of memory of every run of layers as a stage of `plan`: tables for `planner.partition`.
+
+    A stage takes a micro-batch's forward and backward and the posting of its messages, and at least as long as the
+    slower of its two links needs for one message. Its memory is that of static bytes and of as many micro-batches as
+    the schedule keeps at once, with the largest transient peak of any layer on top: an upper bound for choosing cuts;
+    `planner.memory` has the last word on the finished plan.
+    """
+
+    def __init__(self, q: Question, plan: Plan) -> None:
+        self.q, self.plan = q, plan
+        self.held = in_flight(plan)
+        names = {device.name: device for device in q.devices}
+        self.device = [names[stage.devices[0]] for stage in plan.stages]
+        self.cluster = q.cluster.take(q.k)
+
+    def seconds(self, stage: int) -> Table:
+        """Seconds per micro-batch on the stage's device."""
+        import numpy as np
+
+        q, device = self.q, self.device[stage]
+        computing = run_seconds(q.profile, q.samples, device.threads) / (device.speed * q.tensor)
+        if len(self.plan.groups) < 2:
+            return computing
+        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
+        sizes = crossing(q.profile, q.samples)
+        posts, wires = [0.0] * len(sizes), [0.0] * len(sizes)
+        if other != device.name:
+            way = self.cluster.path(device.name, other)
+            for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
+                posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
+                wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
+        posting = partition.spans([0.0] * len(q.profile.layers), posts, posts)
+        found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
+        return found
+
+    def filled(self, stage: int) -> Table:
+        """Share of the stage's device that its layers would fill."""
+        q, held, whole = self.q, self.held[stage], self.plan.recompute
+        sizes = layer_bytes(q.profile, q.samples)
+        keeps = 0 if whole else held
+        weights = [own.static + keeps * own.saved for own in sizes]
+        cuts = [held * forward for forward, _ in crossing(q.profile, q.samples)]
+        peak = max(own.peak for own in sizes) + (max(own.saved for own in sizes) if whole else 0.0)
+        share = self.device[stage].memory_bytes / self.plan.chunks
+        found: Table = (partition.spans(weights, cuts, cuts) + peak) / share
+        return found
+
+
+class LayerBytes(NamedTuple):
+    """A layer's bytes: always there, kept per micro-batch, and at most in passing."""
+
+    static: float
+    saved: float
+    peak: float
+
+
+def layer_bytes(profile: Profile, samples: int) -> list[LayerBytes]:
+    """Return every layer's bytes at a micro-batch size, kept with the profile."""
+
+    def make() -> list[LayerBytes]:
+        found = []
+        for layer in profile.layers:
+
+            def at(field: str, layer: LayerProfile = layer) -> float:
+                return interpolate([(float(s.samples), float(getattr(s, field))) for s in layer.sizes], samples)
+
+            static = layer.parameter_bytes + layer.buffer_bytes + layer.gradient_bytes + layer.optimizer_bytes
+            saved = at("saved_bytes") + (at("output_bytes") if layer.output_saved else 0.0)
+            peak = max(at("forward_peak_bytes"), at("backward_peak_bytes"), at("backward_first_peak_bytes"))
+            found.append(LayerBytes(float(static), saved, peak))
+        return found
+
+    return kept(profile, ("bytes", samples), make)
+
+
+def run_seconds(profile: Profile, samples: int, threads: int) -> Table:
+    """Return the seconds of a micro-batch's forward and backward for every run of layers, kept with the profile."""
+
+    def make() -> Table:
+        table = layer_table(profile, samples, threads)
+        both = (table.forward[MEDIAN] + table.backward[MEDIAN]).tolist()
+        weights = [b - a for a, b in pairwise(both)]
+        *weights, loss = weights
+        weights[-1] += loss  # the loss is the last layer's
+        return partition.spans(weights)
+
+    return kept(profile, ("runs", samples, threads), make)
+
+
+def kept(profile: Profile, key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """Return what has been derived from a profile before, or make it now."""
+    if key not in profile.tables:
+        profile.tables[key] = make()
+    return cast("T", profile.tables[key])
+
+
+def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
+    """Bytes that cross every cut position per micro-batch, forward and backward; nothing crosses the two ends."""
+
+    def make() -> list[tuple[float, float]]:
+        ends = [[0.0, 0.0] for _ in range(len(profile.layers) + 1)]
+        for value in profile.values:
+            size = value_bytes(value, samples)
+            for cut in range(max(1, value.source + 1), max(value.targets, default=0) + 1):
+                ends[cut][0] += size
+                ends[cut][1] += size if value.gradient else 0.0
+        return [(forward, backward) for forward, backward in ends]
+
+    return kept(profile, ("crossing", samples), make)
+
+
+def in_flight(plan: Plan) -> list[int]:
+    """Most micro-batches that each stage of a plan holds at once, from the schedule's own order."""
+    import numpy as np
+
+    from planner import codes
+
+    held = [1] * len(plan.stages)
+    for row in compute_order(plan)[: plan.depth]:
+        for stage in np.unique(codes.stages(row)).tolist():
+            own = row[codes.stages(row) == stage]
+            change = codes.has(own, "F").astype(int) - codes.has(own, "B", "W")
+            held[stage] = max(held[stage], int(np.cumsum(change).max()))
+    return held
+
+
+def replicated(q: Question, strategy: str, schedule: str) -> Plan:
+    """Cut and choose each stage's replicas as PipeDream does (SOSP 2019): data parallel where that is cheaper.
+
+    A stage of r replicas takes 1 / r of its computing per micro-batch, but not less than its gradients'
+    synchronisation, which a step pays once and its micro-batches share.
+    """
+    import numpy as np
+
+    device = q.devices[0]
+    base = run_seconds(q.profile, q.samples, device.threads) / device.speed
+    gradients = partition.spans([float(layer.gradient_bytes) for layer in q.profile.layers])
+    shares = q.m if schedules.get(schedule).updates != "microbatch" else 1
+    names = tuple(d.name for d in q.devices)
+    cluster = q.cluster.take(q.k)
+
+    def seconds(r: int) -> Table:
+        if r == 1:
+            return base
+        per_byte = collectives.all_reduce(cluster, names[:r], 2.0**30) / 2**30
+        found: Table = np.maximum(base / r, per_byte * gradients / shares)
+        return found
+
+    counts = [r for r in range(1, q.k + 1) if q.k <= 16 or r & (r - 1) == 0]
+    found = partition.replicated(seconds, q.k, counts=counts)
+    assert found is not None, "one stage is always possible"
+    ranges, replicas = found
+    layer_names = [layer.name for layer in q.profile.layers]
+    stages = []
+    first = 0
+    for layers, r in zip(ranges, replicas, strict=True):
+        stages.append(Stage(layers=tuple(layer_names[i] for i in layers), devices=names[first : first + r]))
+        first += r
+    if len(set(replicas)) == 1 and replicas[0] > 1 and len(ranges) > 1:
+        stages = [
+            Stage(layers=s.layers, devices=tuple(names[j * len(ranges) + i] for j in range(replicas[0])))
+            for i, s in enumerate(stages)
+        ]
+    return Plan(
+        strategy=strategy,
+        schedule=schedule,
+        stages=tuple(stages),
+        microbatches=q.m,
+        batch=q.batch,
+        bucket_bytes=bucket(q),
+        tied=tied(q.profile, ranges),
+        threads=device.threads,
+    )
+
+
+BUCKET_BYTES = 25 * 2**20
+"""DDP's default bucket (torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=25)."""
+
+
+def bucket(q: Question) -> int:
+    """Bytes of a gradient bucket: DDP's own where the reduction has hardware of its own, one bucket where it has not.
+
+    On CPU devices the reduction needs the cores that compute, so overlapping gains nothing.
+    """
+    return 0 if any(d.shares_cores for d in q.devices) else BUCKET_BYTES
+
+
+def tied(profile: Profile, ranges: tuple[range, ...]) -> tuple[tuple[int, ...], ...]:
+    """Groups of stages that share a parameter."""
+    home = {profile.layers[i].name: s for s, layers in enumerate(ranges) for i in layers}
+    groups = [tuple(sorted({home[layer] for layer in layers})) for _, *layers in profile.tied]
+    return tuple(sorted({group for group in groups if len(group) > 1}))
+
+
+def _depth(q: Question) -> int:
+    if q.k % (q.replicas * q.tensor):
+        raise PlanError(
+            what=f"K={q.k} devices cannot be dealt to {q.replicas} replicas of {q.tensor}",
+            where="--k",
+            why=f"{q.k} / ({q.replicas} x {q.tensor}) is not a whole number",
+            fix=f"plan simulate --k {_next(q.k, q.replicas * q.tensor)} --m {q.m}",
+        )
+    return q.k // (q.replicas * q.tensor)
+
+
+def _enough_layers(q: Question, stages: int) -> None:
+    layers = len(q.profile.layers)
+    if stages > layers:
+        raise PlanError(
+            what=f"{stages} stages are more than the model's {layers} layers",
+            where="--k",
+            why="every stage needs at least one layer",
+            fix=f"plan simulate --k {min(q.k, layers)} --m {q.m}",
+        )
+
+
+def _next(number: int, multiple: int) -> int:
+    return (number // multiple + 1) * multiple
+
+
+def _plan(
+    q: Question, strategy: str, schedule: str, ranges: tuple[range, ...], chunks: int, synchronisation: str
+) -> Plan:
+    chosen = schedules.get(schedule)
+    depth, names = len(ranges) // chunks, [device.name for device in q.devices]
+    layers = [layer.name for layer in q.profile.layers]
+
+    def group(replica: int, home: int) -> list[str]:
+        first = (replica * depth + home) * q.tensor
+        return names[first : first + q.tensor]
+
+    return Plan(
+        strategy=strategy,
+        schedule=schedule,
+        stages=tuple(
+            Stage(
+                layers=tuple(layers[i] for i in own),
+                devices=tuple(n for r in range(q.replicas) for home in chosen.homes(s, depth) for n in group(r, home)),
+            )
+            for s, own in enumerate(ranges)
+        ),
+        microbatches=q.m,
+        batch=q.batch,
+        chunks=chunks,
+        tensor=q.tensor,
+        synchronisation=synchronisation or "all-reduce",
+        bucket_bytes=bucket(q) if q.replicas * chosen.copies > 1 else 0,
+        tied=tied(q.profile, ranges),
+        threads=q.devices[0].threads,
+    )
