@@ -3,10 +3,22 @@
 A schedule returns compute actions only; what has to be sent, recomputed or reduced is added by `planner.lowering`.
 """
 
-from planner.schedules import asynchronous, interleaved, straight
+from planner.schedules import asynchronous, both_ways, controllable, interleaved, straight, vee, zero_bubble
 from planner.schedules.registry import Schedule, Shape, arrange, get, names, schedule, why_not
 
 __all__ = [
-    *("Schedule", "Shape", "arrange", "get", "names", "schedule", "why_not"),
-    *("asynchronous", "interleaved", "straight"),
+    "Schedule",
+    "Shape",
+    "arrange",
+    "asynchronous",
+    "both_ways",
+    "controllable",
+    "get",
+    "interleaved",
+    "names",
+    "schedule",
+    "straight",
+    "vee",
+    "why_not",
+    "zero_bubble",
 ]
