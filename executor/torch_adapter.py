@@ -140,3 +140,38 @@ def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]]
             spans[event.name()[3:]] = (event.start_ns(), event.start_ns() + event.duration_ns())
     changes.sort(key=lambda change: change[0])
     return changes, spans
+
+
+_TORCH_SCHEDULES = {
+    "gpipe": "ScheduleGPipe",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "looped-bfs": "ScheduleLoopedBFS",
+    "zb-interleaved": "ScheduleInterleavedZeroBubble",
+    "zb-v": "ScheduleZBVZeroBubble",
+    "dualpipe-v": "ScheduleDualPipeV",
+}
+
+
+class _Unbuilt:
+    """A stage without a module and without processes: all that torch's schedules ask for when they are arranged."""
+
+    def __init__(self, rank: int, ranks: int, chunks: int) -> None:
+        self.group_size, self.group_rank = ranks, rank
+        self.stage_index, self.num_stages = rank, ranks * chunks
+        self.device, self.group, self.submod = torch.device("cpu"), None, torch.nn.Identity()
+        self.has_backward = True
+
+
+def torch_orders(name: str, devices: int, chunks: int, microbatches: int) -> list[list[str]]:
+    """Return the computes of every device as torch arranges the schedule that we call `name`, as text.
+
+    An overlapped forward and backward stand one behind the other.
+    """
+    unbuilt: Any = [_Unbuilt(0, devices, chunks) for _ in range(chunks)]
+    kind = getattr(schedules, _TORCH_SCHEDULES[name])
+    single = issubclass(kind, schedules.PipelineScheduleSingle)
+    made = kind(unbuilt[0] if single else unbuilt, microbatches, loss_fn=torch.nn.functional.mse_loss)
+    rows = [made.pipeline_order[d] for d in range(devices)]
+    flat = [[part for action in row if action is not None for part in action.sub_actions or (action,)] for row in rows]
+    computes = (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT)
+    return [[str(part) for part in row if part.computation_type in computes] for row in flat]

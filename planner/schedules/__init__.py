@@ -3,13 +3,17 @@
 A schedule returns compute actions only; what has to be sent, recomputed or reduced is added by `planner.lowering`.
 """
 
-from planner.schedules import asynchronous as asynchronous
-from planner.schedules import interleaved as interleaved
-from planner.schedules import straight as straight
-from planner.schedules.registry import Schedule as Schedule
-from planner.schedules.registry import Shape as Shape
-from planner.schedules.registry import arrange as arrange
-from planner.schedules.registry import get as get
-from planner.schedules.registry import names as names
-from planner.schedules.registry import schedule as schedule
-from planner.schedules.registry import why_not as why_not
+from planner.schedules import straight as straight  # the order of these is the order of the registry
+from planner.schedules import interleaved as interleaved  # isort: skip
+from planner.schedules import zero_bubble as zero_bubble  # isort: skip
+from planner.schedules import vee as vee  # isort: skip
+from planner.schedules import controllable as controllable  # isort: skip
+from planner.schedules import both_ways as both_ways  # isort: skip
+from planner.schedules import asynchronous as asynchronous  # isort: skip
+from planner.schedules.registry import Schedule as Schedule  # isort: skip
+from planner.schedules.registry import Shape as Shape  # isort: skip
+from planner.schedules.registry import arrange as arrange  # isort: skip
+from planner.schedules.registry import get as get  # isort: skip
+from planner.schedules.registry import names as names  # isort: skip
+from planner.schedules.registry import schedule as schedule  # isort: skip
+from planner.schedules.registry import why_not as why_not  # isort: skip

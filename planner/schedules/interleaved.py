@@ -9,18 +9,21 @@ from planner.schedules.registry import Shape, schedule
 from planner.schedules.straight import one_forward_one_backward
 
 
-def _rounds(shape: Shape) -> int:
+def rounds(shape: Shape) -> int:
+    """Return in how many rounds of at least p the micro-batches go round; there is always one."""
     return max(1, shape.microbatches // shape.devices)
 
 
-def _uneven_rounds(shape: Shape) -> str | None:
-    rounds = _rounds(shape)
-    if shape.microbatches % rounds:
-        return f"M={shape.microbatches} micro-batches do not fall into {rounds} equal rounds; use a multiple of p"
+def uneven_rounds(shape: Shape) -> str | None:
+    """Return why the rounds would not be equal, or None when they are."""
+    if shape.microbatches % rounds(shape):
+        return (
+            f"M={shape.microbatches} micro-batches do not fall into {rounds(shape)} equal rounds; use a multiple of p"
+        )
     return None
 
 
-@schedule("interleaved", placement="looped", chunks=(1, None), impossible=_uneven_rounds)
+@schedule("interleaved", placement="looped", chunks=(1, None), impossible=uneven_rounds)
 def interleaved(shape: Shape) -> Order:
     """1F1B over v stages per device: the bubble is v times shorter (Narayanan et al., arXiv 2104.04473).
 
@@ -35,7 +38,7 @@ def interleaved(shape: Shape) -> Order:
     if shape.chunks == 1:
         return one_forward_one_backward(shape)
     p, v, m = shape.devices, shape.chunks, shape.microbatches
-    per_round = m // _rounds(shape)
+    per_round = m // rounds(shape)
 
     def row(d: int) -> Codes:
         warm_up = min((v - 1) * per_round + 2 * (p - 1 - d), v * m)
