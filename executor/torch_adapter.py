@@ -7,7 +7,9 @@ operations (public class, undocumented methods), its receive tables, and the sch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -138,3 +140,20 @@ def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]]
             spans[event.name()[3:]] = (event.start_ns(), event.start_ns() + event.duration_ns())
     changes.sort(key=lambda change: change[0])
     return changes, spans
+
+
+@contextmanager
+def tensors_without_data() -> Iterator[None]:
+    """Enter a mode in which tensors have shapes and dtypes but no data, and operations compute only those.
+
+    What torch logs of operations that fail in it is not shown: their exceptions say the same.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.disabled = before

@@ -9,7 +9,7 @@ import typer
 
 from planner.cli import output
 from planner.cli.simulate import figures, require_same
-from planner.errors import TOLERANCE, PlanError
+from planner.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.outcome import Comparison, Error, compare
 from planner.plan import Plan, Stage
 from planner.profile import Profile
@@ -41,6 +41,14 @@ def run(
     wanted = store.plan(plan)
     path = store.profile_path(profile or _simulated_with(store, plan))
     measured_profile = store.load_profile(path)
+    if measured_profile.estimated:
+        raise PlanError(
+            what="an estimated profile cannot be run",
+            where=str(path),
+            why=f"it is for {measured_profile.key.device}, and a run is compared with what was measured where it runs",
+            fix=f"plan profile {measured_profile.model_path}   (measures this machine), then simulate and run again",
+            code=ARTEFACT,
+        )
     from executor.run import partial
     from executor.run import run as execute
     from profiles.measure import key_of
