@@ -9,6 +9,10 @@ one stage for one micro-batch in ms: forward (F), backward for the input (B) and
 Three numbers are fitted, the scales of curves whose shape is given (profiles/data/hardware.toml): of `matmul`, of
 `memory`, and of `random` (dropout's forward, which draws numbers; without it F comes out 9 % low and B 5 % high). They
 minimise the mean square of log(estimate / paper) over F, B and W. What is printed goes into that file by hand.
+
+The twelve rows are four stages at three numbers of micro-batches each: three scales for twelve different times, and the
+errors printed are those of the fit itself, not of a prediction. `random` was chosen among a few ways to split `memory`;
+two that fitted slightly better needed more than the whole bandwidth.
 """
 
 from __future__ import annotations
