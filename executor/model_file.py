@@ -31,6 +31,7 @@ class ModelFile:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     layers: Callable[[nn.Module], Any] | None
     batch_size: int
+    splits: Callable[[nn.Module], Any] | None = None
 
     def build(self, seed: int) -> nn.Module:
         """Make the model with weights that depend on `seed` alone. Raises `PlanError` when `model()` fails."""
@@ -183,4 +184,5 @@ def load(path: str) -> ModelFile:
         optimizer=find("optimizer") or default_optimizer,
         layers=find("layers"),
         batch_size=int(find("batch_size") or DEFAULT_BATCH),
+        splits=find("splits"),
     )

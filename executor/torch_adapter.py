@@ -7,7 +7,9 @@ operations (public class, undocumented methods), its receive tables, and the sch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -175,3 +177,20 @@ def torch_orders(name: str, devices: int, chunks: int, microbatches: int) -> lis
     flat = [[part for action in row if action is not None for part in action.sub_actions or (action,)] for row in rows]
     computes = (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT)
     return [[str(part) for part in row if part.computation_type in computes] for row in flat]
+
+
+@contextmanager
+def tensors_without_data() -> Iterator[None]:
+    """Enter a mode in which tensors have shapes and dtypes but no data, and operations compute only those.
+
+    What torch logs of operations that fail in it is not shown: their exceptions say the same.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.disabled = before

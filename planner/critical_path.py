@@ -83,7 +83,7 @@ def _walk(offsets, posts, waits, copies, seconds, transfer, missing, begun, at, 
                     if missing[copy] > 0:
                         break
                     clock = max(clock, begun[copy] + transfer[copy])
-                ready[i] = clock
+                ready[i] = begun[wait] if wait >= 0 and wait == post else clock
                 clock += seconds[i]
                 end[i] = clock
                 moved = True

@@ -99,7 +99,7 @@ class Linked:
 
     @cached_property
     def completions(self) -> Ints:
-        """Position at which each message's send is known to be complete, -1 where nothing says so; see `completions`."""
+        """Position at which each message's send is known to be complete, -1 where nothing says so."""
         known = np.full(self.transfers, -1, np.int64)
         takers = np.full(self.transfers, -1, np.int64)
         nearest = np.full(self.devices, -1, np.int64)

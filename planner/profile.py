@@ -87,8 +87,24 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     flop: int
 
 
+class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """How a layer divides over t devices (tensor parallelism).
+
+    `forward` and `backward` are the all-reduces of its output's bytes that it needs per micro-batch in each direction
+    (a column-split followed by a row-split linear needs 1 and 1, a transformer block 2 and 2), `whole` is the share of
+    its saved bytes that every device holds in full (0 with sequence parallelism).
+    """
+
+    forward: int
+    backward: int
+    whole: float = 0.0
+
+
 class LayerProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """One layer: its static bytes, and its times and sizes at the measured micro-batch sizes."""
+    """One layer: its static bytes, and its times and sizes at the measured micro-batch sizes.
+
+    `split` says how it divides over devices, where the model file says that it does.
+    """
 
     name: str
     parameter_bytes: int
@@ -98,6 +114,7 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True):
     optimizer_peak_bytes: int
     times: tuple[LayerTimes, ...]
     sizes: tuple[LayerSizes, ...]
+    split: Split | None = None
 
     @property
     def output_saved(self) -> bool:
@@ -161,7 +178,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     `layers` are in execution order; `loss` is what the last stage does after its last layer. `action_s` is the
     executor's own time per forward or backward action, on top of the layers. `tied` names parameters shared by
-    several layers. `load` is the time to produce one batch. `machine` is where all of it was measured.
+    several layers. `load` is the time to produce one batch. `machine` is where all of it was measured, or, of an
+    `estimated` profile, the hardware it was computed for from counted operations.
     """
 
     key: ProfileKey

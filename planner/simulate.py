@@ -15,7 +15,7 @@ import simpy
 
 from planner import codes, synchronisation
 from planner.cluster import Cluster
-from planner.codes import PULL, PUSH
+from planner.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.costs import Costs, TransferKind, costs_of
 from planner.linking import MESSAGES
 from planner.lowering import asynchronous, lower
@@ -120,6 +120,10 @@ def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     return run.trace()
 
 
+_BESIDE = (OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD)
+"""Transfers that run beside a device's computes, besides messages: drawn on its link lane."""
+
+
 class _Run:
     def __init__(
         self, costs: Costs, devices: tuple[str, ...], *, together: bool = True, failures: tuple[Failure, ...] = ()
@@ -168,7 +172,7 @@ class _Run:
                 yield self.wait(waits[i])
             if copies[i] >= 0 and copies[i] not in done:
                 yield self.wait(copies[i])
-            self.ready[i] = env.now
+            self.ready[i] = env.now if waits[i] < 0 or waits[i] != posts[i] else self.begun[waits[i]]
             if failure is not None and failure.at_s <= env.now + seconds[i]:
                 yield env.timeout(max(0.0, failure.at_s - env.now) + failure.down_s)
                 failure = None
@@ -247,7 +251,7 @@ class _Run:
                 base = int(self.linked.base[codes.NUMBER[kind.op]])
                 action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
                 events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
-            elif kind.bytes and kind.op not in (PULL, PUSH):
+            elif kind.op in _BESIDE:
                 i = posted[transfer]
                 events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
         events.sort(key=lambda event: (event.device, event.start, event.end))

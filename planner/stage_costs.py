@@ -97,10 +97,8 @@ class StageCosts:
         table = layer_table(self.profile, self.samples, threads)
         if self.recomputed is not None:
             chosen = [i for i in self.layers if i in self.recomputed]
-            repeated: Spread = sum(
-                (table.forward[:, i + 1] - table.forward[:, i] for i in chosen), np.zeros(len(QUANTILES))
-            )
-            return repeated
+            none = np.zeros(len(QUANTILES))
+            return sum((table.forward[:, i + 1] - table.forward[:, i] for i in chosen), none)
         last = self.layers.stop - 1
         seconds = table.forward[:, last] - table.forward[:, self.layers.start]
         seconds = seconds + table.recompute[:, last + 1] - table.recompute[:, last]

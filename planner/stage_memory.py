@@ -1,4 +1,4 @@
-"""The bytes of one stage, added up layer by layer: what it always holds, keeps per micro-batch, and needs in passing."""
+"""The bytes of one stage, added up layer by layer: held always, kept per micro-batch, needed in passing."""
 
 from __future__ import annotations
 

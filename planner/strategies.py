@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from planner import placement, schedules, synchronisation
-from planner.errors import PlanError, unknown
+from planner.errors import unknown
 from planner.placement import Question
 from planner.plan import Plan
 
@@ -96,13 +96,6 @@ def pipedream_replicated(q: Question) -> Plan:
 
 def replicas(q: Question, name: str, way: str) -> Plan:
     """One replica of the whole model per device, synchronised as `way` says."""
-    if q.k == 1:
-        raise PlanError(
-            what=f"{name} needs more than one device",
-            where="--k",
-            why="with K=1 there is nothing to synchronise",
-            fix="plan simulate --k 2",
-        )
     plan = placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=way)
     server = synchronisation.get(way).server
     servers = plan.device_names if server == "devices" else (q.devices[0].host,) if server == "host" else ()

@@ -39,7 +39,9 @@ class Chain:
     def __init__(self, file: ModelFile, layered: LayeredModel, device: torch.device) -> None:
         self.file, self.layered, self.device = file, layered, device
         self.layers: Sequence[Layer] = layered.layers
-        self.whole = layered.stage(range(len(self.layers))).to(device)
+        self.whole = layered.stage(range(len(self.layers)))
+        if any(t.device != device for t in (*self.whole.parameters(), *self.whole.buffers())):
+            self.whole.to(device)
         self.optimizers = [_optimizer(file, layer.module) for layer in self.layers]
         self.whole_optimizer = _optimizer(file, self.whole)
 

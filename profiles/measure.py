@@ -17,6 +17,7 @@ from planner.profile import LayerProfile, Profile, ProfileKey, Timing
 from profiles import machine
 from profiles.chain import Chain
 from profiles.sizes import Static, measure_sizes, measure_static, values_of
+from profiles.splits import splits_of
 from profiles.times import LayerTimer
 
 Progress = Callable[[str, int, int], None]
@@ -51,6 +52,7 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
         *measure_static(chain, backend),
         Static(parameter_bytes=0, buffer_bytes=0, gradient_bytes=0, optimizer_bytes=0, optimizer_peak_bytes=0),
     ]
+    splits = splits_of(chain, sizes[0])
     settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
     timer.run(budget_s)
@@ -69,6 +71,7 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
             optimizer_peak_bytes=static[part].optimizer_peak_bytes,
             times=timer.layer(part),
             sizes=tuple(by_samples[part] for by_samples in measured),
+            split=splits.get(part),
         )
         for part, name in enumerate(names)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -29,6 +29,22 @@ class Static:
     optimizer_peak_bytes: int
 
 
+class Recorder(Protocol):
+    """What watches allocations while it is entered: the machine's allocator, or a count of tensors without data."""
+
+    def __enter__(self) -> Recorder:
+        """Begin to watch."""
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+
+    def marked(self, name: str) -> AbstractContextManager[Any]:
+        """Delimit a range."""
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Return (peak, kept) bytes of a range; raises `KeyError` when there was none."""
+
+
 class _Saved:
     """Storages that autograd keeps, by the part that made them; parameters, buffers and inputs are nobody's."""
 
@@ -37,16 +53,15 @@ class _Saved:
         self.inside: dict[int, dict[int, int]] = {}
         self.outputs: set[int] = set()
         self.alive: list[torch.Tensor] = []
-        self.nobody = {t.untyped_storage().data_ptr() for t in (*chain.whole.parameters(), *chain.whole.buffers())}
+        self.nobody = {storage_of(t) for t in (*chain.whole.parameters(), *chain.whole.buffers())}
 
     def keep(self, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            pointer = storage.data_ptr()
+            pointer = storage_of(tensor)
             if pointer in self.maker:
                 self.outputs.add(pointer)
             elif pointer not in self.nobody:
-                self.inside.setdefault(part, {})[pointer] = storage.nbytes()
+                self.inside.setdefault(part, {})[pointer] = tensor.untyped_storage().nbytes()
                 self.alive.append(tensor)
             return tensor
 
@@ -56,7 +71,7 @@ class _Saved:
         """Note a part's outputs: one that it saved itself counts as a kept output, not as something inside."""
         inside = self.inside.setdefault(part, {})
         for output in outputs:
-            pointer = output.untyped_storage().data_ptr()
+            pointer = storage_of(output)
             if pointer in self.nobody or pointer in self.maker:
                 continue  # a view of what exists already
             self.maker[pointer] = part
@@ -70,12 +85,27 @@ class _Saved:
         return sum(self.inside.get(part, {}).values())
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's storage while it lives, whether there is data in it or not."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def measure_sizes(chain: Chain, backend: Backend, samples: int) -> tuple[list[LayerSizes], dict[str, tuple[int, bool]]]:
     """Return every part's bytes (the loss last) at one micro-batch size, and each value's (bytes, has a gradient)."""
+    return recorded_sizes(chain, AllocationRecorder(backend), samples)
+
+
+def recorded_sizes(
+    chain: Chain, watching: Recorder, samples: int
+) -> tuple[list[LayerSizes], dict[str, tuple[int, bool]]]:
+    """Return the same with peaks from any recorder.
+
+    It sees ranges named like "forward1.3" and "backward0.3": pass 0 allocates the gradients, pass 1 adds to them.
+    """
     inputs, targets = chain.draw(samples)
     saved = _Saved(chain)
-    saved.nobody |= {t.untyped_storage().data_ptr() for t in inputs}
-    saved.nobody |= {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(targets)}
+    saved.nobody |= {storage_of(t) for t in inputs}
+    saved.nobody |= {storage_of(t) for t in torch.utils._pytree.tree_leaves(targets)}
     for parameter in chain.whole.parameters():
         parameter.grad = None
     flop: dict[int, int] = {}
@@ -91,7 +121,7 @@ def measure_sizes(chain: Chain, backend: Backend, samples: int) -> tuple[list[La
         del done
         for parameter in chain.whole.parameters():
             parameter.grad = None
-        with AllocationRecorder(backend) as recorder:
+        with watching as recorder:
             for number in range(2):  # the first allocates the gradients, the second adds to them
 
                 def around(part: int, kind: str, number: int = number) -> AbstractContextManager[Any]:
@@ -116,7 +146,7 @@ def measure_sizes(chain: Chain, backend: Backend, samples: int) -> tuple[list[La
     return sizes, values
 
 
-def _peak(recorder: AllocationRecorder, name: str) -> int:
+def _peak(recorder: Recorder, name: str) -> int:
     try:
         return recorder.span(name)[0]
     except KeyError:  # a layer without a backward

@@ -22,13 +22,27 @@ def profile(
         str | None, typer.Option(help="Micro-batch sizes to measure, for example 1,4,16. Default: powers of two.")
     ] = None,
     budget: Annotated[float, typer.Option(help="Seconds to spend on timing the layers.", min=1.0)] = 30.0,
+    estimate: Annotated[
+        str | None, typer.Option(help="Measure nothing: compute the times on this hardware.", metavar="HARDWARE")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --estimate: bf16, fp16 or fp32. Default: the model's.", metavar="DTYPE")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure each layer's time and bytes, and this machine's links, on the real device."""
+    """Measure each layer's time and bytes, and this machine's links, on the real device, or estimate them."""
     chosen = _sizes(sizes)
+    if dtype is not None and estimate is None:
+        raise PlanError(
+            what="--dtype needs --estimate",
+            where="--dtype",
+            why="a measured profile has the model's own dtype",
+            fix="plan profile model.py --estimate h100 --dtype bf16",
+        )
     store = Store()
     store.check_writable()
     from executor import devices
+    from profiles.estimate import estimate as estimated
     from profiles.measure import measure
 
     kind = devices.kinds()[0] if device == "auto" else device
@@ -47,7 +61,10 @@ def profile(
                 tasks[what] = bar.add_task(what, total=of)
             bar.update(tasks[what], completed=done, total=of)
 
-        measured = measure(model, device=kind, sizes=chosen, budget_s=budget, progress=told)
+        if estimate is not None:
+            measured = estimated(model, hardware=estimate, dtype=dtype, sizes=chosen, progress=told)
+        else:
+            measured = measure(model, device=kind, sizes=chosen, budget_s=budget, progress=told)
     path = store.save_profile(measured)
     if measured.noise > NOISE_LIMIT:
         output.progress.print(
@@ -77,6 +94,8 @@ def summary(measured: Profile) -> dict[str, Any]:
     return {
         "model": measured.key.model,
         "device": measured.key.device,
+        "estimated": measured.estimated,
+        "dtype": measured.key.dtype,
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,
@@ -115,8 +134,10 @@ def _print(measured: Profile, path: str) -> None:
     from rich.table import Table
 
     samples, threads = _representative(measured)
-    word = "thread" if threads == 1 else "threads"
-    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{samples} samples, {threads} {word}")
+    title = f"{samples} samples, {threads} {'thread' if threads == 1 else 'threads'}"
+    if measured.estimated:
+        title = f"{samples} samples, estimated: nothing was measured"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=title)
     table.add_column("layer")
     for name in ("forward", "backward", "parameters", "saved", "output"):
         table.add_column(name, justify="right")
@@ -136,12 +157,12 @@ def _print(measured: Profile, path: str) -> None:
         f"{measured.key.model} on {measured.key.device}, {measured.key.cores} cores, torch {measured.key.torch}: "
         f"{size(parameters)} of parameters, noise {percent(measured.noise)}"
     )
-    whole = next(w for w in measured.whole if (w.samples, w.threads) == (samples, threads))
-    layers_s, whole_s = whole.layers_forward_s + whole.layers_backward_s, whole.forward_s + whole.backward_s
-    output.results.print(
-        f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)}; "
-        f"{seconds(measured.action_s)} of framework per action"
-    )
+    for whole in (w for w in measured.whole if (w.samples, w.threads) == (samples, threads)):
+        layers_s, whole_s = whole.layers_forward_s + whole.layers_backward_s, whole.forward_s + whole.backward_s
+        output.results.print(
+            f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)}; "
+            f"{seconds(measured.action_s)} of framework per action"
+        )
     for link in measured.machine.links:
         output.results.print(
             f"link: latency {seconds(link.latency_s)}, bandwidth {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"

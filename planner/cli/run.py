@@ -45,6 +45,14 @@ def run(
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
     measured_profile = store.load_profile(path)
+    if measured_profile.estimated:
+        raise PlanError(
+            what="an estimated profile cannot be run",
+            where=str(path),
+            why=f"it is for {measured_profile.key.device}, and a run is compared with what was measured where it runs",
+            fix=f"plan profile {measured_profile.model_path}   (measures this machine), then simulate and run again",
+            code=ARTEFACT,
+        )
     from executor.run import partial
     from executor.run import run as execute
     from profiles.measure import key_of

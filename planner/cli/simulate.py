@@ -58,7 +58,7 @@ def simulate(
     store.save_ranking(ranking)
     best = ranking.best
     if json:
-        output.document("simulate", as_data(ranking))
+        output.document("simulate", {**as_data(ranking), "estimated": measured.estimated})
     else:
         _print(ranking, best, measured)
 
@@ -80,11 +80,12 @@ def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
     """Raise `PlanError` (exit 4) with every field in which a profile's key differs from what it would be now."""
     changed = measured.key.differences(now)
     if changed:
+        again = f" --estimate {measured.key.device.partition(' ')[0]}" if measured.estimated else ""
         raise PlanError(
             what="the profile is stale",
             where=str(path),
             why="changed since it was measured: " + "; ".join(changed),
-            fix=f"plan profile {measured.model_path}",
+            fix=f"plan profile {measured.model_path}" + again,
             code=ARTEFACT,
         )
 
@@ -134,6 +135,7 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
         f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
     )
     title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
+    title = f"estimated: {title}" if measured.estimated else title
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
     for name, justify in (
         ("plan", "left"),

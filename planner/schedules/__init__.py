@@ -4,6 +4,7 @@ A schedule returns compute actions only; what has to be sent, recomputed or redu
 """
 
 from planner.schedules import straight as straight  # the order of these is the order of the registry
+
 from planner.schedules import interleaved as interleaved  # isort: skip
 from planner.schedules import zero_bubble as zero_bubble  # isort: skip
 from planner.schedules import vee as vee  # isort: skip
