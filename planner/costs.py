@@ -136,7 +136,7 @@ def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, l
     Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
     linked = linked or Linked(program)
-    prices = _Prices(profile, plan, cluster, program)
+    prices = _Prices(profile, plan, cluster)
     classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, cluster.devices)))}
     device_class = np.array([classes[_class(device)] for device in cluster.devices])
     width = linked.stages * len(codes.OPS)
@@ -193,13 +193,13 @@ def _transfers(linked: Linked, prices: _Prices) -> tuple[tuple[TransferKind, ...
 class _Prices:
     """Prices of one plan's operations, asked for once per kind."""
 
-    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster, program: Program) -> None:
+    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster) -> None:
         self.profile, self.plan, self.cluster = profile, plan, cluster
         self.ranges = plan.layer_ranges([layer.name for layer in profile.layers])
         names = {layer.name: i for i, layer in enumerate(profile.layers)}
         chosen = frozenset(names[n] for n in plan.recompute_layers) if plan.recompute_layers else None
         self.stages = [StageCosts(profile, layers, plan.samples, chosen) for layers in self.ranges]
-        self.holders = program.holders
+        self.holders = holders(plan)
         self.way = synchronisation.get(plan.synchronisation)
         self.groups = plan.groups
 
@@ -357,6 +357,15 @@ class _Prices:
             way = host_way(self.cluster, device.name)
             seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
         return seconds
+
+
+def holders(plan: Plan) -> list[tuple[int, ...]]:
+    """Return the rows that hold each stage: those that reduce its gradients together."""
+    found: list[list[int]] = [[] for _ in plan.stages]
+    for row, held in enumerate(plan.stages_of):
+        for stage in held:
+            found[stage].append(row)
+    return [tuple(rows) for rows in found]
 
 
 def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
