@@ -98,17 +98,30 @@ class Linked:
         return [(op, int(self.base[codes.NUMBER[op]])) for op in PLANES if self.base[codes.NUMBER[op]] >= 0]
 
     @cached_property
+    def answers(self) -> Numbers:
+        """For each message the next one back from whoever took it, -1 where there is none.
+
+        When the answer has arrived the message's send is known to be complete.
+        """
+        answers = np.full(self.transfers, -1, np.int32)
+        _answer(
+            len(self.flat),
+            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, self.messages),
+            *(np.full(self.devices, -1, np.int32), answers),
+        )
+        return answers
+
+    @property
+    def messages(self) -> int:
+        """How many numbers messages have: they come first."""
+        return self.slots * sum(op in MESSAGES for op, _ in self.planes)
+
+    @cached_property
     def completions(self) -> Numbers:
         """Position at which each message's send is known to be complete, -1 where nothing says so."""
-        known, takers = (np.full(self.transfers, -1, np.int32) for _ in range(2))
-        nearest = np.full(self.devices, -1, np.int32)
-        messages = self.slots * sum(op in MESSAGES for op, _ in self.planes)
-        _complete(
-            len(self.flat),
-            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, messages),
-            *(takers, nearest, known),
-        )
-        return known
+        takers = np.full(self.transfers + 1, -1, np.int32)  # the last for messages without answer
+        _take(len(self.flat), self.waits, self.messages, takers)
+        return takers[self.answers]
 
 
 # The kernels know operations by number: constants, so that they can be compiled.
@@ -188,13 +201,18 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
 
 
 @kernel
-def _complete(flat, offsets, waits, posts, source, target, messages, takers, nearest, known):  # type: ignore[no-untyped-def]
-    """Find, from the end of each row, the send that answers each message, and who takes the answer."""
+def _take(waits, messages, takers):  # type: ignore[no-untyped-def]
+    """Find the first action that waits for each message."""
+    for i in range(len(waits) - 1, -1, -1):
+        if 0 <= waits[i] < messages:
+            takers[waits[i]] = i
+    return 0
+
+
+@kernel
+def _answer(flat, offsets, waits, posts, source, target, messages, nearest, answers):  # type: ignore[no-untyped-def]
+    """Find, from the end of each row, the send that answers each message; the first action to take it has the word."""
     rows = len(offsets) - 1
-    for d in range(rows):
-        for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
-            if 0 <= waits[i] < messages:
-                takers[waits[i]] = i
     for d in range(rows):
         for other in range(rows):
             nearest[other] = -1
@@ -202,10 +220,8 @@ def _complete(flat, offsets, waits, posts, source, target, messages, takers, nea
             op = flat[i] >> 56
             if op == _SEND_F or op == _SEND_B:
                 nearest[target[posts[i]]] = posts[i]
-            elif 0 <= waits[i] < messages and takers[waits[i]] == i:
-                answer = nearest[source[waits[i]]]
-                if answer >= 0:
-                    known[waits[i]] = takers[answer]
+            elif 0 <= waits[i] < messages:
+                answers[waits[i]] = nearest[source[waits[i]]]
     return 0
 
 
