@@ -113,7 +113,7 @@ def post(operations: list[dist.P2POp]) -> list[dist.Work]:
 def oracle(stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]) -> Any:
     """Return torch's own schedule runtime, fed with the same order of computes: the reference of the tests."""
     runtime = schedules._PipelineScheduleRuntime(stages, microbatches, loss_fn=loss, scale_grads=False)
-    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(order)}
+    table = {d: [schedules._Action.from_str(str(action)) for action in actions(row)] for d, row in enumerate(order)}
     runtime._prepare_schedule_with_comms(table)
     return runtime
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import simpy
 
-from planner import codes, synchronisation
+from planner import codes, synchronisation, tensor
 from planner.cluster import Cluster
 from planner.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.costs import Costs, TransferKind, costs_of
@@ -57,6 +57,7 @@ def simulate(
     """
     program = lower(plan)
     taken = placed(plan, cluster)
+    profile = tensor.seen(profile, plan.groups, cluster)
     costs = costs_of(profile, plan, program, taken)
     way = synchronisation.get(plan.synchronisation)
 

@@ -69,7 +69,7 @@ def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:
     layers = plan.layer_ranges([layer.name for layer in layered.layers])[rank]
     module = layered.stage(layers)
     stage = PipelineStage(module, rank, len(plan.stages), torch.device("cpu"))
-    order = schedules.get(plan.schedule)(len(plan.stages), plan.microbatches)
+    order = schedules.arrange(plan.schedule, schedules.Shape(len(plan.stages), plan.microbatches))
     runtime = oracle(
         [stage], order, plan.microbatches, lambda output, target: file.loss(output, target) / plan.microbatches
     )
