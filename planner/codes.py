@@ -6,8 +6,13 @@ micro-batch. `planner.program.Action` is the same thing for people.
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
+
+from planner.compiled import kernel
 
 Codes = npt.NDArray[np.int64]
 Order = tuple[Codes, ...]
@@ -59,8 +64,11 @@ def unpack(number: int) -> tuple[str, int, int | None]:
 
 def run(op: str, stage: int, microbatches: int | range | Codes) -> Codes:
     """Return one operation of one stage for several micro-batches, in order."""
-    chosen = np.arange(microbatches) if isinstance(microbatches, int) else np.asarray(microbatches)
-    return chosen.astype(np.int64) + (code(op, stage) + 1)
+    if isinstance(microbatches, int):
+        microbatches = range(microbatches)
+    if isinstance(microbatches, range):  # numpy would ask a range for its numbers one by one
+        microbatches = np.arange(microbatches.start, microbatches.stop, microbatches.step, dtype=np.int64)
+    return microbatches + (code(op, stage) + 1)
 
 
 def weave(*parts: Codes) -> Codes:
@@ -114,3 +122,69 @@ def insert(row: Codes, where: npt.NDArray[np.bool_], op: str, *, behind: bool) -
     """Add `op`, for the same stage and micro-batch, before or behind every action that `where` marks."""
     at = np.flatnonzero(where)
     return np.insert(row, at + 1 if behind else at, with_op(row[at], op))
+
+
+def flatten(rows: Order) -> tuple[Codes, Codes]:
+    """Return all rows behind each other, and where each begins (with the end of the last one).
+
+    Rows that stand behind each other already, as `cut` leaves them, are not copied.
+    """
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    whole = rows[0].base if rows else None
+    if isinstance(whole, np.ndarray) and whole.dtype == np.int64 and whole.shape == (offsets[-1],):
+        begin = whole.ctypes.data
+        if all(
+            row.base is whole and (row.ctypes.data == begin + 8 * at or not len(row))
+            for row, at in zip(rows, offsets.tolist(), strict=False)
+        ):
+            return whole, offsets
+    return join(*rows), offsets
+
+
+def cut(flat: Codes, offsets: Codes) -> Order:
+    """Return the rows of which `flat` is made."""
+    return tuple(flat[a:b] for a, b in pairwise(offsets.tolist()))
+
+
+class Extent(NamedTuple):
+    """What occurs in a program: actions of each operation, stages and micro-batches (at least one of each)."""
+
+    present: Codes
+    stages: int
+    microbatches: int
+
+
+def extent(flat: Codes) -> Extent:
+    """Count operations, stages and micro-batches in one pass."""
+    present, most = np.zeros(len(OPS), np.int64), np.zeros(2, np.int64)
+    _extent(len(flat), flat, present, most)
+    return Extent(present, int(most[0]) + 1, max(1, int(most[1])))
+
+
+def held(flat: Codes, offsets: Codes, stages: int) -> npt.NDArray[np.int8]:
+    """Which stages (second index) each row computes forward."""
+    found = np.zeros((len(offsets) - 1) * stages, np.int8)
+    _held(len(flat), flat, offsets, stages, found)
+    return found.reshape(-1, stages)
+
+
+@kernel
+def _extent(flat, present, most):  # type: ignore[no-untyped-def]
+    stage = microbatch = 0
+    for action in flat:
+        present[action >> 56] += 1
+        stage = max(stage, action >> 32 & 0xFFFFFF)
+        microbatch = max(microbatch, action & 0xFFFFFFFF)
+    most[0] = stage
+    most[1] = microbatch
+    return 0
+
+
+@kernel
+def _held(flat, offsets, stages, found):  # type: ignore[no-untyped-def]
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            if flat[i] >> 56 == 0:
+                found[d * stages + (flat[i] >> 32 & 0xFFFFFF)] = 1
+    return 0

@@ -28,8 +28,9 @@ from planner.codes import (
     SEND_FORWARD,
     UNSHARD_FORWARD,
 )
+from planner.compiled import kernel
 from planner.errors import DEVICE, PlanError
-from planner.linking import MESSAGES, Linked
+from planner.linking import MESSAGES, Linked, Numbers
 from planner.plan import Plan
 from planner.profile import Profile
 from planner.program import Program
@@ -62,7 +63,7 @@ class TransferKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The price list of one program.
+    """The price list of one program, whose rows are performed by `devices`, of a group of them the first.
 
     `seconds` holds what each action (of `linked.flat`) computes when it has its cores for itself, posting time for
     sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
@@ -71,19 +72,20 @@ class Costs:
     """
 
     cluster: Cluster
+    devices: tuple[Device, ...]
     linked: Linked
     seconds: Floats
     spread: Floats
-    kind: npt.NDArray[np.int64]
+    kind: Numbers
     kinds: tuple[TransferKind, ...]
-    transfer_kind: npt.NDArray[np.int64]
+    transfer_kind: Numbers
     applying: dict[int, float]
     contended: bool = True
 
     @property
     def transfers(self) -> Floats:
-        """Seconds of every transfer alone on its links; 0 where there is none."""
-        return np.array([*(kind.seconds for kind in self.kinds), 0.0])[self.transfer_kind]
+        """Seconds of every kind of transfer alone on its links."""
+        return np.array([*(kind.seconds for kind in self.kinds)])
 
     def replayed(self, trace: Trace) -> Costs:
         """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
@@ -130,64 +132,142 @@ class Costs:
         return dataclasses.replace(self, seconds=below + part * (above - below))
 
 
-def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked | None = None) -> Costs:
-    """Price every action and transfer of `program` on the devices of `cluster`, which are the plan's rows, in order.
+class Prices(NamedTuple):
+    """The price list of a plan before it is written beside every action.
 
-    Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
+    An action's kind is a number made of its device's class, stage and operation: `shift[row] + stage x ops + op`.
+    `place` says where each kind stands in `spread` (kinds, quantiles), the rest is as in `Costs`.
     """
-    linked = linked or Linked(program)
-    prices = _Prices(profile, plan, cluster)
-    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, cluster.devices)))}
-    device_class = np.array([classes[_class(device)] for device in cluster.devices])
+
+    shift: npt.NDArray[np.int64]
+    place: Numbers
+    spread: Floats
+    kinds: tuple[TransferKind, ...]
+    transfer_kind: Numbers
+    applying: dict[int, float]
+
+    @property
+    def by_number(self) -> Floats:
+        """Median seconds of every kind's number."""
+        return np.ascontiguousarray(self.spread[:, MEDIAN])[self.place]
+
+
+def prices_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked) -> Prices:
+    """Price every kind of action and transfer; as `costs_of`."""
+    devices = row_devices(plan, cluster)[: linked.devices]
+    prices = _Prices(profile, plan, cluster.take(len(plan.device_names)))
+    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
+    examples = {classes[_class(device)]: device for device in reversed(devices)}
     width = linked.stages * len(codes.OPS)
-    number = device_class[linked.row] * width + codes.stages(linked.flat) * len(codes.OPS) + codes.ops(linked.flat)
-    found = np.flatnonzero(np.bincount(number, minlength=1))
-    examples = {number: device for device, number in reversed([(d, classes[_class(d)]) for d in cluster.devices])}
-    table = np.array(
+    shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
+    place = np.full(width * len(classes), -1, np.int32)
+    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), place)
+    found = np.flatnonzero(place >= 0)
+    place = np.zeros(len(place), np.int32)
+    place[found] = np.arange(len(found))
+    spread = np.array(
         [
             prices.action(codes.OPS[n % len(codes.OPS)], n % width // len(codes.OPS), examples[n // width])
             for n in found.tolist()
         ]
     )
-    place = np.zeros(int(found.max()) + 1, np.int64)
-    place[found] = np.arange(len(found))
-    kind = place[number]
     kinds, transfer_kind = _transfers(linked, prices)
     server = synchronisation.get(plan.synchronisation).server
-    return Costs(
-        cluster=cluster,
-        linked=linked,
-        seconds=table[kind, MEDIAN],
-        spread=table,
-        kind=kind,
-        kinds=kinds,
-        transfer_kind=transfer_kind,
-        applying={s: prices.applying(s) for s in range(linked.stages)} if server else {},
+    applying = {s: prices.applying(s) for s in range(linked.stages)} if server else {}
+    return Prices(shift, place, spread, kinds, transfer_kind, applying)
+
+
+def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked | None = None) -> Costs:
+    """Price every action and transfer of `program`, which is the plan's or that of its first replicas, on `cluster`.
+
+    Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
+    """
+    linked = linked or Linked(program)
+    prices = prices_of(profile, plan, program, cluster, linked)
+    kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
+    _price(
+        len(linked.flat),
+        *(linked.flat, linked.offsets, prices.shift, len(codes.OPS), prices.place),
+        *(np.ascontiguousarray(prices.spread[:, MEDIAN]), kind, seconds),
     )
+    return Costs(
+        cluster=cluster.take(len(plan.device_names)),
+        devices=row_devices(plan, cluster)[: linked.devices],
+        linked=linked,
+        seconds=seconds,
+        spread=prices.spread,
+        kind=kind,
+        kinds=prices.kinds,
+        transfer_kind=prices.transfer_kind,
+        applying=prices.applying,
+    )
+
+
+@kernel
+def _occurring(flat, offsets, shift, ops, place):  # type: ignore[no-untyped-def]
+    """Mark the kinds of actions that occur."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)] = 0
+    return 0
+
+
+@kernel
+def _price(flat, offsets, shift, ops, place, medians, kind, seconds):  # type: ignore[no-untyped-def]
+    """Write every action's kind and its median beside it."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            own = place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
+            kind[i] = own
+            seconds[i] = medians[own]
+    return 0
 
 
 def _class(device: Device) -> tuple[float, int]:
     return device.speed, device.threads
 
 
-def _transfers(linked: Linked, prices: _Prices) -> tuple[tuple[TransferKind, ...], npt.NDArray[np.int64]]:
+def _transfers(linked: Linked, prices: _Prices) -> tuple[tuple[TransferKind, ...], Numbers]:
     """Price transfers kind by kind: those of one stage between the same two devices cost the same."""
-    kinds: dict[tuple[str, int, int, int], int] = {}
-    numbers = np.full(linked.transfers, -1, np.int64)
+    numbers, firsts = np.full(linked.transfers, -1, np.int32), np.empty(linked.transfers, np.int32)
+    kinds: list[TransferKind] = []
     for op, base in linked.planes:
-        used = base + np.flatnonzero(linked.parties[base : base + linked.slots])
-        stage = (used - base) // linked.microbatches
-        key = (linked.source[used] * linked.devices + linked.target[used]) * linked.stages + stage
-        if op not in MESSAGES:
-            key = stage
-        begins = np.flatnonzero(np.diff(key, prepend=-1))  # transfers of one kind stand in runs
-        lengths = np.diff([*begins.tolist(), len(used)])
-        of_run = []
-        for first in used[begins].tolist():
+        count = _group(
+            linked.slots,
+            *(base, linked.stages, linked.microbatches, op in MESSAGES, len(kinds)),
+            *(linked.parties, linked.source, linked.target, firsts, numbers),
+        )
+        for first in firsts[len(kinds) : count].tolist():
             ends = (int(linked.source[first]), int(linked.target[first])) if op in MESSAGES else (-1, -1)
-            of_run.append(kinds.setdefault((op, (first - base) // linked.microbatches, *ends), len(kinds)))
-        numbers[used] = np.repeat(np.array(of_run, np.int64), lengths)
-    return tuple(prices.transfer(*kind) for kind in kinds), numbers
+            kinds.append(prices.transfer(op, (first - base) // linked.microbatches, *ends))
+    return tuple(kinds), numbers
+
+
+@kernel
+def _group(base, stages, last, messages, count, parties, source, target, firsts, numbers):  # type: ignore[no-untyped-def]
+    """Number the kinds of one plane from `count` on; `firsts` are the first transfers of each. Returns the new count.
+
+    Of messages the devices count; those of a stage come in runs, so that the last one's kind is looked at first.
+    """
+    for stage in range(stages):
+        begin = count
+        latest = -1
+        for t in range(base + stage * last, base + (stage + 1) * last):
+            if parties[t] == 0:
+                continue
+            if latest < 0 or (
+                messages and (source[t] != source[firsts[latest]] or target[t] != target[firsts[latest]])
+            ):
+                latest = count
+                for known in range(begin, count):
+                    if source[t] == source[firsts[known]] and target[t] == target[firsts[known]]:
+                        latest = known
+                        break
+                if latest == count:
+                    firsts[count] = t
+                    count += 1
+            numbers[t] = latest
+    return count
 
 
 class _Prices:
@@ -202,6 +282,7 @@ class _Prices:
         self.holders = holders(plan)
         self.way = synchronisation.get(plan.synchronisation)
         self.groups = plan.groups
+        self.devices = row_devices(plan, cluster)
 
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -334,7 +415,7 @@ class _Prices:
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
-        device = self.cluster.devices[self.holders[stage][0]]
+        device = self.devices[self.holders[stage][0]]
         if self.way.server == "host":
             return self.on_host(stage, device, copies=False)
         return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
@@ -357,6 +438,12 @@ class _Prices:
             way = host_way(self.cluster, device.name)
             seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
         return seconds
+
+
+def row_devices(plan: Plan, cluster: Cluster) -> tuple[Device, ...]:
+    """Return the device of every row of the plan's program, of a group its first."""
+    by_name = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
+    return tuple(by_name[group[0]] for group in plan.groups)
 
 
 def holders(plan: Plan) -> list[tuple[int, ...]]:

@@ -37,7 +37,8 @@ def walk(costs: Costs) -> Walked:
     begun = np.zeros(linked.transfers)
     stuck = _walk(
         len(linked.flat),
-        *(linked.offsets, linked.posts, linked.waits, linked.copies, costs.seconds, costs.transfers),
+        *(linked.offsets, linked.posts, linked.waits, linked.copies, costs.seconds),
+        *(costs.transfers, costs.transfer_kind),
         *(linked.parties.copy(), begun, linked.offsets[:-1].copy(), np.zeros(linked.devices), ready, end),
     )
     if stuck >= 0:
@@ -51,7 +52,7 @@ def walk(costs: Costs) -> Walked:
 
 
 @kernel
-def _walk(offsets, posts, waits, copies, seconds, transfer, missing, begun, at, now, ready, end):  # type: ignore[no-untyped-def]
+def _walk(offsets, posts, waits, copies, seconds, price, kind, missing, begun, at, now, ready, end):  # type: ignore[no-untyped-def]
     """Let every device go on until it waits for a transfer whose last party has not posted; again until none moves.
 
     `begun` is when a transfer's last party has posted, `missing` how many parties have not. Devices are visited there
@@ -77,12 +78,12 @@ def _walk(offsets, posts, waits, copies, seconds, transfer, missing, begun, at, 
                 if wait >= 0:
                     if missing[wait] > 0:
                         break
-                    clock = max(clock, begun[wait] + transfer[wait])
+                    clock = max(clock, begun[wait] + price[kind[wait]])
                 copy = copies[i]
                 if copy >= 0:
                     if missing[copy] > 0:
                         break
-                    clock = max(clock, begun[copy] + transfer[copy])
+                    clock = max(clock, begun[copy] + price[kind[copy]])
                 ready[i] = begun[wait] if wait >= 0 and wait == post else clock
                 clock += seconds[i]
                 end[i] = clock

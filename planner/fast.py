@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import msgspec
-
 from planner import tensor
 from planner.cluster import Cluster
-from planner.costs import costs_of
+from planner.costs import costs_of, row_devices
 from planner.critical_path import walk
 from planner.linking import Linked
 from planner.lowering import asynchronous, unroll
 from planner.memory import MemoryModel
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.simulate import placed
 from planner.steady import steady_step
 
 
@@ -31,16 +28,11 @@ def evaluate(profile: Profile, plan: Plan, cluster: Cluster, linked: Linked | No
 
     Of replicas on equal devices one stands for all: nothing that they share is simulated here.
     """
-    taken = placed(plan, cluster)
-    depth = len(plan.groups) if plan.uneven else plan.depth
-    alike = len({(d.speed, d.threads, d.memory_bytes) for d in taken.devices}) == 1
-    if alike and depth < len(taken.devices):
-        taken = msgspec.structs.replace(taken, devices=taken.devices[:depth])
-        program = unroll(plan, replicas=1)
-    else:
-        program = unroll(plan)
+    devices = row_devices(plan, cluster)
+    alike = not plan.uneven and len({(d.speed, d.threads, d.memory_bytes) for d in devices}) == 1
+    program = unroll(plan, replicas=1 if alike else None)
     profile = tensor.seen(profile, plan.groups, cluster)
-    costs = costs_of(profile, plan, program, taken, linked)
+    costs = costs_of(profile, plan, program, cluster, linked)
     walked = walk(costs)
     step = steady_step(plan, costs.linked, walked.end) if asynchronous(plan) else walked.step_s
     return Evaluation(step, tuple(MemoryModel(profile, plan, costs.linked).peaks().tolist()))

@@ -27,10 +27,11 @@ from planner.codes import (
     UNSHARD_FORWARD,
 )
 from planner.compiled import kernel
-from planner.lowering import flatten
 from planner.program import Action, Program, actions
 
 Ints = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int32]
+"""Numbers of transfers, positions and devices: half the memory of 64 bits, which is what the walk waits for."""
 
 PLANES = (
     *(RECV_FORWARD, RECV_BACKWARD, OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD),
@@ -53,13 +54,10 @@ class Linked:
     """
 
     def __init__(self, program: Program) -> None:
-        self.flat, self.offsets = flatten(program.order)
+        self.flat, self.offsets = codes.flatten(program.order)
         self.devices = len(program.order)
-        found = codes.ops(self.flat)
-        self.stages = int(codes.stages(self.flat).max()) + 1
-        self.microbatches = max(1, int(codes.microbatches(self.flat).max()) + 1)
-        present = np.bincount(found, minlength=len(codes.OPS))
-        used = [present[codes.NUMBER[op]] > 0 for op in PLANES]
+        self.present, self.stages, self.microbatches = codes.extent(self.flat)
+        used = [self.present[codes.NUMBER[op]] > 0 for op in PLANES]
         self.slots = self.stages * self.microbatches
         self.base = np.full(len(codes.OPS), -1, np.int64)
         count = 0
@@ -67,10 +65,12 @@ class Linked:
             if is_used:
                 self.base[codes.NUMBER[op]] = count
                 count += self.slots
-        self.posts, self.waits, self.copies = (np.full(len(self.flat), -1, np.int64) for _ in range(3))
-        self.parties = np.zeros(count, np.int64)
-        self.source, self.target = (np.full(count, -1, np.int64) for _ in range(2))
-        turns = np.zeros(3 * self.stages, np.int64)
+        if max(count, len(self.flat)) >= 1 << 31:
+            raise OverflowError(f"{len(self.flat)} actions with {count} transfers are more than 32 bits can number")
+        self.posts, self.waits, self.copies = (np.empty(len(self.flat), np.int32) for _ in range(3))
+        self.parties = np.zeros(count, np.int32)
+        self.source, self.target = (np.full(count, -1, np.int32) for _ in range(2))
+        turns = np.zeros(3 * self.stages * any(self.base[codes.NUMBER[op]] >= 0 for op in COLLECTIVES), np.int64)
         _link(
             len(self.flat),
             *(self.flat, self.offsets, self.stages, self.microbatches, self.base, turns),
@@ -98,18 +98,30 @@ class Linked:
         return [(op, int(self.base[codes.NUMBER[op]])) for op in PLANES if self.base[codes.NUMBER[op]] >= 0]
 
     @cached_property
-    def completions(self) -> Ints:
-        """Position at which each message's send is known to be complete, -1 where nothing says so."""
-        known = np.full(self.transfers, -1, np.int64)
-        takers = np.full(self.transfers, -1, np.int64)
-        nearest = np.full(self.devices, -1, np.int64)
-        messages = self.slots * sum(op in MESSAGES for op, _ in self.planes)
-        _complete(
+    def answers(self) -> Numbers:
+        """For each message the next one back from whoever took it, -1 where there is none.
+
+        When the answer has arrived the message's send is known to be complete.
+        """
+        answers = np.full(self.transfers, -1, np.int32)
+        _answer(
             len(self.flat),
-            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, messages),
-            *(takers, nearest, known),
+            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, self.messages),
+            *(np.full(self.devices, -1, np.int32), answers),
         )
-        return known
+        return answers
+
+    @property
+    def messages(self) -> int:
+        """How many numbers messages have: they come first."""
+        return self.slots * sum(op in MESSAGES for op, _ in self.planes)
+
+    @cached_property
+    def completions(self) -> Numbers:
+        """Position at which each message's send is known to be complete, -1 where nothing says so."""
+        takers = np.full(self.transfers + 1, -1, np.int32)  # the last for messages without answer
+        _take(len(self.flat), self.waits, self.messages, takers)
+        return takers[self.answers]
 
 
 # The kernels know operations by number: constants, so that they can be compiled.
@@ -125,7 +137,7 @@ _SAME = (1 << codes.OP) - 1
 def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, parties, source, target):  # type: ignore[no-untyped-def]
     """One pass over all rows."""
     for d in range(len(offsets) - 1):
-        for i in range(3 * stages):
+        for i in range(len(turns)):
             turns[i] = 0
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i]
@@ -133,6 +145,7 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
             stage = action >> 32 & 0xFFFFFF
             at = stage * last + (action & 0xFFFFFFFF) - 1
             own = -1
+            posts[i] = waits[i] = copies[i] = -1
             if op == _F:
                 if base[_RECV_F] >= 0 and target[base[_RECV_F] + at] == d:
                     waits[i] = base[_RECV_F] + at
@@ -188,13 +201,18 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
 
 
 @kernel
-def _complete(flat, offsets, waits, posts, source, target, messages, takers, nearest, known):  # type: ignore[no-untyped-def]
-    """Find, from the end of each row, the send that answers each message, and who takes the answer."""
+def _take(waits, messages, takers):  # type: ignore[no-untyped-def]
+    """Find the first action that waits for each message."""
+    for i in range(len(waits) - 1, -1, -1):
+        if 0 <= waits[i] < messages:
+            takers[waits[i]] = i
+    return 0
+
+
+@kernel
+def _answer(flat, offsets, waits, posts, source, target, messages, nearest, answers):  # type: ignore[no-untyped-def]
+    """Find, from the end of each row, the send that answers each message; the first action to take it has the word."""
     rows = len(offsets) - 1
-    for d in range(rows):
-        for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
-            if 0 <= waits[i] < messages:
-                takers[waits[i]] = i
     for d in range(rows):
         for other in range(rows):
             nearest[other] = -1
@@ -202,10 +220,8 @@ def _complete(flat, offsets, waits, posts, source, target, messages, takers, nea
             op = flat[i] >> 56
             if op == _SEND_F or op == _SEND_B:
                 nearest[target[posts[i]]] = posts[i]
-            elif 0 <= waits[i] < messages and takers[waits[i]] == i:
-                answer = nearest[source[waits[i]]]
-                if answer >= 0:
-                    known[waits[i]] = takers[answer]
+            elif 0 <= waits[i] < messages:
+                answers[waits[i]] = nearest[source[waits[i]]]
     return 0
 
 

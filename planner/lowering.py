@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 
@@ -27,12 +26,16 @@ from planner.codes import (
     UNSHARD_FORWARD,
     Codes,
     Order,
+    cut,
+    flatten,
 )
 from planner.compiled import kernel
 from planner.plan import Plan
 from planner.program import Program, prove
 from planner.schedules import Shape
 
+ONCE = 1 << 32
+"""Between two updates there are all micro-batches of a step."""
 STEADY_WINDOWS = 3
 """Steps of an asynchronous plan that are unrolled beyond those that fill its pipeline."""
 
@@ -70,11 +73,13 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
         rows = tuple(tie(row, plan.tied) for row in rows)
-    if schedule.trains and not way.server:
+    updates = schedule.trains and not way.server
+    gathers = updates and way.name in ("zero-1", "zero-2") and plan.replicas > 1
+    if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)
-        if way.name in ("zero-1", "zero-2") and plan.replicas > 1:
-            rows = tuple(gather(row) for row in rows)
-    return Program(tuple(load(row, stages) for row in rows))
+        rows = tuple(gather(row) for row in rows) if gathers else rows
+    behind = (OPTIMIZER,) * (updates and share >= ONCE) + (UNSHARD_FORWARD,) * (gathers and share >= ONCE)
+    return Program(frame(rows, stages, behind))
 
 
 def windows(plan: Plan) -> int:
@@ -110,7 +115,7 @@ def _between_updates(plan: Plan) -> int:
     """How many of its micro-batches a device takes between two updates of its parameters."""
     if schedules.get(plan.schedule).updates == "microbatch":
         return 1
-    return -(-plan.microbatches // plan.replicas) if asynchronous(plan) else 1 << 32
+    return -(-plan.microbatches // plan.replicas) if asynchronous(plan) else ONCE
 
 
 def _forgetful(plan: Plan) -> Codes:
@@ -135,8 +140,8 @@ def communicate(rows: Order, stages: int) -> Order:
     if stages == 1:
         return rows
     flat, offsets = flatten(rows)
-    last = int(codes.microbatches(flat).max()) + 1
-    out = np.zeros(3 * len(flat), np.int64)
+    last = codes.extent(flat).microbatches
+    out = np.empty(3 * len(flat), np.int64)  # a compute needs at most a send and a receive
     ends = 3 * offsets[:-1]
     home, made = np.full(stages * last, -1, np.int64), np.zeros(2 * stages * last, np.int8)
     ready = np.zeros(len(rows), np.int8)
@@ -205,12 +210,6 @@ def _communicate(flat, offsets, stages, last, home, made, at, ready, out, ends):
     return 0
 
 
-def flatten(rows: Order) -> tuple[Codes, Codes]:
-    """Return all rows behind each other, and where each begins (with the end of the last one)."""
-    lengths = np.array([0, *map(len, rows)], np.int64)
-    return codes.join(*rows), np.cumsum(lengths)
-
-
 def prefetch(rows: Order, *wanted: str) -> Order:
     """Post receives or gathers (the operations `wanted`) one compute earlier, so that they overlap that compute.
 
@@ -224,13 +223,15 @@ def prefetch(rows: Order, *wanted: str) -> Order:
     1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
     """
     flat, offsets = flatten(rows)
-    if not codes.has(flat, *wanted).any():
-        return rows
-    stages, last = int(codes.stages(flat).max()) + 1, int(codes.microbatches(flat).max()) + 1
-    home = np.full(stages * last, -1, np.int64)
     early = np.array([op in wanted for op in codes.OPS], np.int8)
+    present, stages, last = codes.extent(flat)
+    if not present[early > 0].any():
+        return rows
+    if any(np.shares_memory(flat, row) for row in rows[:1]):
+        flat = flat.copy()
+    home = np.full(stages * last, -1, np.int64)
     _prefetch(len(flat), flat, offsets, last, home, early)
-    return tuple(flat[a:b] for a, b in pairwise(offsets))
+    return cut(flat, offsets)
 
 
 @kernel
@@ -316,10 +317,7 @@ def offload(row: Codes) -> Codes:
 
 
 def optimize(row: Codes, share: int) -> Codes:
-    """Update every stage's parameters: at the end of the step, or as often as an asynchronous plan does."""
-    if share >= 1 << 32:
-        held = np.unique(codes.stages(row[codes.has(row, FORWARD)]))
-        return codes.join(row, np.array([codes.code(OPTIMIZER, int(s)) for s in held], np.int64))
+    """Update every stage's parameters as often as an asynchronous plan does: every `share` micro-batches."""
     behind = codes.has(row, REDUCE_GRAD)
     if not behind.any():
         behind = synchronisation.last_backward(row, share)
@@ -341,7 +339,20 @@ def gather(row: Codes) -> Codes:
     return codes.insert(row, codes.has(row, OPTIMIZER), UNSHARD_FORWARD, behind=True)
 
 
-def load(row: Codes, stages: int) -> Codes:
-    """Produce the step's batch where it is used: inputs at the first stage, targets at the last."""
-    held = np.unique(codes.stages(row[codes.has(row, FORWARD)])).tolist()
-    return codes.join(np.array([codes.code(LOAD, s) for s in held if s in (0, stages - 1)], np.int64), row)
+def frame(rows: Order, stages: int, behind: tuple[str, ...]) -> Order:
+    """Begin and end the step.
+
+    Its batch is produced where it is used: inputs at the first stage, targets at the last. At the end every stage of a
+    device does what is `behind`: the update of its parameters, and the gather of the updated shards.
+    """
+    flat, offsets = flatten(rows)
+    mine = [np.flatnonzero(held).tolist() for held in codes.held(flat, offsets, stages)]
+    heads = [[codes.code(LOAD, s) for s in held if s in (0, stages - 1)] for held in mine]
+    tails = [[codes.code(op, s) for s in held for op in behind] for held in mine]
+    lengths = [len(head) + len(row) + len(tail) for head, row, tail in zip(heads, rows, tails, strict=True)]
+    framed = cut(np.empty(sum(lengths), np.int64), np.cumsum([0, *lengths]))
+    for whole, head, row, tail in zip(framed, heads, rows, tails, strict=True):
+        whole[: len(head)] = head
+        whole[len(head) : len(head) + len(row)] = row
+        whole[len(head) + len(row) :] = tail
+    return framed

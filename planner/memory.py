@@ -27,6 +27,7 @@ from planner.codes import (
     RECV_BACKWARD,
     RECV_FORWARD,
     RELEASE,
+    SEND_BACKWARD,
 )
 from planner.compiled import kernel
 from planner.linking import Linked
@@ -176,10 +177,14 @@ class MemoryModel:
         """Most bytes that are live on every device, all kinds together."""
         linked = self.linked
         peaks = np.zeros(linked.devices)
+        base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
+        released = np.zeros(linked.messages if base >= 0 else 0)
         _peaks(
             len(linked.flat),
-            *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1), self.freed),
-            *(self.inside, self.inside_first, self.gradients, np.zeros(linked.stages, np.int64), peaks),
+            *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1)),
+            *(self.inside, self.inside_first, self.gradients, np.array([of.sent_gradient for of in self.of])),
+            *(linked.posts, linked.waits, linked.answers if base >= 0 else linked.posts[:0]),
+            *(released, np.zeros(linked.stages, np.int64), peaks),
         )
         return peaks
 
@@ -219,6 +224,7 @@ class MemoryModel:
 
 _B, _W = codes.NUMBER[BACKWARD], codes.NUMBER[BACKWARD_WEIGHT]
 _OPTIMIZER, _PUSH = codes.NUMBER[OPTIMIZER], codes.NUMBER[PUSH]
+_SEND_B = codes.NUMBER[SEND_BACKWARD]
 
 
 @kernel
@@ -238,15 +244,28 @@ def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-de
 
 
 @kernel
-def _peaks(flat, offsets, width, static, change, freed, inside, inside_first, gradients, held, peaks):  # type: ignore[no-untyped-def]
-    """Walk every row; as `MemoryModel.curve`, totals only."""
+def _peaks(
+    flat, offsets, width, static, change, inside, inside_first, gradients, sent,
+    posts, waits, answers, released, held, peaks,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Walk every row; as `MemoryModel.curve`, totals only.
+
+    `released` are the bytes of gradients' messages (`sent`, by the sending stage) that the arrival of a message lets
+    go: those that it answers. It is written and read by the same row.
+    """
     for d in range(len(offsets) - 1):
         live = peak = static[d]
         for i in range(offsets[d], offsets[d + 1]):
             op = flat[i] >> 56
             stage = flat[i] >> 32 & 0xFFFFFF
             kind = stage * width + op
-            live -= freed[i]
+            if op == _SEND_B:
+                if answers[posts[i]] >= 0:
+                    released[answers[posts[i]]] += sent[stage]
+                continue
+            if 0 <= waits[i] < len(released):
+                live -= released[waits[i]]
+                released[waits[i]] = 0.0
             within = inside[kind]
             if op == _B or op == _W:
                 if held[stage] != d + 1 and gradients[stage] > 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
@@ -190,7 +191,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 fix="plan simulate   (plans the model of the profile)",
                 code=ARTEFACT,
             )
-        ends = [sum(len(stage.layers) for stage in self.stages[: i + 1]) for i in range(len(self.stages))]
+        ends = accumulate(len(stage.layers) for stage in self.stages)
         return tuple(range(end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
 
 

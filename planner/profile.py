@@ -255,11 +255,25 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         A skip connection over several stages is alive at every boundary in between and is relayed by the stages there.
         """
-        return [v for v in self.values if v.source < cut and any(t >= cut for t in v.targets)]
+        return self._crossings[cut] if 0 <= cut < len(self._crossings) else []
+
+    @cached_property
+    def _crossings(self) -> list[list[Value]]:
+        """The values alive in front of every layer."""
+        alive: list[list[Value]] = [[] for _ in self.layers]
+        for value in self.values:
+            for cut in range(value.source + 1, max(value.targets, default=value.source) + 1):
+                alive[cut].append(value)
+        return alive
 
     def crossing_bytes(self, cut: int, samples: int, *, gradients: bool = False) -> float:
         """Bytes that cross `cut` per micro-batch of `samples`, forward or (only values with gradients) backward."""
-        return sum(value_bytes(v, samples) for v in self.crossing(cut) if v.gradient or not gradients)
+        key = "crossing", cut, samples, gradients
+        found = self.tables.get(key)
+        if not isinstance(found, (int, float)):
+            found = sum(value_bytes(v, samples) for v in self.crossing(cut) if v.gradient or not gradients)
+            self.tables[key] = found
+        return found
 
 
 def value_bytes(value: Value, samples: int) -> float:

@@ -156,10 +156,10 @@ class Program:
     @cached_property
     def holders(self) -> dict[int, tuple[int, ...]]:
         """Devices that hold each stage, in order: those that reduce its gradients together."""
+        flat, offsets = codes.flatten(self.order)
         found: dict[int, list[int]] = defaultdict(list)
-        for d, row in enumerate(self.order):
-            for stage in np.unique(codes.stages(row[codes.has(row, FORWARD)])).tolist():
-                found[stage].append(d)
+        for d, stage in np.argwhere(codes.held(flat, offsets, codes.extent(flat).stages)).tolist():
+            found[stage].append(d)
         return {stage: tuple(devices) for stage, devices in sorted(found.items())}
 
     def to_csv(self) -> str:

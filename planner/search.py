@@ -24,7 +24,7 @@ from planner.lowering import asynchronous, lower
 from planner.objective import Reckoned
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.simulate import capacities, interpret, placed
+from planner.simulate import capacities, interpret
 from planner.space import Candidate, Space, candidates, make
 from planner.steady import steady_step
 
@@ -314,7 +314,7 @@ def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float | No
     if program is None:
         return None
     seen = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
-    costs = costs_of(seen, plan, program, placed(plan, cluster))
+    costs = costs_of(seen, plan, program, cluster)
     trace = interpret(costs, plan.devices)
     if not asynchronous(plan):
         return trace.end

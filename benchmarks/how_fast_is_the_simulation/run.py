@@ -16,7 +16,7 @@ from pathlib import Path
 from planner.costs import costs_of
 from planner.lowering import lower
 from planner.ranking import rank
-from planner.simulate import interpret, placed, simulate
+from planner.simulate import interpret, simulate
 from planner.store import Store
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     print("| plan | actions | one pass | prediction |\n|---|---|---|---|")
     for plan in (outcome.plan for outcome in ranking.outcomes):
         program = lower(plan)
-        costs = costs_of(profile, plan, program, placed(plan, profile.machine))
+        costs = costs_of(profile, plan, program, profile.machine)
         one = median_s(lambda: interpret(program, costs, plan.devices))  # noqa: B023 - called at once
         whole = median_s(lambda: simulate(profile, plan, profile.machine))  # noqa: B023
         print(f"| {plan} | {sum(map(len, program.rows))} | {1e3 * one:.1f} ms | {1e3 * whole:.1f} ms |")
