@@ -139,6 +139,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._taken[count]
 
     @cached_property
+    def tables(self) -> dict[object, object]:
+        """What others have derived from this cluster and keep with it (`planner.collectives`)."""
+        return {}
+
+    @cached_property
     def _taken(self) -> dict[int, Cluster]:
         return {}
 

@@ -244,10 +244,10 @@ def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-de
 
 
 @kernel
-def _peaks(
+def _peaks(  # type: ignore[no-untyped-def]
     flat, offsets, width, static, change, inside, inside_first, gradients, sent,
     posts, waits, answers, released, held, peaks,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Walk every row; as `MemoryModel.curve`, totals only.
 
     `released` are the bytes of gradients' messages (`sent`, by the sending stage) that the arrival of a message lets

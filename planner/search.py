@@ -1,13 +1,14 @@
 """The best plan of a whole space, found without simulating all of it, and provably the same.
 
-Every candidate has a lower bound that costs nothing; they are taken in its order, so that the search is over when the
-next bound is no better than the best plan. Between the two, the fast interpreter gives a time that sharing can only
-make longer; SimPy has the last word on every plan that could still be the best.
+A candidate is looked at three times, each dearer and closer to the truth than the one before: a bound that costs
+nothing, the fast interpreter's time, which sharing can only make longer, and SimPy's. Always the most promising look is
+taken next, so the first candidate whose last look comes up is the best: nothing that was left out could beat it.
 """
 
 from __future__ import annotations
 
 import bisect
+import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -20,17 +21,16 @@ from planner.cluster import Cluster
 from planner.costs import costs_of
 from planner.errors import PlanError
 from planner.fast import evaluate
-from planner.lowering import asynchronous, lower
+from planner.lowering import asynchronous, unroll, windows
 from planner.objective import Reckoned
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.simulate import capacities, interpret
+from planner.simulate import capacities, stepped
 from planner.space import Candidate, Space, candidates, make
-from planner.steady import steady_step
 
 LEADERS = 12
 """Plans that a search keeps beside the best."""
-ACTIONS = 400_000
+ACTIONS = 100_000
 """Programs with more actions are not walked by SimPy within a search: their time is the fast interpreter's."""
 
 
@@ -130,8 +130,9 @@ class Search:
         self.reasons: dict[str, str] = {}
         for candidate in self.order:
             self.families[candidate.family]["points"] += 1
+        self.queue: list[tuple[float, str, Found]] = []
         self.leaders: list[Found] = []
-        self.open: list[Found] = []
+        self.hopes: list[Found] = []
         self.front: list[Found] = []
         self.nearest: list[Found] = []
         self.seen = self.evaluated = self.simulated = 0
@@ -144,27 +145,35 @@ class Search:
 
     @property
     def best(self) -> float:
-        """The best exact score so far."""
+        """The best score that is certain so far."""
         return self.leaders[0].score if self.leaders else float("inf")
 
     def run(self, tell: Callable[[Progress], None] = lambda progress: None, *, seconds: float = float("inf")) -> Answer:
-        """Search until nothing can be better, or for so many seconds; call `tell` after every candidate."""
+        """Search until nothing can be better, or for so many seconds; `tell` is called about ten times a second."""
         told = 0.0
-        while self.seen < len(self.order) and self.bounds[self.seen] < self.best:
+        while True:
             now = time.monotonic()
+            bound = self.bounds[self.seen] if self.seen < len(self.order) else float("inf")
+            hope = self.queue[0][0] if self.queue else float("inf")
+            if min(bound, hope) >= self.best:
+                break
             if now - self.began > seconds:
                 return self.answer()
-            self._take(self.order[self.seen])
-            self.seen += 1
             if now - told > TELL_S:
                 told = now
                 tell(self.progress())
+            if hope <= bound:
+                self._look_closer(heapq.heappop(self.queue)[2])
+            else:
+                self._look(self.order[self.seen])
+                self.seen += 1
         for candidate in self.order[self.seen :]:
             self.families[candidate.family]["slower"] += 1
         self.complete = True
         return self.answer()
 
-    def _take(self, candidate: Candidate) -> None:
+    def _look(self, candidate: Candidate) -> None:
+        """Put one candidate through the fast interpreter."""
         counts = self.families[candidate.family]
         if self._dominated(candidate):
             counts["slower"] += 1
@@ -183,17 +192,22 @@ class Search:
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
-            return
-        if asynchronous(found.plan) and not self.stale:
+        elif asynchronous(found.plan) and not self.stale:
             counts["stale"] += 1
             self.reasons.setdefault(candidate.family, "its gradients are stale; --stale lets it compete")
-            return
-        if found.score < self.best and not found.exact:
-            found = self._exact(found)
-            self.state.done[candidate.key] = found
-        if found.exact or found.score < (self.leaders[-1].score if self.leaders else float("inf")):
-            self.leaders = _least(self.leaders, found, lambda f: (f.score, f.key), distinct=True)
-        self.front = pareto([*self.front, found])
+        else:
+            self.front = pareto([*self.front, found])
+            self.hopes = _least(self.hopes, found, lambda f: (f.score, f.key))
+            if found.exact:
+                self.leaders = _least(self.leaders, found, lambda f: (f.score, f.key))
+            else:
+                heapq.heappush(self.queue, (found.score, found.key, found))
+
+    def _look_closer(self, found: Found) -> None:
+        """Put a candidate that could be the best through SimPy."""
+        exact = self._exact(found)
+        self.state.done[found.key] = exact
+        self.leaders = _least(self.leaders, exact, lambda f: (f.score, f.key))
 
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
@@ -235,9 +249,9 @@ class Search:
     def _exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
         assert found.plan is not None
-        step_s = simulated_step(self.profile, found.plan, self.cluster)
-        if step_s is None:
+        if _actions(found.plan) > ACTIONS:
             return found
+        step_s = simulated_step(self.profile, found.plan, self.cluster)
         self.simulated += 1
         score = self._score(found.plan, step_s, found.peak_bytes)
         return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True)
@@ -245,14 +259,14 @@ class Search:
     def progress(self) -> Progress:
         """How far it is."""
         spent = max(1e-9, time.monotonic() - self.began)
-        rest = bisect.bisect_left(self.bounds, self.best) - self.seen
+        rest = bisect.bisect_left(self.bounds, self.hopes[0].score if self.hopes else float("inf")) - self.seen
         return Progress(
             seen=self.seen,
             points=len(self.order),
             per_second=self.evaluated / spent,
             remaining_s=rest * spent / max(1, self.evaluated),
-            best=str(self.leaders[0].plan) if self.leaders else "",
-            score=self.best,
+            best=str(self.hopes[0].plan) if self.hopes else "",
+            score=self.hopes[0].score if self.hopes else float("inf"),
         )
 
     def answer(self) -> Answer:
@@ -272,7 +286,7 @@ class Search:
         return Answer(
             objective=self.objective.name,
             batch=self.batch,
-            leaders=tuple(self.leaders),
+            leaders=tuple(_ranked([*self.leaders, *self.hopes])),
             front=tuple(sorted(self.front, key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),
             families=tuple(families),
@@ -308,36 +322,28 @@ def shares(plan: Plan, cluster: Cluster) -> bool:
     return any(link.shared for link in taken.links) or any(device.shares_cores for device in taken.devices)
 
 
-def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float | None:
-    """Return the step seconds of one SimPy pass at the median costs; None where the program is too large for it."""
-    program = lower(plan) if _actions(plan) <= ACTIONS else None
-    if program is None:
-        return None
+def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float:
+    """Return the step seconds of one SimPy pass at the median costs."""
     seen = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
-    costs = costs_of(seen, plan, program, cluster)
-    trace = interpret(costs, plan.devices)
-    if not asynchronous(plan):
-        return trace.end
-    import numpy as np
-
-    ends = {(e.device, e.action): e.end for e in trace.events if e.lane == "compute"}
-    rows = costs.linked.row.tolist()
-    end = np.array([ends[row, str(a)] for row, a in zip(rows, costs.linked.actions, strict=True)])
-    return steady_step(plan, costs.linked, end)
+    costs = costs_of(seen, plan, unroll(plan), cluster)
+    return stepped(costs, plan)
 
 
 def _actions(plan: Plan) -> int:
-    from planner.lowering import windows
-
+    """About how many actions a plan's program has: a compute, a send and a receive each way."""
     return 6 * len(plan.stages) * plan.microbatches * windows(plan)
 
 
-def _least(
-    kept: list[Found], new: Found, key: Callable[[Found], tuple[object, ...]], *, distinct: bool = False
-) -> list[Found]:
-    same = {str(f.plan) for f in kept} if distinct else set()
-    if distinct and str(new.plan) in same:
-        return kept
+def _ranked(found: Iterable[Found]) -> list[Found]:
+    """Best first, every plan once: as it was looked at most closely."""
+    closest: dict[str, Found] = {}
+    for one in found:
+        if one.key not in closest or one.exact:
+            closest[one.key] = one
+    return sorted(closest.values(), key=lambda f: (f.score, f.key))[:LEADERS]
+
+
+def _least(kept: list[Found], new: Found, key: Callable[[Found], tuple[object, ...]]) -> list[Found]:
     return sorted([*kept, new], key=key)[:LEADERS]
 
 

@@ -106,6 +106,14 @@ def capacities(plan: Plan, cluster: Cluster) -> tuple[float, ...]:
     return tuple(min(memory[name] for name in group) for group in plan.groups)
 
 
+def stepped(costs: Costs, plan: Plan) -> float:
+    """Return the seconds per step of one walk through the plan's program."""
+    way = synchronisation.get(plan.synchronisation)
+    run = _Run(costs, plan.devices, together=not way.asynchronous)
+    run.env.run()
+    return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
+
+
 def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     """Walk the program with the costs from time 0 and return what happened."""
     run = _Run(costs, devices)

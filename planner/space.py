@@ -6,7 +6,7 @@ A candidate is a point of it; making its plan costs milliseconds, so each has a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -131,19 +131,27 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     where steps do not overlap, one micro-batch must pass through all layers one after the other, at most t times as
     fast where tensors are split over t devices. The fastest device's speed counts for all.
     """
-    taken = cluster.take(point.k) if point.strategy != "single" else cluster.take(1)
-    speed = max(device.speed for device in taken.devices)
-    table = layer_table(profile, batch // point.m, max(device.threads for device in taken.devices))
+    count = 1 if point.strategy == "single" else point.k
+    speed, threads = _fastest(cluster, count)
+    table = layer_table(profile, batch // point.m, threads)
     passes = table.forward[MEDIAN, -1] + _backward(table.backward[MEDIAN, -1], table, point.strategy)
     if "recompute" in point.savings:
         passes += table.forward[MEDIAN, -3] if len(profile.layers) > 1 else 0.0
     seams = _seams(profile)
     once = max(0.0, float(passes) - seams) / speed
-    count = len(taken.devices)
     shared = point.m * once / count
     if _asynchronous(point.strategy):
         return shared  # micro-batches of several steps are on their way at once
     return max(shared, once / (point.k if point.strategy == "tensor-parallel" else point.tensor))
+
+
+def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
+    """Speed and threads of the fastest of the first `count` devices, kept with the cluster."""
+    key = "fastest", count
+    if key not in cluster.tables:
+        devices = cluster.take(count).devices
+        cluster.tables[key] = max(d.speed for d in devices), max(d.threads for d in devices)
+    return cast("tuple[float, int]", cluster.tables[key])
 
 
 def _asynchronous(strategy: str) -> bool:
