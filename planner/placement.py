@@ -125,38 +125,52 @@ class StageTables:
         names = {device.name: device for device in q.devices}
         self.device = [names[stage.devices[0]] for stage in plan.stages]
         self.cluster = q.cluster.take(q.k)
+        self.tables: dict[tuple[object, ...], Table] = {}
 
     def seconds(self, stage: int) -> Table:
         """Seconds per micro-batch on the stage's device."""
+        device = self.device[stage]
+        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
+        way = self.cluster.path(device.name, other) if other != device.name else ()
+        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in (self.cluster.links[i] for i in way))
+        return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, way))
+
+    def _seconds(self, device: Device, way: tuple[int, ...]) -> Table:
         import numpy as np
 
-        q, device = self.q, self.device[stage]
+        q = self.q
         computing = run_seconds(q.profile, q.samples, device.threads) / device.speed
-        if len(self.plan.groups) < 2:
+        if not way:
             return computing
-        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
         sizes = crossing(q.profile, q.samples)
         posts, wires = [0.0] * len(sizes), [0.0] * len(sizes)
-        if other != device.name:
-            way = self.cluster.path(device.name, other)
-            for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
-                posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
-                wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
+        for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
+            posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
+            wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
         posting = partition.spans([0.0] * len(q.profile.layers), posts, posts)
         found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
         return found
 
     def filled(self, stage: int) -> Table:
         """Share of the stage's device that its layers would fill."""
-        q, held, whole = self.q, self.held[stage], self.plan.recompute
+        share = self.device[stage].memory_bytes / self.plan.chunks
+        return self._once(("filled", self.held[stage], share), lambda: self._filled(self.held[stage], share))
+
+    def _filled(self, held: int, share: float) -> Table:
+        q, whole = self.q, self.plan.recompute
         sizes = layer_bytes(q.profile, q.samples)
         keeps = 0 if whole else held
         weights = [own.static + keeps * own.saved for own in sizes]
         cuts = [held * forward for forward, _ in crossing(q.profile, q.samples)]
         peak = max(own.peak for own in sizes) + (max(own.saved for own in sizes) if whole else 0.0)
-        share = self.device[stage].memory_bytes / self.plan.chunks
         found: Table = (partition.spans(weights, cuts, cuts) + peak) / share
         return found
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], Table]) -> Table:
+        """Return the table of all stages that are alike."""
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
 
 
 class LayerBytes(NamedTuple):
