@@ -81,11 +81,6 @@ class Costs:
     applying: dict[int, float]
     contended: bool = True
 
-    @property
-    def transfers(self) -> Floats:
-        """Seconds of every kind of transfer alone on its links."""
-        return np.array([*(kind.seconds for kind in self.kinds)])
-
     def replayed(self, trace: Trace) -> Costs:
         """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
 
@@ -252,7 +247,9 @@ def _group(base, stages, last, messages, count, parties, source, target, firsts,
         for t in range(base + stage * last, base + (stage + 1) * last):
             if parties[t] == 0:
                 continue
-            if latest < 0 or (messages and (source[t] != source[firsts[latest]] or target[t] != target[firsts[latest]])):
+            if latest < 0 or (
+                messages and (source[t] != source[firsts[latest]] or target[t] != target[firsts[latest]])
+            ):
                 latest = count
                 for known in range(begin, count):
                     if source[t] == source[firsts[known]] and target[t] == target[firsts[known]]:
