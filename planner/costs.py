@@ -82,11 +82,6 @@ class Costs:
     applying: dict[int, float]
     contended: bool = True
 
-    @property
-    def transfers(self) -> Floats:
-        """Seconds of every kind of transfer alone on its links."""
-        return np.array([*(kind.seconds for kind in self.kinds)])
-
     def replayed(self, trace: Trace) -> Costs:
         """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
 

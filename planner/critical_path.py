@@ -11,9 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from planner.codes import OPS
 from planner.compiled import kernel
-from planner.costs import Costs
+from planner.costs import Costs, Prices, TransferKind
 from planner.errors import PlanError
+from planner.linking import Linked, Numbers
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,14 +34,33 @@ class Walked(NamedTuple):
 
 def walk(costs: Costs) -> Walked:
     """Return when everything happens. Raises `PlanError` when actions wait for each other for ever."""
-    linked = costs.linked
-    ready, end = np.zeros(len(linked.flat)), np.zeros(len(linked.flat))
-    begun = np.zeros(linked.transfers)
+    ready, end = np.zeros(len(costs.linked.flat)), np.zeros(len(costs.linked.flat))
+    shift = np.zeros(costs.linked.devices, np.int64)
+    _run(costs.linked, shift, costs.seconds, costs.kinds, costs.transfer_kind, ready, end)
+    return Walked(ready, end)
+
+
+def makespan(linked: Linked, prices: Prices) -> float:
+    """Return `walk(...).step_s` of a program at its medians, without writing down when everything happens."""
+    none = np.zeros(0)
+    return _run(linked, prices.shift, prices.by_number, prices.kinds, prices.transfer_kind, none, none)
+
+
+def _run(
+    linked: Linked,
+    shift: npt.NDArray[np.int64],
+    seconds: Floats,
+    kinds: tuple[TransferKind, ...],
+    transfer_kind: Numbers,
+    ready: Floats,
+    end: Floats,
+) -> float:
+    now = np.zeros(linked.devices)
     stuck = _walk(
         len(linked.flat),
-        *(linked.offsets, linked.posts, linked.waits, linked.copies, costs.seconds),
-        *(costs.transfers, costs.transfer_kind),
-        *(linked.parties.copy(), begun, linked.offsets[:-1].copy(), np.zeros(linked.devices), ready, end),
+        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, len(OPS), shift, seconds),
+        *(np.array([kind.seconds for kind in kinds]), transfer_kind, linked.parties.copy(), np.zeros(linked.transfers)),
+        *(linked.offsets[:-1].copy(), linked.offsets[:-1].copy(), now, ready, end),
     )
     if stuck >= 0:
         raise PlanError(
@@ -48,32 +69,39 @@ def walk(costs: Costs) -> Walked:
             why=f"{linked.actions[stuck]} waits for ever",
             fix="correct the schedule that generated it (planner/schedules)",
         )
-    return Walked(ready, end)
+    return float(now.max(initial=0.0))
 
 
 @kernel
-def _walk(offsets, posts, waits, copies, seconds, price, kind, missing, begun, at, now, ready, end):  # type: ignore[no-untyped-def]
+def _walk(  # type: ignore[no-untyped-def]
+    flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind, missing, begun, at, posted, now, ready, end
+):  # fmt: skip
     """Let every device go on until it waits for a transfer whose last party has not posted; again until none moves.
 
-    `begun` is when a transfer's last party has posted, `missing` how many parties have not. Devices are visited there
-    and back, because forwards run down the pipeline and backwards up. Returns an action that waits for ever, or -1.
+    `seconds` are those of every action if `ready` and `end` are to be written, else of every kind of action: writing
+    times costs as much as finding them. `begun` is when a transfer's last party has posted, `missing` how many parties
+    have not. Of every device, `at` is the action it is at, `posted` the first that has not posted, `now` its clock.
+    Devices are visited there and back, because forwards run down the pipeline and backwards up. Returns an action that
+    waits for ever, or -1.
     """
     rows = len(offsets) - 1
+    timed = len(end) > 0
     moved = True
     down = True
     while moved:
         moved = False
         for turn in range(rows):
             d = turn if down else rows - 1 - turn
-            i = at[d]
-            stop = offsets[d + 1]
+            first = i = at[d]
             clock = now[d]
+            stop = offsets[d + 1]
+            after = posted[d]
             while i < stop:
                 post = posts[i]
-                if post >= 0 and end[i] == 0.0:
+                if post >= 0 and i >= after:
                     missing[post] -= 1
                     begun[post] = max(begun[post], clock)
-                    end[i] = -1.0  # posted
+                    after = i + 1
                 wait = waits[i]
                 if wait >= 0:
                     if missing[wait] > 0:
@@ -84,13 +112,18 @@ def _walk(offsets, posts, waits, copies, seconds, price, kind, missing, begun, a
                     if missing[copy] > 0:
                         break
                     clock = max(clock, begun[copy] + price[kind[copy]])
-                ready[i] = begun[wait] if wait >= 0 and wait == post else clock
-                clock += seconds[i]
-                end[i] = clock
-                moved = True
+                if timed:
+                    ready[i] = begun[wait] if wait >= 0 and wait == post else clock
+                    clock += seconds[i]
+                    end[i] = clock
+                else:
+                    clock += seconds[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
                 i += 1
-            at[d] = i
-            now[d] = clock
+            posted[d] = after
+            if i > first:
+                at[d] = i
+                now[d] = clock
+                moved = True
         down = not down
     for d in range(rows):
         if at[d] < offsets[d + 1]:

@@ -54,6 +54,7 @@ class Linked:
     """
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self.flat, self.offsets = codes.flatten(program.order)
         self.devices = len(program.order)
         self.present, self.stages, self.microbatches = codes.extent(self.flat)

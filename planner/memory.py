@@ -175,6 +175,15 @@ class MemoryModel:
 
     def peaks(self) -> Floats:
         """Most bytes that are live on every device, all kinds together."""
+        return self._walk(np.zeros(0))
+
+    def levels(self) -> Floats:
+        """Most bytes that are live on its device during each action."""
+        levels = np.zeros(len(self.linked.flat))
+        self._walk(levels)
+        return levels
+
+    def _walk(self, levels: Floats) -> Floats:
         linked = self.linked
         peaks = np.zeros(linked.devices)
         base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
@@ -184,7 +193,7 @@ class MemoryModel:
             *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1)),
             *(self.inside, self.inside_first, self.gradients, np.array([of.sent_gradient for of in self.of])),
             *(linked.posts, linked.waits, linked.answers if base >= 0 else linked.posts[:0]),
-            *(released, np.zeros(linked.stages, np.int64), peaks),
+            *(released, np.zeros(linked.stages, np.int64), peaks, levels),
         )
         return peaks
 
@@ -246,7 +255,7 @@ def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-de
 @kernel
 def _peaks(  # type: ignore[no-untyped-def]
     flat, offsets, width, static, change, inside, inside_first, gradients, sent,
-    posts, waits, answers, released, held, peaks,
+    posts, waits, answers, released, held, peaks, levels,
 ):  # fmt: skip
     """Walk every row; as `MemoryModel.curve`, totals only.
 
@@ -259,6 +268,8 @@ def _peaks(  # type: ignore[no-untyped-def]
             op = flat[i] >> 56
             stage = flat[i] >> 32 & 0xFFFFFF
             kind = stage * width + op
+            if len(levels) > 0:
+                levels[i] = live
             if op == _SEND_B:
                 if answers[posts[i]] >= 0:
                     released[answers[posts[i]]] += sent[stage]
@@ -266,19 +277,19 @@ def _peaks(  # type: ignore[no-untyped-def]
             if 0 <= waits[i] < len(released):
                 live -= released[waits[i]]
                 released[waits[i]] = 0.0
-            within = inside[kind]
+            most = live + inside[kind]
             if op == _B or op == _W:
                 if held[stage] != d + 1 and gradients[stage] > 0:
-                    within = inside_first[kind]
-                    peak = max(peak, live + within)
+                    most = live + inside_first[kind]
                     live += gradients[stage]
-                    within = 0.0
                 held[stage] = d + 1
             elif op == _OPTIMIZER or op == _PUSH:
                 held[stage] = 0
-            peak = max(peak, live + within)
             live += change[kind]
-            peak = max(peak, live)
+            most = max(most, live)
+            peak = max(peak, most)
+            if len(levels) > 0:
+                levels[i] = most
         peaks[d] = peak
     return 0
 

@@ -86,13 +86,14 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     table = layer_table(profile, q.samples, plan.threads)
     capacity = capacities(plan, q.cluster)
     sizes = layer_bytes(profile, q.samples)
-    linked = Linked(unroll(plan))
+    first = None if plan.uneven else 1  # replicas need alike
+    linked = Linked(unroll(plan, replicas=first))
     missing = [0.0] * len(ranges)
     chosen: set[int] = set()
     for _ in range(4):
         trial = msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in sorted(chosen)))
-        peaks = MemoryModel(profile, trial, Linked(unroll(trial)) if chosen else linked).peaks()
-        lacks = {row: peak - room for row, (peak, room) in enumerate(zip(peaks, capacity, strict=True)) if peak > room}
+        peaks = MemoryModel(profile, trial, Linked(unroll(trial, replicas=first)) if chosen else linked).peaks()
+        lacks = {row: peak - room for row, (peak, room) in enumerate(zip(peaks, capacity, strict=False)) if peak > room}
         if not lacks:
             return trial
         for row, bytes_ in lacks.items():

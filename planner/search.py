@@ -26,7 +26,7 @@ from planner.objective import Reckoned
 from planner.plan import Plan
 from planner.profile import Profile
 from planner.simulate import capacities, stepped
-from planner.space import Candidate, Space, candidates, make
+from planner.space import Candidate, Space, candidates, make, plan_bound
 
 LEADERS = 12
 """Plans that a search keeps beside the best."""
@@ -34,6 +34,8 @@ ACTIONS = 100_000
 """Programs with more actions are not walked by SimPy within a search: their time is the fast interpreter's."""
 
 
+WORTH_A_LOOK = 0.98
+"""A candidate that looks better than the best by this factor is looked at closely at once: it rules others out."""
 TELL_S = 0.1
 """Seconds between two reports of progress."""
 
@@ -181,6 +183,9 @@ class Search:
         found = self.state.done.get(candidate.key)
         if found is None:
             found = self._evaluate(candidate)
+            if found is None:
+                counts["slower"] += 1
+                return
             self.state.done[candidate.key] = found
         self.evaluated += 1
         if found.plan is None:
@@ -198,14 +203,14 @@ class Search:
         else:
             self.front = pareto([*self.front, found])
             self.hopes = _least(self.hopes, found, lambda f: (f.score, f.key))
-            if found.exact:
-                self.leaders = _least(self.leaders, found, lambda f: (f.score, f.key))
+            if found.exact or found.score < WORTH_A_LOOK * self.best:
+                self._look_closer(found)
             else:
                 heapq.heappush(self.queue, (found.score, found.key, found))
 
     def _look_closer(self, found: Found) -> None:
         """Put a candidate that could be the best through SimPy."""
-        exact = self._exact(found)
+        exact = found if found.exact else self._exact(found)
         self.state.done[found.key] = exact
         self.leaders = _least(self.leaders, exact, lambda f: (f.score, f.key))
 
@@ -222,10 +227,13 @@ class Search:
             for less, found in self.known[candidate[:6]]
         )
 
-    def _evaluate(self, candidate: Candidate) -> Found:
-        """One candidate through the fast interpreter."""
+    def _evaluate(self, candidate: Candidate) -> Found | None:
+        """One candidate through the fast interpreter; None where its plan cannot beat the best."""
         try:
             plan = make(candidate, self.profile, self.cluster, self.batch)
+            bound_s = plan_bound(plan, self.profile, self.cluster)
+            if self._score(plan, bound_s, 0.0) >= self.best:
+                return None
             step_s, peaks = evaluate(self.profile, plan, self.cluster)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
@@ -235,10 +243,10 @@ class Search:
             key=candidate.key,
             family=candidate.family,
             plan=plan,
-            score=self._score(plan, step_s, max(peaks)),
+            score=self._score(plan, step_s, float(max(peaks))),
             step_s=step_s,
-            peak_bytes=max(peaks),
-            lack=lack,
+            peak_bytes=float(max(peaks)),
+            lack=float(lack),
             exact=not shares(plan, self.cluster),
         )
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from planner import savings, schedules, strategies
+from planner import savings, schedules, strategies, tensor
 from planner.cluster import Cluster
+from planner.lowering import asynchronous
 from planner.placement import Question
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.stage_costs import MEDIAN, layer_table
+from planner.stage_costs import MEDIAN, LayerTable, layer_table
 
 SMALL = 16
 """Up to so many devices every K is tried; beyond, powers of two and all of them."""
@@ -92,10 +94,10 @@ def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Ite
         for k in of.ks:
             if name == "single" and k != min(of.ks):
                 continue
-            for tensor in of.tensors:
-                for replicas in _replicas(name, k, tensor, of):
-                    depth = k // (tensor * replicas)
-                    if depth * tensor * replicas != k and name != "single":
+            for ways in of.tensors:
+                for replicas in _replicas(name, k, ways, of):
+                    depth = k // (ways * replicas)
+                    if depth * ways * replicas != k and name != "single":
                         continue
                     for chunks in _chunks(schedule, fixed, of):
                         if depth * max(1, chunks) > whole:
@@ -104,7 +106,7 @@ def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Ite
                             if m % replicas or batch % m:
                                 continue
                             for chosen in of.savings:
-                                point = Candidate(name, k, m, replicas, tensor, chunks, chosen)
+                                point = Candidate(name, k, m, replicas, ways, chunks, chosen)
                                 yield point._replace(bound_s=bound(point, profile, cluster, batch))
 
 
@@ -129,20 +131,40 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
 
     All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
     where steps do not overlap, one micro-batch must pass through all layers one after the other, at most t times as
-    fast where tensors are split over t devices. The fastest device's speed counts for all.
+    fast where tensors are split over t devices, and a pipeline is filled and drained. The fastest device's speed counts
+    for all.
     """
     count = 1 if point.strategy == "single" else point.k
     speed, threads = _fastest(cluster, count)
     table = layer_table(profile, batch // point.m, threads)
-    passes = table.forward[MEDIAN, -1] + _backward(table.backward[MEDIAN, -1], table, point.strategy)
-    if "recompute" in point.savings:
-        passes += table.forward[MEDIAN, -3] if len(profile.layers) > 1 else 0.0
+    forward = float(table.forward[MEDIAN, -1])
+    both = forward + _backward(float(table.backward[MEDIAN, -1]), table, point.strategy)
+    if "recompute" in point.savings and len(profile.layers) > 1:
+        both += float(table.forward[MEDIAN, -3])
     seams = _seams(profile)
-    once = max(0.0, float(passes) - seams) / speed
-    shared = point.m * once / count
+    forward, both = (max(0.0, passes - seams) / speed for passes in (forward, both))
+    shared = point.m * both / count
     if _asynchronous(point.strategy):
         return shared  # micro-batches of several steps are on their way at once
-    return max(shared, once / (point.k if point.strategy == "tensor-parallel" else point.tensor))
+    split = point.k if point.strategy == "tensor-parallel" else point.tensor
+    forward, both = forward / split, both / split
+    known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
+    depth = point.k // (point.tensor * point.replicas)
+    if known is None or known.placement != "straight" or depth < 2:
+        return max(shared, both)
+    return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
+
+
+def _filled(passing: float, both: float, depth: int, share: int) -> float:
+    """Return a bound on a pipeline's step from what fills and drains its last stage.
+
+    If a micro-batch costs the last stage d seconds, it is busy for `share x d`, and what comes before its first and
+    behind its last micro-batch passes all other stages: at least `passing - d` (of split backwards only the forward, as
+    the rest may be done meanwhile). The other stages share `both - d`, so the slowest of them is busy for at least
+    `share x (both - d) / (depth - 1)`. The least of the larger of the two is where they are equal.
+    """
+    equal = (share * both / (depth - 1) - passing) / ((share - 1) + share / (depth - 1))
+    return max(passing, passing + (share - 1) * max(0.0, equal)) if equal <= both else share * both / depth
 
 
 def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
@@ -160,12 +182,12 @@ def _asynchronous(strategy: str) -> bool:
     return strategy == "pipedream-replicated" or strategy.endswith("-async")
 
 
-def _backward(whole: float, table: object, strategy: str) -> float:
+def _backward(whole: float, table: LayerTable, strategy: str) -> float:
     """A backward may be computed in two halves, whose sum may be less or more than the whole."""
     if strategy in schedules.names() and schedules.get(strategy).splits:
-        halves = np.asarray(table.backward_input)[MEDIAN, -1] + np.asarray(table.backward_weight)[MEDIAN, -1]  # type: ignore[attr-defined]
-        return float(min(whole, halves))
-    return float(whole)
+        halves = table.backward_input[MEDIAN, -1] + table.backward_weight[MEDIAN, -1]
+        return min(whole, float(halves))
+    return whole
 
 
 def _seams(profile: Profile) -> float:
@@ -182,3 +204,37 @@ def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Pl
     question = Question(profile, cluster, point.k, point.m, batch, point.replicas, point.chunks, point.tensor)
     plan = strategies.get(point.strategy).spread(question)
     return savings.apply(question, plan, point.savings)
+
+
+def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
+    """Return seconds that this plan cannot beat: its busiest row's computing, behind the forwards that lead there."""
+    if plan.uneven:
+        return 0.0
+    profile = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
+    table = layer_table(profile, plan.samples, plan.threads)
+    splits = schedules.get(plan.schedule).splits
+    names = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
+    speed = max(device.speed for device in names.values())
+    seams = _seams(profile)
+    both = table.forward[MEDIAN] + (
+        np.minimum(table.backward[MEDIAN], table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
+        if splits
+        else table.backward[MEDIAN]
+    )
+    ranges = plan.layer_ranges([layer.name for layer in profile.layers])
+    share = plan.microbatches // plan.replicas
+    found = 0.0
+    for row in range(plan.depth):
+        held = plan.stages_of[row]
+        copies = schedules.get(plan.schedule).copies
+        work = sum(_part(both, ranges[s], profile) for s in held) / copies
+        before = table.forward[MEDIAN, ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        own = names[plan.groups[row][0]].speed
+        found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
+    return found
+
+
+def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:
+    """Seconds of a run of layers, with the loss behind the last."""
+    last = layers.stop == len(profile.layers)
+    return float(sums[layers.stop + last] - sums[layers.start])
