@@ -193,7 +193,7 @@ class Search:
             self.reasons.setdefault(candidate.family, found.why)
             return
         counts["evaluated"] += 1
-        self.known[candidate[:6]].append((frozenset(candidate.savings), found))
+        self.known[candidate[:7]].append((frozenset(candidate.savings), found))
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
@@ -224,7 +224,7 @@ class Search:
         mine = frozenset(candidate.savings)
         return any(
             less < mine and mine - less <= self.slowing and (found.lack <= 1 or found.score >= self.best)
-            for less, found in self.known[candidate[:6]]
+            for less, found in self.known[candidate[:7]]
         )
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
