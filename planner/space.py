@@ -57,8 +57,19 @@ class Candidate(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The same point under the same name in every search."""
-        return "|".join(map(str, self[:-1]))
+        """The same point under the same name in every search; `parse` reads it."""
+        return "|".join(map(str, (*self[:7], "+".join(self.savings))))
+
+    @classmethod
+    def parse(cls, key: str) -> Candidate:
+        """Return the point that a key names.
+
+        >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",)).key).savings
+        ('recompute',)
+        """
+        strategy, *numbers, way, chosen = key.split("|")
+        k, m, replicas, chunks, split = map(int, numbers)
+        return cls(strategy, k, m, replicas, chunks, split, way, tuple(chosen.split("+")) if chosen else ())
 
 
 def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
