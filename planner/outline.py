@@ -1,4 +1,4 @@
-"""A prediction of a step too large for SimPy: its time, peaks and idle share, and a timeline while that can be drawn."""
+"""A prediction of a step too large for SimPy: its time, peaks and idle share, and a timeline if it can be drawn."""
 
 from __future__ import annotations
 

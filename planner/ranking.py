@@ -8,11 +8,12 @@ import msgspec
 
 from planner.cluster import Cluster
 from planner.errors import NOTHING_FITS, PlanError
+from planner.lowering import asynchronous
 from planner.outcome import Outcome
 from planner.placement import Question
-from planner.plan import Plan
+from planner.plan import Plan, unrunnable
 from planner.profile import Profile
-from planner.simulate import SAMPLES, SEED, simulate
+from planner.simulate import SAMPLES, SEED, Failure, simulate
 from planner.strategies import Strategy, all_strategies
 from planner.units import size
 
@@ -33,23 +34,35 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     profile: str
     cluster: Cluster
     outcomes: tuple[Outcome, ...]
+    stale: bool = False
     rejected: tuple[Rejected, ...] = ()
 
     @property
     def best(self) -> Outcome:
-        """The fastest plan that fits.
+        """The fastest plan that fits and whose gradients are not stale, or, if `stale`, whatever they are.
 
         Raises `PlanError` (exit 3) with the nearest plans when none does.
         """
-        if self.outcomes and self.outcomes[0].fits:
-            return self.outcomes[0]
+        for outcome in self.outcomes:
+            if outcome.fits and (self.stale or not asynchronous(outcome.plan)):
+                return outcome
+        raise self._nothing_fits()
+
+    @property
+    def runnable(self) -> Outcome:
+        """The best plan that the executor can run yet. Raises as `best`."""
+        best = self.best
+        able = (o for o in self.outcomes if o.fits and not asynchronous(o.plan) and unrunnable(o.plan) is None)
+        return best if unrunnable(best.plan) is None else next(able, best)
+
+    def _nothing_fits(self) -> PlanError:
         nearest = self.outcomes[:3]
         lines = [
             f"{o.plan} needs {size(o.peak_bytes)} on its worst device, has {size(min(o.capacity_bytes))}"
             for o in nearest
         ]
         need = min((o.peak_bytes for o in nearest), default=0.0)
-        raise PlanError(
+        return PlanError(
             what="no plan fits into memory",
             where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
             why="; ".join(lines) or "; ".join(f"{r.strategy}: {r.why}" for r in self.rejected),
@@ -73,6 +86,8 @@ def rank(
     strategies: Sequence[Strategy] | None = None,
     samples: int = SAMPLES,
     seed: int = SEED,
+    stale: bool = False,
+    failures: tuple[Failure, ...] = (),
     progress: Callable[[str], None] = lambda label: None,
 ) -> Ranking:
     """Simulate every strategy, with and without recompute, for K devices and M micro-batches.
@@ -89,14 +104,21 @@ def rank(
             continue
         progress(str(plan))
         try:
-            outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed))
+            outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
         except PlanError as error:
             rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
     distinct = {str(outcome.plan): outcome for outcome in outcomes}  # with one stage many strategies are one plan
     outcomes = list(distinct.values())
     outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else _lack(o)))
     return Ranking(
-        k=k, m=m, batch=batch, profile=name, cluster=cluster, outcomes=tuple(outcomes), rejected=tuple(rejected)
+        k=k,
+        m=m,
+        batch=batch,
+        profile=name,
+        cluster=cluster,
+        outcomes=tuple(outcomes),
+        stale=stale,
+        rejected=tuple(rejected),
     )
 
 

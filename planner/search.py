@@ -74,7 +74,6 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     too_large: int = 0
     impossible: int = 0
     why: str = ""
-    best: float = float("inf")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,11 +124,10 @@ class Search:
         epoch_samples: int = 0,
         stale: bool = False,
         state: State | None = None,
-        question: str = "",
     ) -> None:
         self.profile, self.cluster, self.batch, self.space = profile, cluster, batch, space
         self.objective, self.epoch, self.stale = objectives.get(objective), epoch_samples or batch, stale
-        self.state = state or State(question=question)
+        self.state = state or State(question="")
         found = candidates(space, profile, cluster, batch)
         scored = sorted((self._optimistic(c), len(c.savings), c.key, c) for c in found)
         self.order = [candidate for *_, candidate in scored]

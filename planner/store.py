@@ -13,12 +13,15 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from planner import plan as plans
+from planner.cluster import Cluster
 from planner.errors import ARTEFACT, PlanError, unknown
 from planner.files import unwritable, write
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile, decode
 from planner.ranking import Ranking
+from planner.search import Answer, Found
+from planner.space import Space
 
 T = TypeVar("T")
 FOLDER = ".plan"
@@ -46,6 +49,21 @@ class Catalogue(Protocol):
 def is_table(path: Path) -> bool:
     """Whether a profile is a table of somebody else's measurements: it has no model file and cannot be run."""
     return path.suffix == ".csv"
+
+
+class Searched(msgspec.Struct, frozen=True, kw_only=True):
+    """A search as it stands: what was asked, and everything that has been evaluated."""
+
+    question: str
+    profile: str
+    cluster: Cluster
+    batch: int
+    space: Space
+    objective: str
+    epoch_samples: int
+    stale: bool
+    answer: Answer
+    done: dict[str, Found]
 
 
 class Store:
@@ -122,6 +140,23 @@ class Store:
             )
         return self._decode(path, Ranking, "plan simulate --k 2 --m 8")
 
+    def save_search(self, searched: Searched) -> None:
+        """Save how far a search has come; it can be taken up again."""
+        write(self.root / "search.json", msgspec.json.encode(searched))
+
+    def load_search(self) -> Searched:
+        """Read the last search. Raises `PlanError` (exit 4) when there is none or it is damaged."""
+        path = self.root / "search.json"
+        if not path.exists():
+            raise PlanError(
+                what="there is no search yet",
+                where=str(path),
+                why="plans are explained from what a search has evaluated",
+                fix="plan search",
+                code=ARTEFACT,
+            )
+        return self._decode(path, Searched, "plan search")
+
     def plan(self, reference: str) -> Plan:
         """Return the plan that is meant: `best`, a name of the last simulation, or the path of a plan file.
 
@@ -131,7 +166,7 @@ class Store:
             return plans.read(Path(reference))
         ranking = self.load_ranking()
         if reference == "best":
-            return ranking.best.plan
+            return ranking.runnable.plan
         by_name = {str(outcome.plan): outcome.plan for outcome in ranking.outcomes}
         if reference not in by_name:
             fix = "plan simulate --k 2 --m 8   (then run one of the plans it names)"

@@ -172,7 +172,7 @@ def test_stale_profile_says_what_changed(capsys: pytest.CaptureFixture[str]) -> 
 def test_memory_that_no_plan_fits(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand(machine=factory.devices(8, memory_bytes=5000))
     error = failing(capsys, NOTHING_FITS, "simulate", "--k", "2", "--m", "4")
-    assert "1f1b-k2-m4-recompute" in error["why"] or "naive-k2-m4" in error["why"]
+    assert "-k2-m4" in error["why"]
     assert error["details"]
     assert failing(capsys, NOTHING_FITS, "run", "best")["what"] == "no plan fits into memory"
 
@@ -291,10 +291,10 @@ def test_the_loop(measured: Path) -> None:
     import torch
 
     simulated = json.loads(plan(measured, "simulate", "--k", "2", "--m", "8", "--json").stdout)["data"]
-    assert len(simulated["plans"]) == 12
     fitting = [p for p in simulated["plans"] if p["fits"]]
+    assert {p["plan"] for p in fitting} > {"single-k1-m8", "gpipe-k2-m8", "1f1b-k2-m8-recompute", "zb-h1-k2-m8"}
     assert fitting == sorted(fitting, key=lambda p: -p["throughput_samples_per_s"])
-    assert simulated["best"] == fitting[0]["plan"]
+    assert simulated["best"] == next(p["plan"] for p in fitting if not p["stale_gradients"])
     text = plan(measured, "simulate", "--k", "2", "--m", "8").stdout
     assert f"best: {simulated['best']}" in text
     data = json.loads(plan(measured, "run", "1f1b-k2-m8", "--steps", "5", "--json").stdout)["data"]
@@ -425,11 +425,11 @@ def test_ctrl_c_while_simulating(capsys: pytest.CaptureFixture[str], monkeypatch
     by_hand()
     simulated: list[Any] = []
 
-    def interrupted(*question: Any) -> Any:
+    def interrupted(*question: Any, **options: Any) -> Any:
         simulated.append(question)
         if len(simulated) == 2:
             signal.raise_signal(signal.SIGINT)
-        return simulate(*question)
+        return simulate(*question, **options)
 
     monkeypatch.setattr(ranking, "simulate", interrupted)
     assert invoke(["simulate", "--k", "2", "--m", "4"]) == INTERRUPTED

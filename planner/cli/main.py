@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from planner import __version__
-from planner.cli import init, profile, report, run, simulate
+from planner.cli import explain, init, profile, report, run, search, simulate
 from planner.cli.output import failure
 from planner.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
 from planner.files import write
@@ -53,7 +53,7 @@ def _interrupted(command: str) -> PlanError:
     )
 
 
-for _command in (init.init, profile.profile, simulate.simulate, run.run, report.report):
+for _command in (init.init, profile.profile, simulate.simulate, search.search, explain.explain, run.run, report.report):
     app.command(_command.__name__)(_interruptible(_command))
 
 

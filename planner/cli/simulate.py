@@ -12,18 +12,28 @@ from planner import cluster as clusters
 from planner import strategies
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
+from planner.cli.search import run
 from planner.errors import ARTEFACT, PlanError
+from planner.injection import inject
 from planner.limits import limits
+from planner.lowering import asynchronous
 from planner.outcome import Outcome
+from planner.plan import unrunnable
 from planner.profile import Profile, ProfileKey
-from planner.ranking import Ranking, rank
+from planner.ranking import Ranking, check, rank
+from planner.simulate import SAMPLES, SEED, Failure
+from planner.staleness import staleness
 from planner.store import Store
 from planner.units import percent, rate, seconds, size
 
+SHOWN = 15
+"""Plans in the table."""
+QUANTILES = (5, 25, 50, 75, 95)
+
 
 def simulate(
-    k: Annotated[int, typer.Option("--k", help="Number of devices (partitions).")] = 2,
-    m: Annotated[int, typer.Option("--m", help="Number of micro-batches per step.")] = 8,
+    k: Annotated[int | None, typer.Option("--k", help="Number of devices (partitions). Default: search all.")] = None,
+    m: Annotated[int | None, typer.Option("--m", help="Number of micro-batches per step. Default: 8.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the model file's batch_size.")] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="Only this strategy; may be repeated. Default: all of them.")
@@ -34,9 +44,26 @@ def simulate(
     cluster: Annotated[
         str | None, typer.Option(help="Other hardware than the profiled: a TOML file, or a shipped name, as dgx-a100.")
     ] = None,
+    samples: Annotated[int, typer.Option(help="Steps drawn from the measured spread, per plan.", min=1)] = SAMPLES,
+    seed: Annotated[int, typer.Option(help="Seed of these draws.")] = SEED,
+    stale: Annotated[bool, typer.Option(help="Let plans with stale gradients be the best.")] = False,
+    slow_device: Annotated[list[str] | None, typer.Option(help="A device that is slower: d3=2 is twice.")] = None,
+    slow_link: Annotated[list[str] | None, typer.Option(help="A link that is slower: d0:d1=4.")] = None,
+    fail: Annotated[list[str] | None, typer.Option(help="A device that stops: d2@1.5+3 is at 1.5 s, for 3 s.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show all plans, not only the best.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them."""
+    """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them.
+
+    Without --k the whole space is searched, as by plan search.
+    """
+    if k is None:
+        axes = {"ms": (m,) if m is not None else (), "strategies": tuple(strategy or ())}
+        for name in strategy or ():
+            strategies.get(name)
+        run(profile=profile, cluster=cluster, batch=batch, axes=axes, stale=stale, json=json)
+        return
+    m = 8 if m is None else m
     from profiles import shipped
 
     store = Store(catalogue=shipped)
@@ -45,22 +72,32 @@ def simulate(
     if profile is None:
         check_fresh(measured, path)
     hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
+    faulty = hardware
+    failures: tuple[Failure, ...] = ()
+    if slow_device or slow_link or fail:
+        check(measured, k=k, m=m, batch=measured.batch if batch is None else batch)
+        whole = hardware.take(k) if hardware.elastic else hardware
+        faulty, failures = inject(whole, slow_devices=slow_device or (), slow_links=slow_link or (), failing=fail or ())
     chosen = [strategies.get(name) for name in strategy] if strategy else None
     ranking = rank(
         measured,
-        hardware,
+        faulty,
         k=k,
         m=m,
         batch=measured.batch if batch is None else batch,
         name=path.stem,
         strategies=chosen,
+        samples=samples,
+        seed=seed,
+        stale=stale,
+        failures=failures,
     )
     store.save_ranking(ranking)
     best = ranking.best
     if json:
         output.document("simulate", {**as_data(ranking), "estimated": measured.estimated})
     else:
-        _print(ranking, best, measured)
+        _print(ranking, best, measured, shown=len(ranking.outcomes) if every else SHOWN)
 
 
 def check_fresh(measured: Profile, path: Path) -> None:
@@ -108,6 +145,7 @@ def as_data(ranking: Ranking) -> dict[str, Any]:
 def figures(outcome: Outcome) -> dict[str, Any]:
     """An outcome's figures, with units in the names."""
     low, high = outcome.throughput_interval
+    drawn = outcome.samples_s
     return {
         "plan": str(outcome.plan),
         "source": outcome.source,
@@ -117,6 +155,12 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "step_s": outcome.step_s,
         "step_low_s": outcome.interval_s[0],
         "step_high_s": outcome.interval_s[1],
+        "step_samples_s": {f"p{q}": drawn[min(len(drawn) - 1, len(drawn) * q // 100)] for q in QUANTILES}
+        if drawn
+        else {},
+        "runnable": unrunnable(outcome.plan) is None,
+        "stale_gradients": asynchronous(outcome.plan),
+        "staleness_updates": staleness(outcome) if asynchronous(outcome.plan) else 0.0,
         "bubble_fraction": outcome.bubble,
         "span_bubble_s": outcome.trace.span_bubble_s,
         "peak_bytes": outcome.peak_bytes,
@@ -126,7 +170,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
+def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) -> None:
     from rich.table import Table
 
     where = ranking.cluster
@@ -147,7 +191,7 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
         ("fits", "left"),
     ):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for outcome in ranking.outcomes:
+    for outcome in ranking.outcomes[:shown]:
         low, high = outcome.throughput_interval
         table.add_row(
             str(outcome.plan),
@@ -160,10 +204,27 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile) -> None:
             style="bold" if outcome is best else None,
         )
     output.results.print(table)
+    if len(ranking.outcomes) > shown:
+        output.results.print(f"and {len(ranking.outcomes) - shown} more plans (--all shows them)")
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected.strategy}: {rejected.why}", markup=False)
+    stale = next((o for o in ranking.outcomes if o.fits), best)
+    if stale is not best:
+        gain = percent(stale.throughput / best.throughput - 1)
+        output.results.print(f"{stale.plan} would be {gain} faster with stale gradients (--stale lets it be the best)")
     output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
     print(ascii_timeline(best.trace, width=min(90, output.results.width)))
     for limit in limits(best, where):
         output.results.print(f"limited by {limit.text}", markup=False)
-    output.results.print("next: plan run best")
+    output.results.print(f"next: {_next(ranking, best)}")
+
+
+def _next(ranking: Ranking, best: Outcome) -> str:
+    """The one next command, and what it will do where the best plan cannot be run yet."""
+    missing = unrunnable(best.plan)
+    if missing is None:
+        return "plan run best"
+    runnable = ranking.runnable
+    if runnable is best:
+        return f"plan report --simulated   ({missing}: simulated only, so far)"
+    return f"plan run best   (runs {runnable.plan}; {missing}: simulated only, so far)"

@@ -1,0 +1,53 @@
+"""`plan explain`: why a plan is the best, what bounds it, and what would change the answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from planner.cli import output
+from planner.cli.search import nothing_fits
+from planner.errors import unknown
+from planner.explain import explain as sentences
+from planner.search import Search, State
+from planner.simulate import simulate
+from planner.store import Store
+
+
+def explain(
+    plan: Annotated[str, typer.Argument(help="best, or a plan that the last search ranked.")] = "best",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say in a few sentences why this plan, what bounds it, what the next best is and what would change the answer."""
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
+    searched = store.load_search()
+    profile = store.load_profile(store.profile_path(searched.profile))
+    searching = Search(
+        profile,
+        searched.cluster,
+        searched.batch,
+        searched.space,
+        objective=searched.objective,
+        epoch_samples=searched.epoch_samples,
+        stale=searched.stale,
+        state=State(question=searched.question, done=searched.done),
+    )
+    answer = searched.answer
+    if not answer.leaders:
+        raise nothing_fits(searching, answer)
+    if plan != "best":
+        known = {found.label: found for found in answer.leaders}
+        if plan not in known:
+            raise unknown("plan", plan, ["best", *known], where="the last search", fix="plan explain best")
+        answer = msgspec.structs.replace(answer, leaders=(known[plan], *answer.leaders))
+    outcome = simulate(profile, searching.plan(answer.leaders[0]), searched.cluster)
+    text = sentences(searching, answer, outcome)
+    if json:
+        output.document("explain", {"plan": str(outcome.plan), "sentences": text})
+    else:
+        for sentence in text:
+            output.results.print(sentence, markup=False)

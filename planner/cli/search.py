@@ -1,0 +1,318 @@
+"""`plan search`: the best plan of the whole space, and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from planner import cluster as clusters
+from planner import savings, strategies
+from planner import synchronisation as synchronisations
+from planner.cli import output
+from planner.cli.draw import ascii_timeline
+from planner.cluster import Cluster
+from planner.errors import NOTHING_FITS, USAGE, PlanError
+from planner.explain import cheapest_change, explain
+from planner.outcome import Outcome
+from planner.profile import Profile
+from planner.ranking import Ranking, check
+from planner.search import Answer, Progress, Search, State
+from planner.simulate import simulate
+from planner.space import Space, space
+from planner.store import Searched, Store
+from planner.units import percent, rate, seconds, size
+
+SHOWN = 8
+"""Leaders that are simulated in full and shown."""
+
+
+def search(
+    k: Annotated[list[int] | None, typer.Option("--k", help="Only this number of devices; may be repeated.")] = None,
+    m: Annotated[list[int] | None, typer.Option("--m", help="Only this number of micro-batches.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the profile's.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Only this strategy; may be repeated.")] = None,
+    saving: Annotated[
+        list[str] | None, typer.Option(help="Only with these memory savings: none, or names joined by +.")
+    ] = None,
+    synchronisation: Annotated[
+        list[str] | None, typer.Option(help="How replicas of pipelines agree. Default: all-reduce and zero-1.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="throughput, epoch, memory or cost.")] = "throughput",
+    epoch: Annotated[int, typer.Option(help="Samples per epoch, for the objective epoch.", min=0)] = 0,
+    stale: Annotated[bool, typer.Option(help="Let plans with stale gradients compete.")] = False,
+    profile: Annotated[str | None, typer.Option(help="A profile's path or name. Default: the last one.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="Other hardware: a TOML file, or a shipped name.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = float("inf"),
+    restart: Annotated[bool, typer.Option(help="Forget what an earlier, interrupted search has evaluated.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Rank every strategy, K, M, replicas and saving for a profile and a cluster, and explain the best plan.
+
+    Ctrl-C keeps what was found; the same command goes on where it was.
+    """
+    run(
+        profile=profile,
+        cluster=cluster,
+        batch=batch,
+        axes={
+            "ks": tuple(k or ()),
+            "ms": tuple(m or ()),
+            "strategies": tuple(strategies.get(name).name for name in strategy or ()),
+            "savings": tuple(_savings(text) for text in saving or ()),
+            "synchronisations": tuple(synchronisations.get(name).name for name in synchronisation or ()),
+        },
+        objective=objective,
+        epoch=epoch,
+        stale=stale,
+        budget=budget,
+        restart=restart,
+        json=json,
+    )
+
+
+def run(
+    *,
+    profile: str | None,
+    cluster: str | None,
+    batch: int | None,
+    axes: dict[str, tuple[Any, ...]],
+    objective: str = "throughput",
+    epoch: int = 0,
+    stale: bool = False,
+    budget: float = float("inf"),
+    restart: bool = False,
+    json: bool = False,
+) -> None:
+    """Search, save, and print; what `plan search` and `plan simulate` without K do."""
+    from planner.cli.simulate import check_fresh
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
+    path = store.profile_path(profile)
+    measured = store.load_profile(path)
+    if profile is None:
+        check_fresh(measured, path)
+    hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
+    samples = measured.batch if batch is None else batch
+    for number in axes.get("ks") or (1,):
+        check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=samples)
+    for number in axes.get("ms") or ():
+        check(measured, k=1, m=number, batch=samples)
+    of = space(measured, hardware, samples, **axes)
+    searching = _begin(store, measured, hardware, samples, of, objective, epoch, stale, restart)
+    answer = _searched(store, searching, path.stem, budget)
+    if not answer.leaders:
+        raise nothing_fits(searching, answer)
+    outcomes = outlined(searching, answer)
+    best = outcomes[0]
+    store.save_ranking(
+        Ranking(
+            k=len(best.plan.device_names),
+            m=best.plan.microbatches,
+            batch=samples,
+            profile=path.stem,
+            cluster=hardware,
+            outcomes=tuple(outcomes),
+            stale=stale,
+        )
+    )
+    if json:
+        output.document("search", as_data(searching, answer, outcomes))
+    else:
+        _print(searching, answer, outcomes)
+
+
+def _begin(
+    store: Store,
+    profile: Profile,
+    cluster: Cluster,
+    batch: int,
+    of: Space,
+    objective: str,
+    epoch: int,
+    stale: bool,
+    restart: bool,
+) -> Search:
+    """Make a search, with what the same one has evaluated before."""
+    asked = msgspec.json.encode([profile.key, profile.created, cluster, batch, of, objective, epoch, stale])
+    question = hashlib.sha256(asked).hexdigest()
+    state = State(question=question)
+    if not restart and (store.root / "search.json").exists():
+        try:
+            before = store.load_search()
+            if before.question == question:
+                state.done = before.done
+        except PlanError:
+            pass  # a damaged file is searched again, and replaced
+    return Search(
+        profile,
+        cluster,
+        batch,
+        of,
+        objective=objective,
+        epoch_samples=epoch,
+        stale=stale,
+        state=state,
+    )
+
+
+def _searched(store: Store, searching: Search, profile: str, budget: float) -> Answer:
+    """Run a search with its progress shown; save it however it ends."""
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    words = searching.objective.words
+    with Bar(*columns, console=output.progress, transient=True) as bar:
+        task = bar.add_task("searching", total=None)
+
+        def told(progress: Progress) -> None:
+            left = progress.remaining_s * progress.per_second
+            best = f"best {progress.best}, {words(progress.score)}" if progress.best else "nothing fits yet"
+            bar.update(
+                task,
+                description=f"{progress.per_second:.0f} plans/s, {best}",
+                completed=progress.seen,
+                total=progress.seen + left,
+            )
+
+        try:
+            return searching.run(told, seconds=budget)
+        finally:
+            store.save_search(
+                Searched(
+                    question=searching.state.question,
+                    profile=profile,
+                    cluster=searching.cluster,
+                    batch=searching.batch,
+                    space=searching.space,
+                    objective=searching.objective.name,
+                    epoch_samples=searching.epoch,
+                    stale=searching.stale,
+                    answer=searching.answer(),
+                    done=searching.state.done,
+                )
+            )
+
+
+def outlined(searching: Search, answer: Answer, count: int = SHOWN) -> list[Outcome]:
+    """Simulate the leaders in full, best first: contention, spread, memory over time."""
+    outcomes = []
+    for found in answer.leaders[:count]:
+        outcomes.append(simulate(searching.profile, searching.plan(found), searching.cluster))
+    return outcomes
+
+
+def nothing_fits(searching: Search, answer: Answer) -> PlanError:
+    """The error of a search without an answer: the nearest plans, and the cheapest change that would do."""
+    if answer.complete and not answer.nearest:
+        why = "; ".join(f"{f.name}: {f.why}" for f in answer.families if f.why) or "there is no candidate"
+        return PlanError(
+            what="no plan is possible",
+            where=f"cluster '{searching.cluster.name}'",
+            why=why,
+            fix="allow other K, M or strategies",
+            code=USAGE,
+        )
+    change = cheapest_change(searching, answer)
+    nearest = "; ".join(f"{f.label} needs {size(f.peak_bytes)}, {percent(f.lack - 1)} too much" for f in answer.nearest)
+    return PlanError(
+        what="no plan fits into memory" if answer.complete else "no plan that fits has been found in that time",
+        where=f"cluster '{searching.cluster.name}', {answer.evaluated} candidates evaluated of {answer.points}",
+        why=nearest or "nothing was evaluated",
+        fix=change if answer.complete else "search longer: the same command goes on where it was",
+        code=NOTHING_FITS,
+        details=[{"plan": f.label, "peak_bytes": f.peak_bytes, "lack_fraction": f.lack - 1} for f in answer.nearest],
+    )
+
+
+def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """A search as JSON data, with units in the names."""
+    from planner.cli.simulate import figures
+
+    return {
+        "objective": answer.objective,
+        "cluster": searching.cluster.name,
+        "batch_samples": answer.batch,
+        "complete": answer.complete,
+        "candidates": answer.points,
+        "evaluated": answer.evaluated,
+        "simulated_with_contention": answer.simulated,
+        "search_s": answer.seconds,
+        "plans_per_s": answer.evaluated / max(1e-9, answer.seconds),
+        "best": str(outcomes[0].plan),
+        "explanation": explain(searching, answer, outcomes[0], changes=False),
+        "plans": [figures(outcome) for outcome in outcomes],
+        "pareto": [
+            {"plan": f.label, "step_s": f.step_s, "peak_bytes": f.peak_bytes, "contention_simulated": f.exact}
+            for f in answer.front
+        ],
+        "families": [msgspec.to_builtins(family) for family in answer.families],
+        "estimated": searching.profile.estimated,
+    }
+
+
+def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> None:
+    from rich.table import Table
+
+    title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
+    title = f"estimated: {title}" if searching.profile.estimated else title
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for name in ("plan", "samples/s", "step", "bubble", "memory"):
+        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
+    for outcome in outcomes:
+        table.add_row(
+            str(outcome.plan),
+            rate(outcome.throughput).removesuffix(" samples/s"),
+            seconds(outcome.step_s),
+            percent(outcome.bubble),
+            size(outcome.peak_bytes),
+            style="bold" if outcome is outcomes[0] else None,
+        )
+    output.results.print(table)
+    speed = answer.evaluated / max(1e-9, answer.seconds)
+    state = "nothing that was left out can be better" if answer.complete else "stopped; the same command goes on"
+    output.results.print(
+        f"{answer.evaluated:,} of {answer.points:,} candidates evaluated in {seconds(answer.seconds)} ({speed:.0f} "
+        f"plans/s), {answer.simulated} with contention: {state}"
+    )
+    front = [f"{f.label} ({seconds(f.step_s)}, {size(f.peak_bytes)})" for f in answer.front]
+    if len(front) > 1:
+        shown = front if len(front) <= 5 else [*front[:2], f"{len(front) - 4} more", *front[-2:]]
+        output.results.print(f"time against memory: {'; '.join(shown)}", markup=False)
+    for line in _families(answer):
+        output.results.print(line, markup=False)
+    print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
+    for sentence in explain(searching, answer, outcomes[0], changes=False):
+        output.results.print(sentence, markup=False)
+    output.results.print("next: plan explain best   (what would change the answer)")
+
+
+def _families(answer: Answer) -> list[str]:
+    """Why strategies are not the answer: those that cannot be, do not fit, or may not compete."""
+    lines = []
+    for family in answer.families:
+        if "+" in family.name or (family.evaluated > family.too_large and not family.why):
+            continue
+        if family.impossible and not family.evaluated:
+            lines.append(f"not possible where it might be better: {family.name}: {family.why}")
+        elif family.evaluated and family.evaluated == family.too_large:
+            lines.append(f"does not fit: {family.name} ({family.too_large} candidates)")
+        elif family.why and not family.impossible:
+            lines.append(f"not competing: {family.name}: {family.why}")
+    return lines
+
+
+def _savings(text: str) -> tuple[str, ...]:
+    if text == "none":
+        return ()
+    names = tuple(text.split("+"))
+    for name in names:
+        if name not in savings.names():
+            from planner.errors import unknown
+
+            raise unknown("saving", name, ("none", *savings.names()), where="--saving", fix="join names by +")
+    return names
