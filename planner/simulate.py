@@ -37,7 +37,10 @@ LARGE = 150_000
 
 
 class Failure(NamedTuple):
-    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew."""
+    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew.
+
+    Where it would only have waited meanwhile, nothing is lost.
+    """
 
     device: str
     at_s: float
@@ -68,6 +71,8 @@ def simulate(
     profile = tensor.seen(profile, plan.groups, cluster)
     costs = costs_of(profile, plan, program, cluster)
     way = synchronisation.get(plan.synchronisation)
+    rows = {name: row for row, group in zip(plan.devices, plan.groups, strict=True) for name in group}
+    failures = tuple(failure._replace(device=rows.get(failure.device, "")) for failure in failures)
 
     def step(prices: Costs) -> _Run:
         run = _Run(prices, plan.devices, together=not way.asynchronous, failures=failures)
@@ -154,7 +159,7 @@ class _Run:
         self.cores = _cores(self.env, costs)
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
-        self.failures = {f.device: f for f in failures}
+        self.failures = sorted(failures, key=lambda failure: failure.at_s)
         self.alone = [
             kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
             for kind in costs.kinds
@@ -173,7 +178,7 @@ class _Run:
     def device(self, device: int) -> Process:
         env, cores = self.env, self.cores[device]
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
-        failure = self.failures.get(self.devices[device])
+        failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
             self.start[i] = env.now
             if posts[i] >= 0:
@@ -183,9 +188,9 @@ class _Run:
             if copies[i] >= 0 and copies[i] not in done:
                 yield self.wait(copies[i])
             self.ready[i] = env.now if waits[i] < 0 or waits[i] != posts[i] else self.begun[waits[i]]
-            if failure is not None and failure.at_s <= env.now + seconds[i]:
-                yield env.timeout(max(0.0, failure.at_s - env.now) + failure.down_s)
-                failure = None
+            while failures and failures[0].at_s <= env.now + seconds[i]:
+                failure = failures.pop(0)
+                yield env.timeout(max(0.0, failure.at_s + failure.down_s - env.now))
             if seconds[i] > 0:
                 yield cores.use(seconds[i])
             self.end[i] = env.now
