@@ -9,7 +9,7 @@ import msgspec
 from planner import schedules, tensor
 from planner.errors import PlanError, unknown
 from planner.linking import Linked
-from planner.lowering import unroll
+from planner.lowering import swaps, unroll
 from planner.memory import MemoryModel
 from planner.placement import Question, in_flight, layer_bytes
 from planner.plan import Plan
@@ -112,7 +112,12 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
 
 @saving("offload")
 def offload(q: Question, plan: Plan) -> Plan:
-    """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124)."""
+    """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124).
+
+    Nothing where every micro-batch's backward comes too soon behind its forward.
+    """
+    if not schedules.get(plan.schedule).trains or not swaps(plan):
+        return plan
     return msgspec.structs.replace(plan, offload=True)
 
 

@@ -171,6 +171,16 @@ def devices(
     )
 
 
+def shared_cores(cores: int, *, memory_bytes: int = 10**9) -> Cluster:
+    """A CPU that makes as many devices as it is asked for, which share its cores."""
+    return Cluster(
+        name="shared",
+        hosts=(Host(name="h", cores=cores, memory_bytes=memory_bytes),),
+        links=devices(1).links,
+        elastic=True,
+    )
+
+
 def pipeline(
     schedule: str,
     devices: int,
