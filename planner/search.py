@@ -221,8 +221,9 @@ class Search:
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
 
-        Savings that only add work or waits can make a plan smaller, never quicker; only of a plan without flush the
-        steady state is a mean over few steps, which moves by more than some savings cost.
+        Savings that only add work or waits can make a plan smaller, never quicker. But what is repeated need not be
+        swapped; and of a plan without flush the steady state is a mean over few steps, which moves by more than some
+        savings cost.
         """
         if self.objective.name == "memory":
             return False
@@ -230,6 +231,7 @@ class Search:
         return any(
             less < mine
             and mine - less <= self.slowing
+            and not ("offload" in less and (mine - less) & {"recompute", "recompute-layers"})
             and (found.lack <= 1 or found.score >= self.best)
             and not (found.stale and self.stale)
             for less, found in self.known[candidate[:7]]

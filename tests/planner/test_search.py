@@ -159,6 +159,35 @@ def test_the_answer_is_that_of_brute_force(
         assert answer.leaders[0].score == pytest.approx(best, rel=1e-9)
 
 
+@settings(max_examples=25)
+@given(
+    profiles(),
+    st.sampled_from([2, 3]),
+    st.sampled_from([6_000, 12_000, 25_000]),
+    st.sampled_from([100.0, 1e3, 1e9]),
+    st.lists(st.sampled_from(["gpipe", "1f1b", "zb-h1", "data-parallel", "zero-3"]), min_size=1, max_size=2),
+)
+def test_all_savings_are_that_of_brute_force(
+    costs: Profile, count: int, memory_bytes: int, host_bandwidth: float, strategies: list[str]
+) -> None:
+    """Little memory, and a quick or slow link to the host's: what is not repeated has to be swapped."""
+    cluster = devices(count, memory_bytes=memory_bytes, bandwidth=1e4, host_bandwidth=host_bandwidth)
+    of = space(costs, cluster, 8, strategies=tuple(strategies), ks=(count,), ms=(4, 8))
+    best = brute_force(costs, cluster, 8, of, "throughput")
+    answer = Search(costs, cluster, 8, of).run()
+    assert (answer.leaders[0].score if answer.leaders else math.inf) == pytest.approx(best, rel=1e-9)
+
+
+def test_repeating_spares_swapping() -> None:
+    """What is repeated need not be swapped: over a slow link both savings are quicker than swapping alone."""
+    costs, cluster = profile([1.0] * 4, message_bytes=10), devices(2, memory_bytes=25_000, host_bandwidth=500.0)
+    chosen = ((), ("recompute",), ("offload",), ("recompute", "offload"))
+    of = space(costs, cluster, 16, strategies=("gpipe",), ks=(2,), ms=(16,), replicas=(1,), savings=chosen)
+    best = Search(costs, cluster, 16, of).run().leaders[0]
+    assert best.label == "gpipe-k2-m16-recompute-offload"
+    assert best.score == pytest.approx(brute_force(costs, cluster, 16, of, "throughput"))
+
+
 @settings(max_examples=40)
 @given(questions())
 def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, int, Space]) -> None:
