@@ -86,6 +86,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
         if len({name for group in self.groups for name in group}) != sum(len(group) for group in self.groups):
             raise ValueError("stages: a device holds more than its share of the stages")
+        if synchronisation.get(self.synchronisation).server == "devices":
+            if strangers := set(self.servers) - set(self.device_names):
+                raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
         if self.recompute and self.recompute_layers:
             raise ValueError("recompute_layers: recompute forgets all layers already")
         if self.batch % self.microbatches:
