@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Generator
 from functools import cache
 from typing import Any
@@ -27,43 +28,45 @@ class FairShare:
         self._leaving: list[tuple[float, int, simpy.Event]] = []
         self._arrivals = 0
         self._timer: simpy.Event | None = None
-        self._due = float("inf")
+        self._due = math.inf
 
     def use(self, work: float) -> simpy.Event:
         """Return the event that fires when `work` seconds (of being alone) are done."""
-        self._advance()
-        done = self.env.event()
+        now, leaving = self.env.now, self._leaving
+        self._advance(now)
+        done = simpy.Event(self.env)
         self._arrivals += 1
-        heapq.heappush(self._leaving, (self._virtual + work, self._arrivals, done))
-        self._set_timer()
+        heapq.heappush(leaving, (self._virtual + work, self._arrivals, done))
+        self._set_timer(now)
         return done
 
-    def _advance(self) -> None:
-        now = self.env.now
-        if self._leaving:
-            self._virtual += (now - self._updated) * self.speed(len(self._leaving))
-        self._updated = now
+    def _advance(self, now: float) -> None:
+        if now > self._updated:
+            if self._leaving:
+                self._virtual += (now - self._updated) * self.speed(len(self._leaving))
+            self._updated = now
 
-    def _set_timer(self) -> None:
-        remaining = max(0.0, self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
-        due = self.env.now + remaining
-        if due < self._due:
-            self._due = due
-            self._timer = self.env.timeout(remaining)
+    def _set_timer(self, now: float) -> None:
+        remaining = (self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
+        if now + remaining < self._due:
+            remaining = max(0.0, remaining)
+            self._due = now + remaining
+            self._timer = simpy.Timeout(self.env, remaining)
             self._timer.callbacks.append(self._expire)
 
     def _expire(self, timer: simpy.Event) -> None:
         if timer is not self._timer:
             return  # an earlier one was set since
-        self._due = float("inf")
-        self._advance()
-        target, _, done = self._leaving[0]
-        if target - self._virtual <= _ROUNDING * max(1.0, target):
-            heapq.heappop(self._leaving)
+        now = self.env.now
+        self._due = math.inf
+        self._advance(now)
+        leaving = self._leaving
+        while leaving and leaving[0][0] - self._virtual <= _ROUNDING * max(1.0, leaving[0][0]):
+            target, _, done = heapq.heappop(leaving)
             self._virtual = max(self._virtual, target)
             done.succeed()
-        if self._leaving:
-            self._set_timer()
+        if leaving:
+            self._set_timer(now)
 
 
 _ROUNDING = 1e-12  # of virtual time, which is added up from many small pieces
