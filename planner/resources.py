@@ -12,6 +12,8 @@ import simpy
 
 Speed = Callable[[int], float]
 """The speed of each user, relative to being alone, when so many are active."""
+Then = Callable[[], object]
+"""What to do when work is done."""
 
 
 class FairShare:
@@ -25,20 +27,24 @@ class FairShare:
     def __init__(self, env: simpy.Environment, speed: Speed) -> None:
         self.env, self.speed = env, cache(speed)
         self._virtual = self._updated = 0.0
-        self._leaving: list[tuple[float, int, simpy.Event]] = []
+        self._leaving: list[tuple[float, int, Then]] = []
         self._arrivals = 0
         self._timer: simpy.Event | None = None
         self._due = math.inf
 
     def use(self, work: float) -> simpy.Event:
         """Return the event that fires when `work` seconds (of being alone) are done."""
+        done = simpy.Event(self.env)
+        self.serve(work, done.succeed)
+        return done
+
+    def serve(self, work: float, then: Then) -> None:
+        """Call `then` when `work` seconds are done: what `use` does, for those who need no event."""
         now, leaving = self.env.now, self._leaving
         self._advance(now)
-        done = simpy.Event(self.env)
         self._arrivals += 1
-        heapq.heappush(leaving, (self._virtual + work, self._arrivals, done))
+        heapq.heappush(leaving, (self._virtual + work, self._arrivals, then))
         self._set_timer(now)
-        return done
 
     def _advance(self, now: float) -> None:
         if now > self._updated:
@@ -61,10 +67,11 @@ class FairShare:
         self._due = math.inf
         self._advance(now)
         leaving = self._leaving
-        while leaving and leaving[0][0] - self._virtual <= _ROUNDING * max(1.0, leaving[0][0]):
-            target, _, done = heapq.heappop(leaving)
+        due = self._virtual + _ROUNDING * max(1.0, self._virtual)
+        while leaving and leaving[0][0] <= due:
+            target, _, then = heapq.heappop(leaving)
             self._virtual = max(self._virtual, target)
-            done.succeed()
+            then()
         if leaving:
             self._set_timer(now)
 
@@ -81,6 +88,14 @@ class Alone:
     def use(self, work: float) -> simpy.Event:
         """Return the event that fires after `work` seconds."""
         return self.env.timeout(work)
+
+    def serve(self, work: float, then: Then) -> None:
+        """Call `then` after `work` seconds."""
+
+        def over(_: simpy.Event) -> None:
+            then()
+
+        self.env.timeout(work).callbacks.append(over)
 
 
 Process = Generator[simpy.Event, Any, None]

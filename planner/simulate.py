@@ -23,7 +23,7 @@ from planner.memory import MemoryModel
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.resources import Alone, FairShare, Process
+from planner.resources import Alone, FairShare, Process, Then
 from planner.steady import steady_step
 from planner.trace import COMPUTE, LINK, Event, Trace
 
@@ -142,11 +142,11 @@ class _Run:
         self.done = bytearray(linked.transfers)
         self.waiting: dict[int, simpy.Event] = {}
         self.begun: dict[int, float] = {}
-        self.left: dict[int, int] = {}
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
         self.links = _links(self.env, costs.cluster)
         self.cores = _cores(self.env, costs)
+        self.nothing = Alone(self.env)
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
         self.failures = {f.device: f for f in failures}
@@ -212,11 +212,7 @@ class _Run:
         elif kind.op == PUSH:
             self.env.process(self.push(transfer, kind))
         else:
-            parts = self.parts(kind)
-            self.left[transfer] = len(parts)
-            finish = partial(self.finish_part, transfer)
-            for part in parts:
-                part.callbacks.append(finish)
+            self.begin(kind, partial(self.finish, transfer))
 
     def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
         """Let those go on who wait for it."""
@@ -226,26 +222,34 @@ class _Run:
         if waiting is not None:
             waiting.succeed()
 
-    def finish_part(self, transfer: int, _: simpy.Event) -> None:
-        """Finish a transfer with the last of its parts: cheaper than a SimPy condition."""
-        self.left[transfer] -= 1
-        if not self.left[transfer]:
-            self.finish(transfer)
+    def begin(self, kind: TransferKind, then: Then) -> None:
+        """Serve a transfer on its links and on its ends' cores; call `then` with the last of these parts."""
+        cores, seconds, work = self.cores, kind.seconds, kind.work
+        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
+        if seconds > 0 and not parts:
+            parts = [(self.nothing, seconds)]
+        if work > 0 and cores[kind.source] is cores[kind.target]:
+            parts.append((cores[kind.source], 2 * work))
+        elif work > 0:
+            parts += [(cores[kind.source], work), (cores[kind.target], work)]
+        left = len(parts)
 
-    def parts(self, kind: TransferKind) -> list[simpy.Event]:
-        """Begin a transfer on its links and on its ends' cores; return when each of them is done."""
-        shares = [self.links[index].use(kind.seconds) for way in kind.ways for index in way] if kind.seconds > 0 else []
-        if not shares and kind.seconds > 0:
-            shares = [self.env.timeout(kind.seconds)]
-        if kind.work > 0 and self.cores[kind.source] is self.cores[kind.target]:
-            shares.append(self.cores[kind.source].use(2 * kind.work))
-        elif kind.work > 0:
-            shares += [self.cores[end].use(kind.work) for end in (kind.source, kind.target)]
-        return shares or [self.env.timeout(0.0)]
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                then()
+
+        for part, share in parts:
+            part.serve(share, done)
+        if not parts:
+            self.nothing.serve(0.0, then)
 
     def push(self, transfer: int, kind: TransferKind) -> Process:
         """Bring gradients to a server, which updates its parameters with them."""
-        yield simpy.AllOf(self.env, self.parts(kind))
+        brought = self.env.event()
+        self.begin(kind, brought.succeed)
+        yield brought
         self.pushed.setdefault(kind.stage, []).append(transfer)
         mine = self.pushed[kind.stage]
         if self.together and len(mine) % self._workers(kind.stage):
