@@ -27,6 +27,7 @@ class FairShare:
     def __init__(self, env: simpy.Environment, speed: Speed) -> None:
         self.env, self.speed = env, cache(speed)
         self._virtual = self._updated = 0.0
+        self._speed = 1.0
         self._leaving: list[tuple[float, int, Then]] = []
         self._arrivals = 0
         self._timer: simpy.Event | None = None
@@ -41,36 +42,35 @@ class FairShare:
     def serve(self, work: float, then: Then) -> None:
         """Call `then` when `work` seconds are done: what `use` does, for those who need no event."""
         now, leaving = self.env.now, self._leaving
-        self._advance(now)
+        if leaving:
+            self._virtual += (now - self._updated) * self._speed
+        self._updated = now
         self._arrivals += 1
         heapq.heappush(leaving, (self._virtual + work, self._arrivals, then))
         self._set_timer(now)
 
-    def _advance(self, now: float) -> None:
-        if now > self._updated:
-            if self._leaving:
-                self._virtual += (now - self._updated) * self.speed(len(self._leaving))
-            self._updated = now
-
     def _set_timer(self, now: float) -> None:
-        remaining = (self._leaving[0][0] - self._virtual) / self.speed(len(self._leaving))
+        """Wait for the first to leave, at the speed that there is now, unless a timer comes before that anyway."""
+        self._speed = speed = self.speed(len(self._leaving))
+        remaining = (self._leaving[0][0] - self._virtual) / speed
         if now + remaining < self._due:
             remaining = max(0.0, remaining)
             self._due = now + remaining
-            self._timer = simpy.Timeout(self.env, remaining)
-            self._timer.callbacks.append(self._expire)
+            self._timer = timer = simpy.Timeout(self.env, remaining)
+            timer.callbacks.append(self._expire)
 
     def _expire(self, timer: simpy.Event) -> None:
         if timer is not self._timer:
             return  # an earlier one was set since
-        now = self.env.now
+        now, leaving = self.env.now, self._leaving
         self._due = math.inf
-        self._advance(now)
-        leaving = self._leaving
+        self._virtual += (now - self._updated) * self._speed
+        self._updated = now
         due = self._virtual + _ROUNDING * max(1.0, self._virtual)
         while leaving and leaving[0][0] <= due:
             target, _, then = heapq.heappop(leaving)
-            self._virtual = max(self._virtual, target)
+            if target > self._virtual:
+                self._virtual = target
             then()
         if leaving:
             self._set_timer(now)
