@@ -49,6 +49,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """One place where a stage computes. `speed` is relative to the profiled device (2 = twice as fast).
 
+    `price_per_hour` is in any currency.
     Devices with the same `host` share its cores when `shares_cores` (CPU processes); a GPU does not.
     """
 
@@ -57,6 +58,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     speed: float = 1.0
     threads: int = 1
+    price_per_hour: float = 0.0
     shares_cores: bool = False
 
 
@@ -132,6 +134,20 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         The others on the same hosts still pass messages on, as switches; those on other hosts go, with their links.
         Raises `PlanError` (exit 5) when it has fewer.
         """
+        if count not in self._taken:
+            self._taken[count] = self._reduced(count)
+        return self._taken[count]
+
+    @cached_property
+    def tables(self) -> dict[object, object]:
+        """What others have derived from this cluster and keep with it (`planner.collectives`)."""
+        return {}
+
+    @cached_property
+    def _taken(self) -> dict[int, Cluster]:
+        return {}
+
+    def _reduced(self, count: int) -> Cluster:
         if not self.elastic:
             if count > len(self.devices):
                 raise PlanError(

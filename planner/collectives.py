@@ -20,7 +20,7 @@ def all_reduce(cluster: Cluster, devices: tuple[str, ...], size: float) -> float
 def ring(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
     """Seconds of a ring all-reduce: 2 (n - 1) rounds of size / n (Patarasu and Yuan, JPDC 2009)."""
     n = len(devices)
-    return 2 * (n - 1) * max(cluster.transfer_seconds(way, size / n) for way in ring_ways(cluster, devices))
+    return 2 * (n - 1) * max(cluster.transfer_seconds(way, size / n) for way in _hops(cluster, devices))
 
 
 def tree(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
@@ -30,7 +30,7 @@ def tree(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
     2 x size bytes less one n-th.
     """
     n = len(devices)
-    ways = ring_ways(cluster, devices)
+    ways = _hops(cluster, devices)
     latency = max(cluster.transfer_seconds(way, 0.0) for way in ways)
     bulk = max(cluster.transfer_seconds(way, size) for way in ways) - latency
     return 2 * math.ceil(math.log2(n)) * latency + 2 * bulk
@@ -47,6 +47,18 @@ def half(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
 def ring_ways(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Return the links from each device to the next around the ring."""
     return [cluster.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
+
+
+def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Return one of each sort of hop around the ring: hops over links with the same figures take equally long."""
+    key = "hops", devices
+    if key not in cluster.tables:
+        figures = [(link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in cluster.links]
+        sorts = {tuple(figures[i] for i in way): way for way in ring_ways(cluster, devices)}
+        cluster.tables[key] = list(sorts.values())
+    found = cluster.tables[key]
+    assert isinstance(found, list)
+    return found
 
 
 def tail(ready: Sequence[float], seconds: Sequence[float], end: float) -> float:

@@ -63,7 +63,7 @@ class TransferKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The price list of one program.
+    """The price list of one program, whose rows are performed by `devices`, of a group of them the first.
 
     `seconds` holds what each action (of `linked.flat`) computes when it has its cores for itself, posting time for
     sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
@@ -72,6 +72,7 @@ class Costs:
     """
 
     cluster: Cluster
+    devices: tuple[Device, ...]
     linked: Linked
     seconds: Floats
     spread: Floats
@@ -148,11 +149,12 @@ class Prices(NamedTuple):
 
 def prices_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked) -> Prices:
     """Price every kind of action and transfer; as `costs_of`."""
-    prices = _Prices(profile, plan, cluster, program)
-    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, cluster.devices)))}
-    examples = {classes[_class(device)]: device for device in reversed(cluster.devices)}
+    devices = row_devices(plan, cluster)[: linked.devices]
+    prices = _Prices(profile, plan, cluster.take(len(plan.device_names)))
+    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
+    examples = {classes[_class(device)]: device for device in reversed(devices)}
     width = linked.stages * len(codes.OPS)
-    shift = width * np.array([classes[_class(device)] for device in cluster.devices], np.int64)
+    shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
     place = np.full(width * len(classes), -1, np.int32)
     _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), place)
     found = np.flatnonzero(place >= 0)
@@ -171,7 +173,7 @@ def prices_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, 
 
 
 def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, linked: Linked | None = None) -> Costs:
-    """Price every action and transfer of `program` on the devices of `cluster`, which are the plan's rows, in order.
+    """Price every action and transfer of `program`, which is the plan's or that of its first replicas, on `cluster`.
 
     Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
@@ -184,7 +186,8 @@ def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, l
         *(np.ascontiguousarray(prices.spread[:, MEDIAN]), kind, seconds),
     )
     return Costs(
-        cluster=cluster,
+        cluster=cluster.take(len(plan.device_names)),
+        devices=row_devices(plan, cluster)[: linked.devices],
         linked=linked,
         seconds=seconds,
         spread=prices.spread,
@@ -265,15 +268,16 @@ def _group(base, stages, last, messages, count, parties, source, target, firsts,
 class _Prices:
     """Prices of one plan's operations, asked for once per kind."""
 
-    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster, program: Program) -> None:
+    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster) -> None:
         self.profile, self.plan, self.cluster = profile, plan, cluster
         self.ranges = plan.layer_ranges([layer.name for layer in profile.layers])
         names = {layer.name: i for i, layer in enumerate(profile.layers)}
         chosen = frozenset(names[n] for n in plan.recompute_layers) if plan.recompute_layers else None
         self.stages = [StageCosts(profile, layers, plan.samples, chosen) for layers in self.ranges]
-        self.holders = program.holders
+        self.holders = holders(plan)
         self.way = synchronisation.get(plan.synchronisation)
         self.groups = plan.groups
+        self.devices = row_devices(plan, cluster)
 
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -406,7 +410,7 @@ class _Prices:
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
-        device = self.cluster.devices[self.holders[stage][0]]
+        device = self.devices[self.holders[stage][0]]
         if self.way.server == "host":
             return self.on_host(stage, device, copies=False)
         return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
@@ -429,6 +433,21 @@ class _Prices:
             way = host_way(self.cluster, device.name)
             seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
         return seconds
+
+
+def row_devices(plan: Plan, cluster: Cluster) -> tuple[Device, ...]:
+    """Return the device of every row of the plan's program, of a group its first."""
+    by_name = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
+    return tuple(by_name[group[0]] for group in plan.groups)
+
+
+def holders(plan: Plan) -> list[tuple[int, ...]]:
+    """Return the rows that hold each stage: those that reduce its gradients together."""
+    found: list[list[int]] = [[] for _ in plan.stages]
+    for row, held in enumerate(plan.stages_of):
+        for stage in held:
+            found[stage].append(row)
+    return [tuple(rows) for rows in found]
 
 
 def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:

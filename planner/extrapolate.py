@@ -45,11 +45,14 @@ class Step(NamedTuple):
     level: Floats
 
 
-def extrapolate(profile: Profile, plan: Plan, cluster: Cluster) -> tuple[float, Floats] | None:
+def extrapolate(
+    profile: Profile, plan: Plan, cluster: Cluster, copies: int | None = None
+) -> tuple[float, Floats] | None:
     """Return the step's seconds and every row's peak bytes, or None where they do not follow from shorter steps.
 
-    `profile` and `cluster` are those that `costs_of` takes. Schedules that order by measured seconds, stages with
-    different numbers of replicas and plans without flush are left to the full walk; so are steps that are not long.
+    `profile` and `cluster` are those that `costs_of` takes, `copies` how many replicas `unroll` unrolls. Schedules that
+    order by measured seconds, stages with different numbers of replicas and plans without flush are left to the full
+    walk; so are steps that are not long.
     """
     schedule = schedules.get(plan.schedule)
     if asynchronous(plan) or plan.uneven or schedule.measured:
@@ -63,17 +66,19 @@ def extrapolate(profile: Profile, plan: Plan, cluster: Cluster) -> tuple[float, 
         if WORTH_IT * (shortest + 2 * period) > target:
             return None
         lengths = (shortest + turn * period for turn in range(3))
-        found = _continued([_step(profile, plan, cluster, length, pipelines) for length in lengths], target)
+        found = _continued([_step(profile, plan, cluster, length, pipelines, copies) for length in lengths], target)
         if found is not None:
             return found
         shortest *= 2
 
 
-def _step(profile: Profile, plan: Plan, cluster: Cluster, microbatches: int, pipelines: int) -> Step:
+def _step(
+    profile: Profile, plan: Plan, cluster: Cluster, microbatches: int, pipelines: int, copies: int | None
+) -> Step:
     """Walk fewer micro-batches, at the prices of the plan itself: its batch is loaded once, however long it is."""
     count = microbatches * pipelines
     short = msgspec.structs.replace(plan, microbatches=count, batch=count * plan.samples)
-    linked = Linked(unroll(short))
+    linked = Linked(unroll(short, replicas=copies))
     costs = costs_of(profile, plan, linked.program, cluster, linked)
     return Step(microbatches, linked, walk(costs).end, MemoryModel(profile, plan, linked).levels())
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from planner import tensor
 from planner.cluster import Cluster
-from planner.costs import costs_of, prices_of
+from planner.costs import costs_of, prices_of, row_devices
 from planner.critical_path import makespan, walk
 from planner.extrapolate import extrapolate
 from planner.linking import Linked
@@ -21,7 +21,6 @@ from planner.lowering import asynchronous, unroll
 from planner.memory import MemoryModel
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.simulate import placed
 from planner.steady import steady_step
 
 Floats = npt.NDArray[np.float64]
@@ -38,19 +37,22 @@ def evaluate(profile: Profile, plan: Plan, cluster: Cluster, linked: Linked | No
     """Return a plan's step time and peaks on a cluster's first devices, as `walk` and `MemoryModel.peaks` have them.
 
     Of a plan without flush the step is the one in the middle. With `linked`, the plan's own program, that program is
-    walked; without, one is built, and a large plan's steady state is continued where it has one.
+    walked; without, one is built, and a large plan's steady state is continued where it has one. Of replicas on equal
+    devices one stands for all, as nothing that they share is simulated here: `peak_bytes` are its rows'.
 
     Raises `PlanError` when the schedule or the cluster cannot do what the plan asks, or the program waits for ever.
     """
-    taken = placed(plan, cluster)
+    devices = row_devices(plan, cluster)
+    alike = not plan.uneven and len({(d.speed, d.threads, d.memory_bytes) for d in devices}) == 1
     profile = tensor.seen(profile, plan.groups, cluster)
     if linked is None:
-        continued = extrapolate(profile, plan, taken)
+        copies = 1 if alike else None
+        continued = extrapolate(profile, plan, cluster, copies)
         if continued is not None:
             return Evaluation(*continued)
-        linked = Linked(unroll(plan))
+        linked = Linked(unroll(plan, replicas=copies))
     if asynchronous(plan):
-        step_s = steady_step(plan, linked, walk(costs_of(profile, plan, linked.program, taken, linked)).end)
+        step_s = steady_step(plan, linked, walk(costs_of(profile, plan, linked.program, cluster, linked)).end)
     else:
-        step_s = makespan(linked, prices_of(profile, plan, linked.program, taken, linked))
+        step_s = makespan(linked, prices_of(profile, plan, linked.program, cluster, linked))
     return Evaluation(step_s, MemoryModel(profile, plan, linked).peaks())

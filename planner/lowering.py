@@ -56,12 +56,15 @@ def lower(plan: Plan) -> Program:
     return program
 
 
-def unroll(plan: Plan) -> Program:
-    """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself."""
+def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
+    """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself.
+
+    Only the first `replicas` copies of the pipeline are unrolled, where they are all alike; all by default.
+    """
     schedule, way = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     stages = len(plan.stages)
     share = _between_updates(plan)
-    rows = prefetch(communicate(compute_order(plan), stages), RECV_FORWARD, RECV_BACKWARD)
+    rows = prefetch(communicate(compute_order(plan, replicas), stages), RECV_FORWARD, RECV_BACKWARD)
     if schedule.trains:
         rows = recompute(rows, _forgetful(plan))
         if plan.replicas > 1 or way.server:
@@ -91,7 +94,7 @@ def asynchronous(plan: Plan) -> bool:
     return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
 
 
-def compute_order(plan: Plan) -> Order:
+def compute_order(plan: Plan, copies: int | None = None) -> Order:
     """Return the computes of every device: the schedule's, once for each replica of the pipeline.
 
     Raises `PlanError` (exit 2) when the schedule cannot arrange them.
@@ -105,7 +108,7 @@ def compute_order(plan: Plan) -> Order:
         order = schedules.get(plan.schedule).order(shape._replace(microbatches=unrolled))
     if plan.uneven:
         return order
-    return tuple(row + unrolled * replica for replica in range(plan.replicas) for row in order)
+    return tuple(row + unrolled * replica for replica in range(copies or plan.replicas) for row in order)
 
 
 def _between_updates(plan: Plan) -> int:

@@ -80,7 +80,7 @@ class MemoryModel:
     def _static(self, schedule: Schedule) -> Floats:
         static = np.zeros((self.linked.devices, len(KINDS)))
         depth = len(self.of)
-        for row, held in enumerate(self.plan.stages_of):
+        for row, held in enumerate(self.plan.stages_of[: self.linked.devices]):
             for stage in held:
                 of, n = self.of[stage], self.holders[stage]
                 static[row, _INDEX["parameters"]] += of.parameters / (n if "parameters" in self.shards else 1)

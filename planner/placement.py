@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
-from planner import collectives, partition, schedules
+from planner import codes, collectives, partition, schedules, tensor
 from planner.cluster import Cluster, Device
+from planner.codes import Order
 from planner.errors import PlanError
 from planner.lowering import compute_order
 from planner.plan import Plan, Stage
@@ -71,9 +73,11 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
     layers = len(q.profile.layers)
     trial = _plan(q, strategy, schedule, partition.equal(layers, count), chunks, synchronisation)
     if cut == "equal" or count == 1:
+        tensor.seen(q.profile, trial.groups, q.cluster.take(q.k))
         return trial
-    plan = _plan(q, strategy, schedule, balanced(q, trial), chunks, synchronisation)
-    return measured(q, plan) if chosen.measured else plan
+    seen = q._replace(profile=tensor.seen(q.profile, trial.groups, q.cluster.take(q.k)))
+    plan = _plan(q, strategy, schedule, balanced(seen, trial), chunks, synchronisation)
+    return measured(seen, plan) if chosen.measured else plan
 
 
 def measured(q: Question, plan: Plan) -> Plan:
@@ -94,11 +98,16 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
 
     Where no cut fits, the one that lacks least.
     """
-    tables = StageTables(q, plan)
-    found = partition.cut(tables.seconds, len(plan.stages), tables.filled)
-    found = found or partition.lightest(tables.filled, len(plan.stages))
-    assert found is not None, "there are enough layers"
-    return found
+
+    def make() -> tuple[range, ...]:
+        tables = StageTables(q, plan)
+        found = partition.cut(tables.seconds, len(plan.stages), tables.filled)
+        found = found or partition.lightest(tables.filled, len(plan.stages))
+        assert found is not None, "there are enough layers"
+        return found
+
+    homes = tuple(stage.devices[0] for stage in plan.stages)
+    return kept(q.profile, ("cut", q.cluster.name, q.k, q.samples, homes, in_flight(plan), plan.recompute), make)
 
 
 class StageTables:
@@ -116,45 +125,60 @@ class StageTables:
         names = {device.name: device for device in q.devices}
         self.device = [names[stage.devices[0]] for stage in plan.stages]
         self.cluster = q.cluster.take(q.k)
+        self.tables: dict[tuple[object, ...], Table] = {}
 
     def seconds(self, stage: int) -> Table:
         """Seconds per micro-batch on the stage's device."""
+        device = self.device[stage]
+        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
+        way = self.cluster.path(device.name, other) if other != device.name else ()
+        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in (self.cluster.links[i] for i in way))
+        return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, way))
+
+    def _seconds(self, device: Device, way: tuple[int, ...]) -> Table:
         import numpy as np
 
-        q, device = self.q, self.device[stage]
-        computing = run_seconds(q.profile, q.samples, device.threads) / (device.speed * q.tensor)
-        if len(self.plan.groups) < 2:
+        q = self.q
+        computing = run_seconds(q.profile, q.samples, device.threads) / device.speed
+        if not way:
             return computing
-        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
         sizes = crossing(q.profile, q.samples)
         posts, wires = [0.0] * len(sizes), [0.0] * len(sizes)
-        if other != device.name:
-            way = self.cluster.path(device.name, other)
-            for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
-                posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
-                wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
+        for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
+            posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
+            wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
         posting = partition.spans([0.0] * len(q.profile.layers), posts, posts)
         found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
         return found
 
     def filled(self, stage: int) -> Table:
         """Share of the stage's device that its layers would fill."""
-        q, held, whole = self.q, self.held[stage], self.plan.recompute
+        share = self.device[stage].memory_bytes / self.plan.chunks
+        return self._once(("filled", self.held[stage], share), lambda: self._filled(self.held[stage], share))
+
+    def _filled(self, held: int, share: float) -> Table:
+        q, whole = self.q, self.plan.recompute
         sizes = layer_bytes(q.profile, q.samples)
         keeps = 0 if whole else held
         weights = [own.static + keeps * own.saved for own in sizes]
         cuts = [held * forward for forward, _ in crossing(q.profile, q.samples)]
         peak = max(own.peak for own in sizes) + (max(own.saved for own in sizes) if whole else 0.0)
-        share = self.device[stage].memory_bytes / self.plan.chunks
         found: Table = (partition.spans(weights, cuts, cuts) + peak) / share
         return found
 
+    def _once(self, key: tuple[object, ...], make: Callable[[], Table]) -> Table:
+        """Return the table of all stages that are alike."""
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
+
 
 class LayerBytes(NamedTuple):
-    """A layer's bytes: always there, kept per micro-batch, and at most in passing."""
+    """A layer's bytes: always there, kept per micro-batch (of which its output), and at most in passing."""
 
     static: float
     saved: float
+    output: float
     peak: float
 
 
@@ -169,9 +193,10 @@ def layer_bytes(profile: Profile, samples: int) -> list[LayerBytes]:
                 return interpolate([(float(s.samples), float(getattr(s, field))) for s in layer.sizes], samples)
 
             static = layer.parameter_bytes + layer.buffer_bytes + layer.gradient_bytes + layer.optimizer_bytes
-            saved = at("saved_bytes") + (at("output_bytes") if layer.output_saved else 0.0)
+            output = at("output_bytes") if layer.output_saved else 0.0
+            saved = at("saved_bytes") + output
             peak = max(at("forward_peak_bytes"), at("backward_peak_bytes"), at("backward_first_peak_bytes"))
-            found.append(LayerBytes(float(static), saved, peak))
+            found.append(LayerBytes(float(static), saved, output, peak))
         return found
 
     return kept(profile, ("bytes", samples), make)
@@ -213,19 +238,30 @@ def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
     return kept(profile, ("crossing", samples), make)
 
 
-def in_flight(plan: Plan) -> list[int]:
+def in_flight(plan: Plan) -> tuple[int, ...]:
     """Most micro-batches that each stage of a plan holds at once, from the schedule's own order."""
+    if plan.uneven:
+        return _in_flight(compute_order(plan), len(plan.stages))
+    shape = schedules.Shape(plan.depth, plan.microbatches // plan.replicas, plan.chunks)
+    return _held(plan.schedule, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _held(schedule: str, shape: schedules.Shape) -> tuple[int, ...]:
+    # An order by measured seconds keeps the same limits whatever the seconds are.
+    return _in_flight(schedules.arrange(schedule, shape), shape.stages)
+
+
+def _in_flight(order: Order, stages: int) -> tuple[int, ...]:
     import numpy as np
 
-    from planner import codes
-
-    held = [1] * len(plan.stages)
-    for row in compute_order(plan)[: plan.depth]:
+    held = [1] * stages
+    for row in order:
         for stage in np.unique(codes.stages(row)).tolist():
             own = row[codes.stages(row) == stage]
             change = codes.has(own, "F").astype(int) - codes.has(own, "B", "W")
             held[stage] = max(held[stage], int(np.cumsum(change).max()))
-    return held
+    return tuple(held)
 
 
 def replicated(q: Question, strategy: str, schedule: str) -> Plan:
@@ -250,7 +286,7 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
         found: Table = np.maximum(base / r, per_byte * gradients / shares)
         return found
 
-    counts = [r for r in range(1, q.k + 1) if q.k <= 16 or r & (r - 1) == 0]
+    counts = [r for r in range(1, q.k + 1) if q.m % r == 0 and (q.k <= 16 or r & (r - 1) == 0)]
     found = partition.replicated(seconds, q.k, counts=counts)
     assert found is not None, "one stage is always possible"
     ranges, replicas = found

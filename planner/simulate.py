@@ -56,9 +56,8 @@ def simulate(
     prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once.
     """
     program = lower(plan)
-    taken = placed(plan, cluster)
     profile = tensor.seen(profile, plan.groups, cluster)
-    costs = costs_of(profile, plan, program, taken)
+    costs = costs_of(profile, plan, program, cluster)
     way = synchronisation.get(plan.synchronisation)
 
     def step(prices: Costs) -> _Run:
@@ -97,24 +96,22 @@ def simulate(
 def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> Trace:
     """Put the measured computing times of one step through the simulator."""
     program = lower(plan)
-    costs = costs_of(profile, plan, program, placed(plan, cluster))
+    costs = costs_of(profile, plan, program, cluster)
     return interpret(costs.replayed(measured), plan.devices)
-
-
-def placed(plan: Plan, cluster: Cluster) -> Cluster:
-    """Return the cluster with one device per row of the program: the plan's own, of a group its first."""
-    taken = cluster.take(len(plan.device_names))
-    by_name = {device.name: device for device in taken.devices}
-    devices = tuple(by_name[group[0]] for group in plan.groups)
-    if devices == taken.devices:
-        return taken  # with the ways between its devices, which it remembers
-    return msgspec.structs.replace(taken, devices=devices)
 
 
 def capacities(plan: Plan, cluster: Cluster) -> tuple[float, ...]:
     """Return each row's memory in bytes: that of the smallest device in its group."""
     memory = {d.name: float(d.memory_bytes) for d in cluster.take(len(plan.device_names)).devices}
     return tuple(min(memory[name] for name in group) for group in plan.groups)
+
+
+def stepped(costs: Costs, plan: Plan) -> float:
+    """Return the seconds per step of one walk through the plan's program."""
+    way = synchronisation.get(plan.synchronisation)
+    run = _Run(costs, plan.devices, together=not way.asynchronous)
+    run.env.run()
+    return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
 
 
 def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
@@ -296,9 +293,9 @@ def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
     sharing: list[FairShare | Alone] = []
     hosts = {host.name: host for host in costs.cluster.hosts}
     count: dict[str, int] = {}
-    for device in costs.cluster.devices:
+    for device in costs.devices:
         count[device.host] = count.get(device.host, 0) + device.shares_cores
-    for device in costs.cluster.devices:
+    for device in costs.devices:
         if not (costs.contended and device.shares_cores and count[device.host] > 1):
             sharing.append(Alone(env))
             continue

@@ -14,7 +14,6 @@ from planner.errors import PlanError
 from planner.outcome import Outcome
 from planner.profile import Profile
 from planner.ranking import Ranking
-from planner.simulate import placed
 from planner.simulate import simulate as predict
 from planner.store import Run, Store
 
@@ -101,7 +100,7 @@ def environment(profile: Profile) -> dict[str, str]:
 
 def assumptions(predicted: Outcome, profile: Profile) -> tuple[str, ...]:
     """What the prediction takes for granted, in sentences."""
-    machine = placed(predicted.plan, profile.machine) if profile.machine.elastic else profile.machine
+    machine = profile.machine.take(len(predicted.plan.device_names)) if profile.machine.elastic else profile.machine
     sentences = [
         "Layer times are medians of the profile, interpolated between measured micro-batch sizes.",
         "A send completes when its receive is posted; transfers on one link share it fairly.",

@@ -24,7 +24,7 @@ from planner.profile import Profile
 from planner.program import Program, needs
 from planner.resources import FairShare
 from planner.schedules import Shape
-from planner.simulate import interpret, placed, simulate
+from planner.simulate import interpret, simulate
 from planner.strategies import all_strategies
 from tests.factory import devices, pipeline, profile, shapes
 
@@ -223,7 +223,7 @@ def test_replay_of_a_simulated_trace_is_the_trace() -> None:
     """Replayed with its own durations, an uncontended simulation repeats itself."""
     plan, program = pipeline("1f1b", 3, 5)
     costs_profile = profile([1.0, 2.0, 3.0])
-    cluster = placed(plan, devices(3))
+    cluster = devices(3)
     costs = costs_of(costs_profile, plan, program, cluster)
     trace = interpret(costs, plan.devices)
     again = interpret(costs.replayed(trace), plan.devices)

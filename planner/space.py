@@ -1,0 +1,240 @@
+"""The space of plans that a search ranks: every strategy, K, M, replicas, tensor split, chunks and saving.
+
+A candidate is a point of it; making its plan costs milliseconds, so each has a bound that costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from planner import savings, schedules, strategies, tensor
+from planner.cluster import Cluster
+from planner.lowering import asynchronous
+from planner.placement import Question
+from planner.plan import Plan
+from planner.profile import Profile
+from planner.stage_costs import MEDIAN, LayerTable, layer_table
+
+SMALL = 16
+"""Up to so many devices every K is tried; beyond, powers of two and all of them."""
+
+
+class Space(NamedTuple):
+    """What is tried. Strategies by name, K, M, replicas, tensor splits, chunks, and combinations of savings."""
+
+    strategies: tuple[str, ...]
+    ks: tuple[int, ...]
+    ms: tuple[int, ...]
+    replicas: tuple[int, ...]
+    tensors: tuple[int, ...]
+    chunks: tuple[int, ...]
+    savings: tuple[tuple[str, ...], ...]
+
+
+class Candidate(NamedTuple):
+    """One point of the space. `bound_s` is a lower bound on its step time."""
+
+    strategy: str
+    k: int
+    m: int
+    replicas: int
+    tensor: int
+    chunks: int
+    savings: tuple[str, ...]
+    bound_s: float = 0.0
+
+    @property
+    def family(self) -> str:
+        """What a person would call its kind: the strategy and its savings."""
+        return "+".join((self.strategy, *self.savings))
+
+    @property
+    def key(self) -> str:
+        """The same point under the same name in every search."""
+        return "|".join(map(str, self[:-1]))
+
+
+def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
+    """Return the whole space for a profile, a cluster and a batch, each axis as `chosen` where it is given.
+
+    K goes up to the number of devices, M over the divisors of the batch (powers of two of them, where there are many),
+    tensor splits over the powers of two inside a host if layers say how they split.
+    """
+    count = cluster.hosts[0].cores if cluster.elastic else len(cluster.devices)
+    powers = [2**i for i in range(count.bit_length())]
+    ks = tuple(range(1, count + 1)) if count <= SMALL else tuple(sorted({*powers, count}))
+    divisors = [m for m in range(1, batch + 1) if batch % m == 0]
+    if len(divisors) > SMALL:
+        divisors = sorted({m for m in divisors if m & (m - 1) == 0} | {batch})
+    inside = max((sum(d.host == h.name for d in cluster.devices) for h in cluster.hosts), default=1)
+    splits = any(layer.split for layer in profile.layers)
+    most = max(1, len(profile.layers))
+    axes: dict[str, tuple[object, ...]] = {
+        "strategies": tuple(s.name for s in strategies.all_strategies()),
+        "ks": ks,
+        "ms": tuple(divisors),
+        "replicas": tuple(sorted({1, *(k for k in ks if k <= count)})),
+        "tensors": tuple(t for t in powers if t == 1 or (splits and t <= inside)),
+        "chunks": tuple(v for v in (1, 2, 3, 4) if v <= most),
+        "savings": savings.COMBINATIONS,
+    }
+    return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
+
+
+def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Iterator[Candidate]:
+    """Yield every point that can possibly be a plan, with its bound."""
+    whole = sum(len(layer.times) > 0 for layer in profile.layers)
+    for name in of.strategies:
+        fixed = _FIXED.get(name)
+        schedule = schedules.get(name) if name in schedules.names() else None
+        for k in of.ks:
+            if name == "single" and k != min(of.ks):
+                continue
+            for ways in of.tensors:
+                for replicas in _replicas(name, k, ways, of):
+                    depth = k // (ways * replicas)
+                    if depth * ways * replicas != k and name != "single":
+                        continue
+                    for chunks in _chunks(schedule, fixed, of):
+                        if depth * max(1, chunks) > whole:
+                            continue
+                        for m in of.ms:
+                            if m % replicas or batch % m:
+                                continue
+                            for chosen in of.savings:
+                                point = Candidate(name, k, m, replicas, ways, chunks, chosen)
+                                yield point._replace(bound_s=bound(point, profile, cluster, batch))
+
+
+_FIXED = {"single": 1, "data-parallel": 1, "naive": 1, "balanced": 1}
+
+
+def _replicas(name: str, k: int, tensor: int, of: Space) -> tuple[int, ...]:
+    """Replicas of a pipeline; strategies that decide about them themselves have none to choose."""
+    if name in schedules.names() and name != "naive":
+        return tuple(r for r in of.replicas if r * tensor <= k and (r * tensor < k or k == 1))
+    return (1,)
+
+
+def _chunks(schedule: schedules.Schedule | None, fixed: int | None, of: Space) -> tuple[int, ...]:
+    if schedule is None or fixed is not None or schedule.chunks[1] is not None:
+        return (0,)
+    return tuple(v for v in of.chunks if v > 1)
+
+
+def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> float:
+    """Return seconds that no plan at this point can beat.
+
+    All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
+    where steps do not overlap, one micro-batch must pass through all layers one after the other, at most t times as
+    fast where tensors are split over t devices, and a pipeline is filled and drained. The fastest device's speed counts
+    for all.
+    """
+    count = 1 if point.strategy == "single" else point.k
+    speed, threads = _fastest(cluster, count)
+    table = layer_table(profile, batch // point.m, threads)
+    forward = float(table.forward[MEDIAN, -1])
+    both = forward + _backward(float(table.backward[MEDIAN, -1]), table, point.strategy)
+    if "recompute" in point.savings and len(profile.layers) > 1:
+        both += float(table.forward[MEDIAN, -3])
+    seams = _seams(profile)
+    forward, both = (max(0.0, passes - seams) / speed for passes in (forward, both))
+    shared = point.m * both / count
+    if _asynchronous(point.strategy):
+        return shared  # micro-batches of several steps are on their way at once
+    split = point.k if point.strategy == "tensor-parallel" else point.tensor
+    forward, both = forward / split, both / split
+    known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
+    depth = point.k // (point.tensor * point.replicas)
+    if known is None or known.placement != "straight" or depth < 2:
+        return max(shared, both)
+    return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
+
+
+def _filled(passing: float, both: float, depth: int, share: int) -> float:
+    """Return a bound on a pipeline's step from what fills and drains its last stage.
+
+    If a micro-batch costs the last stage d seconds, it is busy for `share x d`, and what comes before its first and
+    behind its last micro-batch passes all other stages: at least `passing - d` (of split backwards only the forward, as
+    the rest may be done meanwhile). The other stages share `both - d`, so the slowest of them is busy for at least
+    `share x (both - d) / (depth - 1)`. The least of the larger of the two is where they are equal.
+    """
+    equal = (share * both / (depth - 1) - passing) / ((share - 1) + share / (depth - 1))
+    return max(passing, passing + (share - 1) * max(0.0, equal)) if equal <= both else share * both / depth
+
+
+def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
+    """Speed and threads of the fastest of the first `count` devices, kept with the cluster."""
+    key = "fastest", count
+    if key not in cluster.tables:
+        devices = cluster.take(count).devices
+        cluster.tables[key] = max(d.speed for d in devices), max(d.threads for d in devices)
+    return cast("tuple[float, int]", cluster.tables[key])
+
+
+def _asynchronous(strategy: str) -> bool:
+    if strategy in schedules.names():
+        return schedules.get(strategy).asynchronous
+    return strategy == "pipedream-replicated" or strategy.endswith("-async")
+
+
+def _backward(whole: float, table: LayerTable, strategy: str) -> float:
+    """A backward may be computed in two halves, whose sum may be less or more than the whole."""
+    if strategy in schedules.names() and schedules.get(strategy).splits:
+        halves = table.backward_input[MEDIAN, -1] + table.backward_weight[MEDIAN, -1]
+        return min(whole, float(halves))
+    return whole
+
+
+def _seams(profile: Profile) -> float:
+    """Most seconds that a pass over all layers can be quicker than its measured layers."""
+    gains = [
+        w.layers_forward_s - w.forward_s + w.layers_backward_s - w.backward_s + w.layers_forward_s - w.forward_s
+        for w in profile.whole
+    ]
+    return max(0.0, *gains, 0.0) if gains else 0.0
+
+
+def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
+    """Return the plan at a point. Raises `PlanError` where there is none."""
+    question = Question(profile, cluster, point.k, point.m, batch, point.replicas, point.chunks, point.tensor)
+    plan = strategies.get(point.strategy).spread(question)
+    return savings.apply(question, plan, point.savings)
+
+
+def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
+    """Return seconds that this plan cannot beat: its busiest row's computing, behind the forwards that lead there."""
+    if plan.uneven:
+        return 0.0
+    profile = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
+    table = layer_table(profile, plan.samples, plan.threads)
+    splits = schedules.get(plan.schedule).splits
+    names = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
+    speed = max(device.speed for device in names.values())
+    seams = _seams(profile)
+    both = table.forward[MEDIAN] + (
+        np.minimum(table.backward[MEDIAN], table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
+        if splits
+        else table.backward[MEDIAN]
+    )
+    ranges = plan.layer_ranges([layer.name for layer in profile.layers])
+    share = plan.microbatches // plan.replicas
+    found = 0.0
+    for row in range(plan.depth):
+        held = plan.stages_of[row]
+        copies = schedules.get(plan.schedule).copies
+        work = sum(_part(both, ranges[s], profile) for s in held) / copies
+        before = table.forward[MEDIAN, ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        own = names[plan.groups[row][0]].speed
+        found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
+    return found
+
+
+def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:
+    """Seconds of a run of layers, with the loss behind the last."""
+    last = layers.stop == len(profile.layers)
+    return float(sums[layers.stop + last] - sums[layers.start])
