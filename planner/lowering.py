@@ -90,6 +90,11 @@ def windows(plan: Plan) -> int:
     return STEADY_WINDOWS + 2 * math.ceil(plan.depth / plan.microbatches)
 
 
+def actions(plan: Plan) -> int:
+    """Return about how many actions a plan's program has: a compute, a send and a receive, each way."""
+    return 6 * len(plan.stages) * plan.microbatches * windows(plan)
+
+
 def asynchronous(plan: Plan) -> bool:
     """Whether steps overlap: no flush, or a parameter server that nobody waits for."""
     return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous

@@ -25,6 +25,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     `interval_s` bounds the step time: from the profile's spread when simulated, the 10th to 90th percentile of the
     steps when measured. `capacity_bytes` is each device's memory. `profiled_s` has a prediction's median seconds per
     stage and operation, before jitter and contention. `samples_s` are the simulated steps in ascending order.
+    `idle` is the bubble where the trace does not hold the whole step.
     `estimated` says that no layer was measured. `losses` are the measured mean loss of each step.
     """
 
@@ -37,6 +38,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     memory_step: Trace | None = None
     step_times_s: tuple[float, ...] = ()
     samples_s: tuple[float, ...] = ()
+    idle: float | None = None
     estimated: bool = False
     losses: tuple[float, ...] = ()
 
@@ -67,6 +69,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         There, what a device works per step is what it worked in all the steps of the trace, over their number.
         """
+        if self.idle is not None:
+            return self.idle
         if self.source == "simulated" and self.step_times_s:
             from planner.lowering import windows
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from planner import codes, collectives, partition, schedules, tensor
+from planner import synchronisation as synchronisations
 from planner.cluster import Cluster, Device
 from planner.codes import Order
 from planner.errors import PlanError
@@ -26,7 +27,7 @@ class Question(NamedTuple):
     """What a strategy is asked: K devices of a cluster, M micro-batches in a batch of so many samples.
 
     `replicas` copies of the pipeline, `chunks` stages per device (0: as few as the schedule takes, two where it takes
-    any number), each stage's tensors split over `tensor` devices.
+    any number), each stage's tensors split over `tensor` devices, replicas kept equal by `synchronisation`.
     """
 
     profile: Profile
@@ -37,6 +38,7 @@ class Question(NamedTuple):
     replicas: int = 1
     chunks: int = 0
     tensor: int = 1
+    synchronisation: str = ""
 
     @property
     def samples(self) -> int:
@@ -362,6 +364,7 @@ def _plan(
     q: Question, strategy: str, schedule: str, ranges: tuple[range, ...], chunks: int, synchronisation: str
 ) -> Plan:
     chosen = schedules.get(schedule)
+    way = synchronisations.get(synchronisation or q.synchronisation or "all-reduce")
     depth, names = len(ranges) // chunks, [device.name for device in q.devices]
     layers = [layer.name for layer in q.profile.layers]
 
@@ -383,7 +386,8 @@ def _plan(
         batch=q.batch,
         chunks=chunks,
         tensor=q.tensor,
-        synchronisation=synchronisation or "all-reduce",
+        synchronisation=way.name,
+        servers=tuple(names) if way.server == "devices" else (q.devices[0].host,) if way.server == "host" else (),
         bucket_bytes=bucket(q) if q.replicas * chosen.copies > 1 else 0,
         tied=tied(q.profile, ranges),
         threads=q.devices[0].threads,

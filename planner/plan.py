@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from planner import schedules
+from planner import schedules, synchronisation
 from planner.errors import ARTEFACT, PlanError
 from planner.schedules import Schedule
 
@@ -82,6 +82,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"stages: devices come in groups of {self.tensor * self._schedule.copies} per replica")
         if self.uneven and (self.chunks > 1 or self._schedule.copies > 1):
             raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
+        if synchronisation.get(self.synchronisation).server and not self.servers and self.replicas > 1:
+            raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
         if len({name for group in self.groups for name in group}) != sum(len(group) for group in self.groups):
             raise ValueError("stages: a device holds more than its share of the stages")
         if self.recompute and self.recompute_layers:

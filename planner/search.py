@@ -21,7 +21,7 @@ from planner.cluster import Cluster
 from planner.costs import costs_of
 from planner.errors import PlanError
 from planner.fast import evaluate
-from planner.lowering import asynchronous, unroll, windows
+from planner.lowering import actions, asynchronous, unroll
 from planner.objective import Reckoned
 from planner.plan import Plan
 from planner.profile import Profile
@@ -40,20 +40,28 @@ TELL_S = 0.1
 """Seconds between two reports of progress."""
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluated candidate. `exact` is off where sharing has not been simulated."""
+class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One evaluated candidate, by its `key`; `label` is its plan's, empty where there is none, and `why` says why.
+
+    `lack` is peak over capacity on the worst device: above 1 it does not fit. `exact` is off where sharing has not been
+    simulated, `stale` on where gradients are.
+    """
 
     key: str
     family: str
-    plan: Plan | None = None
+    label: str = ""
     score: float = float("inf")
     step_s: float = 0.0
     peak_bytes: float = 0.0
     lack: float = 0.0
-    """Peak over capacity on the worst device; above 1 it does not fit."""
     exact: bool = False
+    stale: bool = False
     why: str = ""
-    """Why there is no plan, where there is none."""
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return Candidate.parse(self.key).strategy
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,16 +196,16 @@ class Search:
                 return
             self.state.done[candidate.key] = found
         self.evaluated += 1
-        if found.plan is None:
+        if not found.label:
             counts["impossible"] += 1
             self.reasons.setdefault(candidate.family, found.why)
             return
         counts["evaluated"] += 1
-        self.known[candidate[:6]].append((frozenset(candidate.savings), found))
+        self.known[candidate[:7]].append((frozenset(candidate.savings), found))
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
-        elif asynchronous(found.plan) and not self.stale:
+        elif found.stale and not self.stale:
             counts["stale"] += 1
             self.reasons.setdefault(candidate.family, "its gradients are stale; --stale lets it compete")
         else:
@@ -224,7 +232,7 @@ class Search:
         mine = frozenset(candidate.savings)
         return any(
             less < mine and mine - less <= self.slowing and (found.lack <= 1 or found.score >= self.best)
-            for less, found in self.known[candidate[:6]]
+            for less, found in self.known[candidate[:7]]
         )
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
@@ -242,7 +250,8 @@ class Search:
         return Found(
             key=candidate.key,
             family=candidate.family,
-            plan=plan,
+            label=str(plan),
+            stale=asynchronous(plan),
             score=self._score(plan, step_s, float(max(peaks))),
             step_s=step_s,
             peak_bytes=float(max(peaks)),
@@ -256,13 +265,17 @@ class Search:
 
     def _exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
-        assert found.plan is not None
-        if _actions(found.plan) > ACTIONS:
+        plan = self.plan(found)
+        if actions(plan) > ACTIONS:
             return found
-        step_s = simulated_step(self.profile, found.plan, self.cluster)
+        step_s = simulated_step(self.profile, plan, self.cluster)
         self.simulated += 1
-        score = self._score(found.plan, step_s, found.peak_bytes)
+        score = self._score(plan, step_s, found.peak_bytes)
         return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True)
+
+    def plan(self, found: Found) -> Plan:
+        """Make the plan of a candidate that has been found."""
+        return make(Candidate.parse(found.key), self.profile, self.cluster, self.batch)
 
     def progress(self) -> Progress:
         """How far it is."""
@@ -273,7 +286,7 @@ class Search:
             points=len(self.order),
             per_second=self.evaluated / spent,
             remaining_s=rest * spent / max(1, self.evaluated),
-            best=str(self.hopes[0].plan) if self.hopes else "",
+            best=self.hopes[0].label if self.hopes else "",
             score=self.hopes[0].score if self.hopes else float("inf"),
         )
 
@@ -335,11 +348,6 @@ def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float:
     seen = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
     costs = costs_of(seen, plan, unroll(plan), cluster)
     return stepped(costs, plan)
-
-
-def _actions(plan: Plan) -> int:
-    """About how many actions a plan's program has: a compute, a send and a receive each way."""
-    return 6 * len(plan.stages) * plan.microbatches * windows(plan)
 
 
 def _ranked(found: Iterable[Found]) -> list[Found]:

@@ -18,7 +18,7 @@ from planner.cluster import Cluster
 from planner.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.costs import Costs, TransferKind, costs_of
 from planner.linking import MESSAGES
-from planner.lowering import asynchronous, lower
+from planner.lowering import actions, asynchronous, lower
 from planner.memory import MemoryModel
 from planner.outcome import Outcome
 from planner.plan import Plan
@@ -30,6 +30,10 @@ from planner.trace import COMPUTE, LINK, Event, Trace
 SAMPLES = 3
 """Steps drawn per prediction: a step has dozens of draws, so few steps are enough."""
 SEED = 0
+
+
+LARGE = 150_000
+"""Actions beyond which SimPy would need many seconds for each pass."""
 
 
 class Failure(NamedTuple):
@@ -53,8 +57,13 @@ def simulate(
 
     A step waits again and again for the slower of its devices, so jitter costs time even where no median changes.
     Therefore every action's duration is drawn from its measured spread, for `samples` steps, and the median step is the
-    prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once.
+    prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once. A program
+    of more than `LARGE` actions is outlined instead (`planner.outline`): nothing shared, nothing drawn.
     """
+    if actions(plan) > LARGE and not failures:
+        from planner.outline import outline
+
+        return outline(profile, plan, cluster)
     program = lower(plan)
     profile = tensor.seen(profile, plan.groups, cluster)
     costs = costs_of(profile, plan, program, cluster)

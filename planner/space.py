@@ -24,7 +24,7 @@ SMALL = 16
 
 
 class Space(NamedTuple):
-    """What is tried. Strategies by name, K, M, replicas, tensor splits, chunks, and combinations of savings."""
+    """What is tried: strategies by name, K, M, replicas, tensor splits, chunks, synchronisations, sets of savings."""
 
     strategies: tuple[str, ...]
     ks: tuple[int, ...]
@@ -32,6 +32,7 @@ class Space(NamedTuple):
     replicas: tuple[int, ...]
     tensors: tuple[int, ...]
     chunks: tuple[int, ...]
+    synchronisations: tuple[str, ...]
     savings: tuple[tuple[str, ...], ...]
 
 
@@ -42,20 +43,33 @@ class Candidate(NamedTuple):
     k: int
     m: int
     replicas: int
-    tensor: int
     chunks: int
+    tensor: int
+    synchronisation: str
     savings: tuple[str, ...]
     bound_s: float = 0.0
 
     @property
     def family(self) -> str:
         """What a person would call its kind: the strategy and its savings."""
-        return "+".join((self.strategy, *self.savings))
+        way = (self.synchronisation,) if self.synchronisation not in ("", "all-reduce") else ()
+        return "+".join((self.strategy, *way, *self.savings))
 
     @property
     def key(self) -> str:
-        """The same point under the same name in every search."""
-        return "|".join(map(str, self[:-1]))
+        """The same point under the same name in every search; `parse` reads it."""
+        return "|".join(map(str, (*self[:7], "+".join(self.savings))))
+
+    @classmethod
+    def parse(cls, key: str) -> Candidate:
+        """Return the point that a key names.
+
+        >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",)).key).savings
+        ('recompute',)
+        """
+        strategy, *numbers, way, chosen = key.split("|")
+        k, m, replicas, chunks, split = map(int, numbers)
+        return cls(strategy, k, m, replicas, chunks, split, way, tuple(chosen.split("+")) if chosen else ())
 
 
 def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
@@ -80,6 +94,7 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
         "replicas": tuple(sorted({1, *(k for k in ks if k <= count)})),
         "tensors": tuple(t for t in powers if t == 1 or (splits and t <= inside)),
         "chunks": tuple(v for v in (1, 2, 3, 4) if v <= most),
+        "synchronisations": ("all-reduce", "zero-1"),
         "savings": savings.COMBINATIONS,
     }
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
@@ -105,9 +120,10 @@ def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Ite
                         for m in of.ms:
                             if m % replicas or batch % m:
                                 continue
-                            for chosen in of.savings:
-                                point = Candidate(name, k, m, replicas, ways, chunks, chosen)
-                                yield point._replace(bound_s=bound(point, profile, cluster, batch))
+                            for way in of.synchronisations if replicas > 1 else ("",):
+                                for chosen in of.savings:
+                                    point = Candidate(name, k, m, replicas, chunks, ways, way, chosen)
+                                    yield point._replace(bound_s=bound(point, profile, cluster, batch))
 
 
 _FIXED = {"single": 1, "data-parallel": 1, "naive": 1, "balanced": 1}
@@ -201,7 +217,7 @@ def _seams(profile: Profile) -> float:
 
 def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
-    question = Question(profile, cluster, point.k, point.m, batch, point.replicas, point.chunks, point.tensor)
+    question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
     plan = strategies.get(point.strategy).spread(question)
     return savings.apply(question, plan, point.savings)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import msgspec
-
 from planner import placement, schedules, synchronisation
 from planner.errors import unknown
 from planner.placement import Question
@@ -96,10 +94,7 @@ def pipedream_replicated(q: Question) -> Plan:
 
 def replicas(q: Question, name: str, way: str) -> Plan:
     """One replica of the whole model per device, synchronised as `way` says."""
-    plan = placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=way)
-    server = synchronisation.get(way).server
-    servers = plan.device_names if server == "devices" else (q.devices[0].host,) if server == "host" else ()
-    return msgspec.structs.replace(plan, servers=servers)
+    return placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=way)
 
 
 def _register_the_rest() -> None:

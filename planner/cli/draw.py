@@ -15,6 +15,8 @@ def ascii_timeline(trace: Trace, width: int = 80) -> str:
 
     At most eight devices are drawn.
     """
+    if not trace.events:
+        return "(too many actions to be drawn)"
     shown = range(min(8, len(trace.devices)))
     label = max(len(trace.devices[d]) for d in shown)
     columns = max(10, width - label - 1)
