@@ -233,7 +233,7 @@ def medians(rounds: int, **work: Callable[[], object]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, function in work.items():
-            gc.collect()
+            gc.collect()  # nobody pays for what the others left
             begin = time.perf_counter()
             function()
             if turn:
@@ -260,6 +260,7 @@ from planner.lowering import unroll
 plan, profile, cluster = plan_of("1f1b", 8, 2048), profile_of(8), separate(8)
 for turn in range(2):
     begin = time.perf_counter()
+    import numba  # else the first small loops run as Python
     evaluate(profile, plan, cluster, Linked(unroll(plan)))
     print(time.perf_counter() - begin)
 """
