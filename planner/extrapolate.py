@@ -30,8 +30,8 @@ from planner.profile import Profile
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-WORTH_IT = 4
-"""So many times longer than the longest of the three walked must a step be."""
+WORTH_IT = 64
+"""So many times longer than the longest of three walked must a step be: comparing three costs twenty walks."""
 TOLERANCE = 1e-12
 """Of a step's seconds, or a device's bytes: rounding when times are added up in another order."""
 
