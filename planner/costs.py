@@ -46,8 +46,11 @@ class TransferKind(NamedTuple):
     """Transfers that cost the same: which, between which devices, how much.
 
     `seconds` until it is done when it has its links for itself; `work` the core seconds it takes from each end's host;
-    `ways` the links that each of its parts passes, at the same time; `busy` how long these are taken (of a collective
-    that overlaps computing, only `seconds` are waited for).
+    `ways` the links that each of its parts passes, at the same time.
+
+    What a device hands to one engine (its network, a copy engine each way) is done in turn: `lane` numbers it, -1 for
+    none, and `busy` is how long the transfer keeps it. Of a reduction that overlaps a backward, `early` seconds
+    of that lie before its begin; a gather that overlaps a forward keeps its lane after its `seconds`.
     """
 
     op: str
@@ -58,7 +61,9 @@ class TransferKind(NamedTuple):
     seconds: float
     work: float
     ways: tuple[tuple[int, ...], ...]
-    busy: float
+    lane: int = -1
+    busy: float = 0.0
+    early: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,13 +313,14 @@ class _Prices:
             way = self.cluster.path(self.groups[source][0], self.groups[target][0])
             seconds = self.cluster.transfer_seconds(way, size)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
-            return TransferKind(op, stage, source, target, size, seconds, work, (way,), seconds)
+            return TransferKind(op, stage, source, target, size, seconds, work, (way,))
         row = self.holders[stage][0]
         if op in (OFFLOAD, FETCH):
             size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
             way = host_way(self.cluster, self.groups[row][0])
             seconds = self.cluster.transfer_seconds(way, size)
-            return TransferKind(op, stage, row, row, size, seconds, 0.0, (way,), seconds)
+            lane = 3 * row + (1 if op == OFFLOAD else 2)
+            return TransferKind(op, stage, row, row, size, seconds, 0.0, (way,), lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, row)
         return self._collective(op, stage)
@@ -343,7 +349,9 @@ class _Prices:
                 ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
                 seconds = collectives.lead(needed, ordered)
         ways = tuple(dict.fromkeys(collectives.ring_ways(self.cluster, devices))) if len(devices) > 1 else ()
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, busy)
+        early = busy - seconds if op == REDUCE_GRAD else 0.0
+        lane = 3 * self.holders[stage][0] if len(devices) > 1 else -1
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, lane, busy, early)
 
     def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
         """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
@@ -406,7 +414,7 @@ class _Prices:
             ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
         each = size / max(1, len(self.plan.servers))
         seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, tuple(ways), seconds)
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, tuple(ways))
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""

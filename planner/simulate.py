@@ -148,6 +148,7 @@ class _Run:
         self.done = bytearray(linked.transfers)
         self.waiting: dict[int, simpy.Event] = {}
         self.begun: dict[int, float] = {}
+        self.free: dict[int, float] = {}
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
         self.links = _links(self.env, costs.cluster)
@@ -212,9 +213,16 @@ class _Run:
             return
         number = self.kind_of[transfer]
         kind = self.costs.kinds[number]
-        self.begun[transfer] = self.env.now
+        now = begun = self.env.now
+        if kind.lane >= 0:
+            start = max(now - kind.early, self.free.get(kind.lane, 0.0))
+            self.free[kind.lane] = start + kind.busy
+            begun = start + kind.early
+        self.begun[transfer] = begun
         if self.alone[number]:
-            self.env.timeout(kind.seconds).callbacks.append(partial(self.finish, transfer))
+            self.env.timeout(begun - now + kind.seconds).callbacks.append(partial(self.finish, transfer))
+        elif begun > now:
+            self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(kind, partial(self.finish, transfer)))
         elif kind.op == PUSH:
             self.env.process(self.push(transfer, kind))
         else:

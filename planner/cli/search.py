@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from planner import __version__, savings, strategies
 from planner import cluster as clusters
-from planner import savings, strategies
 from planner import synchronisation as synchronisations
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
@@ -138,7 +138,9 @@ def _begin(
     restart: bool,
 ) -> Search:
     """Make a search, with what the same one has evaluated before."""
-    asked = msgspec.json.encode([profile.key, profile.created, cluster, batch, of, objective, epoch, stale])
+    asked = msgspec.json.encode(
+        [__version__, profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
+    )
     question = hashlib.sha256(asked).hexdigest()
     state = State(question=question)
     if not restart and (store.root / "search.json").exists():
