@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from planner import savings, schedules, strategies, tensor
 from planner.cluster import Cluster
+from planner.errors import PlanError
 from planner.lowering import asynchronous
 from planner.placement import Question
 from planner.plan import Plan
@@ -146,29 +147,39 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     """Return seconds that no plan at this point can beat.
 
     All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
-    where steps do not overlap, one micro-batch must pass through all layers one after the other, at most t times as
-    fast where tensors are split over t devices, and a pipeline is filled and drained. The fastest device's speed counts
+    where steps do not overlap, one micro-batch must pass through all layers one after the other, and a pipeline is
+    filled and drained. Devices that split tensors count as one, with its collectives. The fastest device's speed counts
     for all.
     """
     count = 1 if point.strategy == "single" else point.k
     speed, threads = _fastest(cluster, count)
+    split = count if point.strategy == "tensor-parallel" else point.tensor
+    seams = _seams(profile)
+    if split > 1:
+        profile = _split(profile, cluster, count, split)
     table = layer_table(profile, batch // point.m, threads)
     forward = float(table.forward[MEDIAN, -1])
     both = forward + _backward(float(table.backward[MEDIAN, -1]), table, point.strategy)
     if "recompute" in point.savings and len(profile.layers) > 1:
         both += float(table.forward[MEDIAN, -3])
-    seams = _seams(profile)
     forward, both = (max(0.0, passes - seams) / speed for passes in (forward, both))
-    shared = point.m * both / count
+    shared = point.m * both * split / count
     if _asynchronous(point.strategy):
         return shared  # micro-batches of several steps are on their way at once
-    split = point.k if point.strategy == "tensor-parallel" else point.tensor
-    forward, both = forward / split, both / split
     known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
     depth = point.k // (point.tensor * point.replicas)
     if known is None or known.placement != "straight" or depth < 2:
         return max(shared, both)
     return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
+
+
+def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
+    """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
+    taken = cluster.take(count)
+    try:
+        return tensor.split(profile, tuple(device.name for device in taken.devices[:ways]), taken)
+    except PlanError:
+        return profile
 
 
 def _filled(passing: float, both: float, depth: int, share: int) -> float:
