@@ -136,6 +136,8 @@ def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, l
     Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
     linked = linked or Linked(program)
+    if cluster.buffered:
+        linked = linked.buffered()
     prices = _Prices(profile, plan, cluster, program)
     classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, cluster.devices)))}
     device_class = np.array([classes[_class(device)] for device in cluster.devices])
