@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import megatron_seqpar
 import zero_bubble
 
 from by_hand import Result
 
-PARTS = {"A": zero_bubble.run}
+PARTS = {"A": zero_bubble.run, "B": megatron_seqpar.run}
 
 
 def shown(result: Result) -> str:
