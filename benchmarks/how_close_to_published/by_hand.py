@@ -219,3 +219,13 @@ def span(costs: Costs, ops: tuple[str, ...]) -> float:
         own = np.flatnonzero(counted & (linked.row == row))
         longest = max(longest, float(end[own[-1]] - end[own[0]] + costs.seconds[own[0]]))
     return longest
+
+
+def disorder(published: Sequence[float], ours: Sequence[float], cells: Sequence[tuple[object, ...]]) -> int:
+    """Count pairs of cells that share a row or a column of a table and that ours put in another order."""
+    return sum(
+        (published[i] - published[j]) * (ours[i] - ours[j]) <= 0 and published[i] != published[j]
+        for i in range(len(cells))
+        for j in range(i)
+        if sum(a == b for a, b in zip(cells[i], cells[j], strict=True)) == len(cells[i]) - 1
+    )

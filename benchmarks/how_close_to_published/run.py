@@ -16,12 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpipe
 import megatron_seqpar
+import torchgpipe_speed
 import zero_bubble
 
 from by_hand import Result
 
-PARTS = {"A": zero_bubble.run, "B": megatron_seqpar.run}
+PARTS = {"A": zero_bubble.run, "B": megatron_seqpar.run, "C": gpipe.run, "D": torchgpipe_speed.run}
 
 
 def shown(result: Result) -> str:
