@@ -12,8 +12,8 @@ parameters fill 15.3 of 17.2 GB: table 1, too, says that two devices hold 26 lay
 columns is compared.
 
 **Memory.** Table 1: the largest L (Transformer-L) or D (AmoebaNet-D(L, D)) whose every stage fits, with batches of 32 and
-128. The paper does not say M: 32, the most of its other tables. Compared is how many times more parameters K devices
-train than one.
+128 in micro-batches of one sample: the paper does not say M, and the largest model is that with the smallest ones.
+Compared is how many times more parameters K devices train than one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ import torch
 from by_hand import GIB, Figure, Result, Table
 
 from planner.cluster import Cluster, Device, Host, Link
-from planner.profile import Profile, Value
+from planner.profile import LayerProfile, Profile, Value
 from planner.stage_memory import stage_memory
 from profiles import hardware
 from profiles.estimate import profile_of
 
 HIDDEN, HEADS, SEQ, VOCABULARY = 2048, 32, 1024, 32000
 """Transformer-L's width, heads, tokens per sample and words; its feed-forward layers have 4 x 2048 = 8192."""
-MICROBATCHES = 32
-"""M of the memory table."""
-MOST = 64
+MOST = 256
 """Samples per micro-batch beyond which nothing is tried."""
+SMALL_TPU_BYTES = 8 * GIB
+"""Memory of a core of the TPU v2, on which table 1 has AmoebaNet; its times are those of the v3 here, as well."""
 SIZES = (1, 4, 16, 64)
 """Samples per micro-batch that are counted; between them times and bytes are interpolated."""
 
@@ -107,7 +107,7 @@ def cluster_of(device: str, count: int) -> Cluster:
 
 def balance_of(profile: Profile, k: int) -> list[int]:
     """Cut so that the slowest stage is fastest: fill stages up to a limit, and find the smallest limit that works."""
-    weights = [t.forward[0].median_s + t.backward[0].median_s for t in (own.times[0] for own in profile.layers)]
+    weights = [t.forward[-1].median_s + t.backward[-1].median_s for t in (own.times[0] for own in profile.layers)]
     low, high = max(weights), sum(weights)
     for _ in range(40):
         middle = (low + high) / 2
@@ -141,21 +141,21 @@ def most_samples(profile: Profile, balance: Sequence[int], m: int, capacity: flo
     return samples
 
 
-def throughput(profile: Profile, device: str, k: int, m: int) -> tuple[float, int]:
+def throughput(profile: Profile, device: str, k: int, m: int, capacity: float) -> tuple[float, int]:
     """Samples per second, and samples per micro-batch."""
     cluster = cluster_of(device, k)
     balance = balance_of(profile, k)
-    samples = most_samples(profile, balance, m, cluster.devices[0].memory_bytes)
+    samples = most_samples(profile, balance, m, capacity)
     plan = by_hand.plan("gpipe", profile.layers, balance, cluster, m, samples, recompute=True)
     return m * samples / by_hand.makespan(profile, plan, cluster), samples
 
 
-def fits(profile: Profile, k: int, samples: int, capacity: float) -> bool:
+def fits(profile: Profile, k: int, samples: int, capacity: float, m: int) -> bool:
     """Whether K stages of a model fit: from the input on, each takes as many layers as it can hold."""
     start, count = 0, len(profile.layers)
     for _ in range(k):
         stop = start
-        while stop < count and _stage_bytes(profile, range(start, stop + 1), samples) <= capacity:
+        while stop < count and _stage_bytes(profile, range(start, stop + 1), samples, m) <= capacity:
             stop += 1
         if stop == start:
             return False
@@ -165,7 +165,7 @@ def fits(profile: Profile, k: int, samples: int, capacity: float) -> bool:
     return False
 
 
-def _stage_bytes(profile: Profile, layers: range, samples: int, m: int = MICROBATCHES) -> float:
+def _stage_bytes(profile: Profile, layers: range, samples: int, m: int) -> float:
     """What a stage holds at most: everything static, all micro-batches' ends, and one micro-batch's activations."""
     of = stage_memory(profile, layers, samples, recompute=True)
     static = of.parameters + of.buffers + of.gradients + of.optimizer
@@ -184,7 +184,7 @@ def largest_transformer(k: int) -> tuple[int, float]:
 
     def most(stages: int) -> int:
         layers = 1
-        while fits(transformer(layers + 1, "tpu-v3"), stages, 32 // MICROBATCHES, core.memory_bytes):
+        while fits(transformer(layers + 1, "tpu-v3"), stages, 1, core.memory_bytes, 32):
             layers += 1
         return layers
 
@@ -198,13 +198,47 @@ def largest_transformer(k: int) -> tuple[int, float]:
 def largest_network(k: int) -> tuple[str, float]:
     """The widest AmoebaNet-D that K TPUs v2 train, with as many cells as the authors took, and its parameters."""
     cells = {1: 18, 2: 18, 4: 36, 8: 72}[k]
-    low, high = 8, 64  # filters / 16
-    while high - low > 1:
-        middle = (low + high) // 2
-        profile = network(cells, 16 * middle, "tpu-v3", (128 // MICROBATCHES,))
-        low, high = (middle, high) if fits(profile, k, 128 // MICROBATCHES, 8 * GIB) else (low, middle)
-    parameters = sum(p.numel() for p in amoebanet.amoebanet(cells, 16 * low).parameters())
-    return f"({cells}, {16 * low})", float(parameters)
+    low, high = 0.125, 2.5
+    while high - low > 0.001:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(widened(cells, middle), k, 1, SMALL_TPU_BYTES, 128) else (low, middle)
+    parameters = sum(own.parameter_bytes for own in widened(cells, low).layers) / 4
+    return f"({cells}, {FILTERS * low:.0f})", parameters
+
+
+FILTERS = 512
+"""The width that is counted; others follow from it."""
+
+
+def widened(cells: int, width: float) -> Profile:
+    """AmoebaNet-D(cells, width x 512): parameters grow with the square of the width, activations with the width.
+
+    So the width is a number like any other, and growth is free of the steps in which authors try widths.
+    """
+    known = network(cells, FILTERS, "tpu-v3", (1,))
+
+    def layer(own: LayerProfile) -> LayerProfile:
+        static = {name: round(getattr(own, name) * width**2) for name in STATIC}
+        sizes = tuple(
+            msgspec.structs.replace(size, **{name: round(getattr(size, name) * width) for name in PASSING})
+            for size in own.sizes
+        )
+        return msgspec.structs.replace(own, sizes=sizes, **static)
+
+    values = tuple(
+        msgspec.structs.replace(v, bytes_at=tuple((n, round(size * width)) for n, size in v.bytes_at))
+        for v in known.values
+    )
+    return msgspec.structs.replace(
+        known, layers=tuple(map(layer, known.layers)), loss=layer(known.loss), values=values
+    )
+
+
+STATIC = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
+PASSING = (
+    *("saved_bytes", "output_bytes"),
+    *("forward_peak_bytes", "backward_peak_bytes", "backward_first_peak_bytes"),
+)
 
 
 def _number(text: str) -> float:
@@ -231,7 +265,9 @@ def run(*, quick: bool = False) -> Result:
         else:
             layers, filters = map(int, model[model.index("(") + 1 : -1].split(","))
             profile = network(layers, filters, device)
-        ours = [throughput(profile, device, k, m) for k, m, _ in published]
+        small = device == "tpu-v3" and not model.startswith("Transformer")
+        capacity = SMALL_TPU_BYTES if small else hardware.get(device)[1].memory_bytes
+        ours = [throughput(profile, device, k, m, capacity) for k, m, _ in published]
         wrong += by_hand.disorder([p for *_, p in published], [o for o, _ in ours], [(k, m) for k, m, _ in published])
         for (k, m, p), (own, samples) in zip(published, ours, strict=True):
             speed.rows.append((model, device, k, m, p, f"{own / ours[0][0]:.2f}" if ours[0][0] else "none", samples))
