@@ -35,9 +35,7 @@ REDUCTION_OUT = (4, 5, 6)
 
 def convolution(channels: int, out: int, size: tuple[int, int] = (1, 1), stride: tuple[int, int] = (1, 1)) -> nn.Module:
     padding = (size[0] // 2, size[1] // 2)
-    return nn.Sequential(
-        nn.ReLU(), nn.Conv2d(channels, out, size, stride, padding, bias=False), nn.BatchNorm2d(out)
-    )
+    return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, out, size, stride, padding, bias=False), nn.BatchNorm2d(out))
 
 
 def operation(kind: str, c: int, stride: int) -> nn.Module:

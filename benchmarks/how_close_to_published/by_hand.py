@@ -15,7 +15,6 @@ from planner.cluster import Cluster
 from planner.costs import Costs, costs_of
 from planner.critical_path import walk
 from planner.lowering import lower
-from planner.memory import KINDS as MEMORY_KINDS
 from planner.plan import Plan, Stage
 from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
 from planner.simulate import placed
@@ -211,7 +210,7 @@ def makespan(profile: Profile, plan: Plan, cluster: Cluster) -> float:
 
 
 def span(costs: Costs, ops: tuple[str, ...]) -> float:
-    """Seconds of the device that takes longest from the begin of its first action among `ops` to the end of its last."""
+    """Seconds from the first to the last action among `ops`, of the device that takes longest for them."""
     end, linked = walk(costs).end, costs.linked
     counted = codes.has(linked.flat, *ops)
     longest = 0.0

@@ -3,16 +3,15 @@
 Layers are counted and priced as everywhere (`profiles.estimate`), for a core of a TPU v3 and, in place of the P100, for
 the P40 of the same generation. RMSProp in float32: 12 bytes per parameter, as in the paper.
 
-Every stage is recomputed whole, loss included, as the paper has it: a device holds the inputs of all micro-batches and
-the activations of one. There is no temporary memory in an update (XLA fuses it; torch's kernels would have some).
+Every stage is recomputed whole, loss included, as the paper has it: a device holds what passes its two ends for all
+micro-batches, and the activations of one. An update needs no temporary memory (XLA fuses it; torch's kernels would).
 
-**Speed.** Tables 2 and 3 say "batch size was adjusted to fit memory if necessary" and not to what: ours is the largest
-power of two samples per micro-batch that fits, and one where not even one does (Transformer-48 on two devices, whose
-parameters fill 15.3 of 17.2 GB: table 1, too, says that two devices hold 26 layers). So only the order within rows and
-columns is compared.
+**Speed.** Tables 2 and 3 say "batch size was adjusted to fit memory if necessary" and not to what. Ours is the largest
+power of two samples per micro-batch that fits, and one where not even one does: Transformer-48 on two devices, whose
+parameters fill 15.3 of 17.2 GB (by table 1, too, two devices hold 26 layers). So only the order is compared.
 
-**Memory.** Table 1: the largest L (Transformer-L) or D (AmoebaNet-D(L, D)) whose every stage fits, with batches of 32 and
-128 in micro-batches of one sample: the paper does not say M, and the largest model is that with the smallest ones.
+**Memory.** Table 1: the largest L (Transformer-L) or D (AmoebaNet-D(L, D)) whose every stage fits. Batches of 32 and 128
+are cut into micro-batches of one sample: the paper does not say M, and the largest model is that with the most of them.
 Compared is how many times more parameters K devices train than one.
 """
 
@@ -20,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import amoebanet
 import by_hand
@@ -40,6 +40,7 @@ MOST = 256
 """Samples per micro-batch beyond which nothing is tried."""
 SMALL_TPU_BYTES = 8 * GIB
 """Memory of a core of the TPU v2, on which table 1 has AmoebaNet; its times are those of the v3 here, as well."""
+CORES_PER_CHIP = {"tpu-v3": 2}
 SIZES = (1, 4, 16, 64)
 """Samples per micro-batch that are counted; between them times and bytes are interpolated."""
 
@@ -88,19 +89,29 @@ def network(layers: int, filters: int, device: str, sizes: tuple[int, ...] = SIZ
 
 
 def cluster_of(device: str, count: int) -> Cluster:
-    """As many devices as are asked for, joined by their own kind of link."""
+    """As many devices as are asked for, joined by their own kind of link; two cores of a TPU share a chip's memory."""
     _, kind = hardware.get(device)
+    each = CORES_PER_CHIP.get(device, count)
+    chips = [f"chip{i}" for i in range(-(-count // each))]
+
+    def link(between: tuple[str, str], bytes_per_s: float) -> Link:
+        return Link(
+            between=between,
+            latency_s=hardware.LINK_LATENCY_S,
+            bandwidth_bytes_per_s=hardware.LINK_EFFICIENCY * bytes_per_s,
+            shared=False,
+        )
+
+    inside = kind.memory_bytes_per_s if device in CORES_PER_CHIP else kind.link_bytes_per_s
     return Cluster(
         name=device,
-        hosts=(Host(name="h", cores=hardware.HOST_CORES, memory_bytes=hardware.HOST_BYTES),),
-        devices=tuple(Device(name=f"d{i}", memory_bytes=kind.memory_bytes, host="h") for i in range(count)),
+        hosts=tuple(Host(name=chip, cores=hardware.HOST_CORES, memory_bytes=hardware.HOST_BYTES) for chip in chips),
+        devices=tuple(
+            Device(name=f"d{i}", memory_bytes=kind.memory_bytes, host=chips[i // each]) for i in range(count)
+        ),
         links=(
-            Link(
-                between=("h", "h"),
-                latency_s=hardware.LINK_LATENCY_S,
-                bandwidth_bytes_per_s=hardware.LINK_EFFICIENCY * kind.link_bytes_per_s,
-                shared=False,
-            ),
+            *(link((chip, chip), inside) for chip in chips),
+            *(link(pair, kind.link_bytes_per_s) for pair in pairwise(chips)),
         ),
     )
 
@@ -229,9 +240,7 @@ def widened(cells: int, width: float) -> Profile:
         msgspec.structs.replace(v, bytes_at=tuple((n, round(size * width)) for n, size in v.bytes_at))
         for v in known.values
     )
-    return msgspec.structs.replace(
-        known, layers=tuple(map(layer, known.layers)), loss=layer(known.loss), values=values
-    )
+    return msgspec.structs.replace(known, layers=tuple(map(layer, known.layers)), loss=layer(known.loss), values=values)
 
 
 STATIC = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
@@ -255,7 +264,9 @@ def run(*, quick: bool = False) -> Result:
     cells: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
     for r in by_hand.read("gpipe_speedup.csv"):
         key = r["model"], "tpu-v3" if r["device"] == "TPU" else "p40"
-        cells.setdefault(key, []).append((int(r["K_partitions"]), int(r["M_microbatches"]), float(r["normalised_throughput"])))
+        cells.setdefault(key, []).append(
+            (int(r["K_partitions"]), int(r["M_microbatches"]), float(r["normalised_throughput"]))
+        )
     wrong = 0
     for (model, device), published in cells.items():
         if quick and model != "Transformer-48":

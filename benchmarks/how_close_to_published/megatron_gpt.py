@@ -162,7 +162,7 @@ def sharded(hidden: int, heads: int, tensor: int, seq: int, *, sequence_parallel
 
 
 class ShardedEmbedding(Embedding):
-    """An embedding of which a device goes on with its own share of the tokens. Look-ups touch the rows that they read."""
+    """An embedding of which a device goes on with its own share of the tokens."""
 
     def __init__(self, hidden: int, seq: int, tokens: int) -> None:
         super().__init__(hidden, seq, VOCABULARY)

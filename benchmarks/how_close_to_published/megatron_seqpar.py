@@ -95,7 +95,9 @@ def priced(work: Work) -> Seconds:
 
 def collective_s(row: Row) -> float:
     """Seconds of an all-reduce of a block's output between the eight devices, or of its two halves."""
-    points = tuple((int(r["bytes"]), float(r["time_ns_in_place"]) / 1e9) for r in by_hand.read("nccl_all_reduce_a100_8.csv"))
+    points = tuple(
+        (int(r["bytes"]), float(r["time_ns_in_place"]) / 1e9) for r in by_hand.read("nccl_all_reduce_a100_8.csv")
+    )
     return by_size(points, 2 * row.samples * row.seq * row.hidden)
 
 

@@ -20,7 +20,6 @@ import gpipe
 import megatron_seqpar
 import torchgpipe_speed
 import zero_bubble
-
 from by_hand import Result
 
 PARTS = {"A": zero_bubble.run, "B": megatron_seqpar.run, "C": gpipe.run, "D": torchgpipe_speed.run}

@@ -1,8 +1,8 @@
 """torchgpipe (Kim et al., arXiv 2004.09910): throughput of AmoebaNet-D(18, 256) on 2, 4 and 8 P40s.
 
-Batch sizes, micro-batches, cuts and checkpointing are those of its benchmark (`data/torchgpipe_configs.csv`). Layers are
-counted and priced for a P40 (`amoebanet`, `profiles.estimate`); one scale is fitted to all nine rows: the efficiencies
-are those of an A100, which nobody measured on a P40.
+Batch sizes, micro-batches, cuts and checkpointing are those of its benchmark (`data/torchgpipe_configs.csv`). Layers
+are counted and priced for a P40 (`amoebanet`, `profiles.estimate`). One scale is fitted to all nine rows, so that the
+largest error is as small as can be: the efficiencies are those of an A100, which nobody measured on a P40.
 
 What torchgpipe does and a plan cannot say is done to the program: one micro-batch is not checkpointed (`except_last`),
 the one whose backward comes first; and a stage recomputes while it waits for the gradient, not behind it.
@@ -97,7 +97,7 @@ def run(*, quick: bool = False) -> Result:
     chosen = [r for r in rows() if not quick or r.devices == 2]
     ours = [throughput(row) for row in chosen]
     ratios = [r.throughput / o for r, o in zip(chosen, ours, strict=True)]
-    scale = 2 / (1 / min(ratios) + 1 / max(ratios))  # the largest error is as small as can be
+    scale = 2 / (1 / min(ratios) + 1 / max(ratios))
     errors = [scale * o / r.throughput - 1 for r, o in zip(chosen, ours, strict=True)]
     table = Table(
         f"D. AmoebaNet-D(18, 256) on P40s, samples per second (torchgpipe); ours times {scale:.3f}",

@@ -1,9 +1,9 @@
 """Zero Bubble (Qi et al., arXiv 2401.10241): bubble rates, throughput and memory from the times that they profiled.
 
-**Bubble rates.** Their simulator's: `(cost - m (F + B + W)) / cost`, where the cost is the *span*, the longest time from
-a device's first action to its last. A message takes Tcomm, occupies nobody, and starts when it is sent, whether or not
-its receive has been posted: a cluster whose messages are `buffered`. Under our default, rendezvous with receives posted
-one compute ahead, 1F1B's rates are up to 0.0011 larger, and the interleaved ones up to 0.037.
+**Bubble rates.** Their simulator's: `(cost - m (F + B + W)) / cost`, where the cost is the *span*, the longest time
+from a device's first action to its last. A message takes Tcomm, occupies nobody, and starts when it is sent, whether or
+not its receive has been posted: a cluster whose messages are `buffered`. Under our default, rendezvous with receives
+posted one compute ahead, 1F1B's rates are up to 0.0011 larger, and the interleaved ones up to 0.037.
 
 **ZB-2p** is `greedy` with what their section 3 assumes and the registered zb-greedy-2p does not: the span counts, not
 the makespan, and behind I an activation shrinks to what W needs, so that more W can wait in the same memory.
@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 import by_hand
+import numpy as np
 from by_hand import GIB, Figure, Result, Table, layer
+
 from planner import codes, schedules
-from planner.codes import Order
 from planner.cluster import Cluster, Device, Host, Link
+from planner.codes import Order
 from planner.linking import Linked
 from planner.lowering import lower
-from planner.memory import MemoryModel
+from planner.memory import KINDS, MemoryModel
 from planner.plan import Plan
 from planner.profile import LayerProfile, Profile
 from planner.schedules import Shape
@@ -34,13 +34,13 @@ VOCABULARY = 51200
 SEQ = 1024
 
 PARAMETER_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 4, 12
-"""Bytes per parameter of Megatron's mixed precision: fp16 weights; fp32 main gradients, into which the weights' products
-add; an fp32 copy and Adam's two moments in fp32. 18 together."""
+"""Bytes per parameter of Megatron's mixed precision: fp16 weights; fp32 main gradients, into which the weights'
+products add; an fp32 copy and Adam's two moments in fp32. 18 together."""
 LINEAR_BYTES, ATTENTION_BYTES = 34, 5
-"""A block keeps 34 s b h bytes, and 5 a s^2 b in its attention core (Korthikanti et al., arXiv 2205.05198, section 4.1):
-no flash attention, no recomputation."""
+"""A block keeps 34 s b h bytes, and 5 a s^2 b in its attention core (Korthikanti et al., arXiv 2205.05198, section
+4.1): no flash attention, no recomputation."""
 WEIGHT_BYTES = 32
-"""Of these, W needs 32 s b h: the linear layers' inputs and the gradients of their outputs (arXiv 2401.10241, table 2)."""
+"""Of these, W needs 32 s b h: the linear layers' inputs and the gradients of their outputs (arXiv 2401.10241)."""
 TRANSIENT_SCORES = 4
 """Bytes per attention score that a backward has in between: its gradient before and behind the softmax, in fp16."""
 LOGIT_BYTES = 10
@@ -178,9 +178,7 @@ def cluster_of(row: Row, *, measured: bool = False) -> Cluster:
             Device(name=f"d{i}", memory_bytes=80 * GIB, host="h", speed=1 / SLOWDOWN if measured else 1.0)
             for i in range(row.stages)
         ),
-        links=(
-            Link(between=("h", "h"), latency_s=0.0, bandwidth_bytes_per_s=size / row.message_s, shared=False),
-        ),
+        links=(Link(between=("h", "h"), latency_s=0.0, bandwidth_bytes_per_s=size / row.message_s, shared=False),),
         posts=((1, row.message_s),) if measured else (),
         buffered=True,
     )
@@ -230,7 +228,7 @@ def peak(row: Row) -> float:
     profile, plan = planned(row, cluster)
     linked = Linked(lower(plan))
     model = MemoryModel(profile, plan, linked)
-    activations = list(by_hand.MEMORY_KINDS).index("activations")
+    activations = KINDS.index("activations")
     for stage in range(len(plan.stages)):
         i, w = (stage * len(codes.OPS) + codes.NUMBER[op] for op in (codes.BACKWARD_INPUT, codes.BACKWARD_WEIGHT))
         freed = (1 - row.weight_share) * -model.change[w, activations]
@@ -277,7 +275,9 @@ def run(*, quick: bool = False) -> Result:
     figures += [
         Figure(f"throughput: mean error of {name}", by_hand.mean_percent(v), float("inf")) for name, v in wrong.items()
     ]
-    figures.append(Figure("throughput: mean error of the authors' own model", by_hand.mean_percent(theirs), float("inf")))
+    figures.append(
+        Figure("throughput: mean error of the authors' own model", by_hand.mean_percent(theirs), float("inf"))
+    )
     figures.append(Figure("peak memory: largest error", 100 * max(map(abs, memory)), 10.0))
     figures.append(Figure("peak memory: mean error", by_hand.mean_percent(memory), float("inf")))
     return Result([rates, speeds, memories], figures)

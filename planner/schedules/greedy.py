@@ -113,7 +113,8 @@ def greedy(
         3 * shape.stages * m * (p + v),
         *(p, v, m, mine, homes, np.ascontiguousarray(seconds[:, 0]), np.ascontiguousarray(seconds[:, 1])),
         *(np.ascontiguousarray(seconds[:, 2]), limit, ahead, rules.gap, int(rules.forward_first)),
-        *(np.full(2 * shape.stages * m, np.inf), np.zeros(p), np.zeros(p), rows, result, int(bool(guide)), follow, share),
+        *(np.full(2 * shape.stages * m, np.inf), np.zeros(p), np.zeros(p), rows, result),
+        *(int(bool(guide)), follow, share),
     )
     if done < len(rows):
         return (), np.inf
