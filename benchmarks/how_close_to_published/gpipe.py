@@ -10,8 +10,8 @@ micro-batches, and the activations of one. An update needs no temporary memory (
 power of two samples per micro-batch that fits, and one where not even one does: Transformer-48 on two devices, whose
 parameters fill 15.3 of 17.2 GB (by table 1, too, two hold 26 layers). So only the order is compared.
 
-**Memory.** Table 1: the largest L (Transformer-L) or D (AmoebaNet-D(L, D)) whose every stage fits. Batches of 32 and 128
-are cut into micro-batches of one sample: the paper does not say M, and this is what the largest model needs.
+**Memory.** Table 1: the largest L (Transformer-L) or D (AmoebaNet-D(L, D)) whose every stage fits. Batches of 32 and
+128 are cut into micro-batches of one sample: the paper does not say M, and this is what the largest model needs.
 Compared is how many times more parameters K devices train than one.
 """
 
