@@ -183,6 +183,8 @@ def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, l
     Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
     linked = linked or Linked(program)
+    if cluster.buffered:
+        linked = linked.buffered()
     prices = prices_of(profile, plan, program, cluster, linked)
     kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
     _price(
