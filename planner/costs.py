@@ -6,7 +6,7 @@ How they disturb each other (shared cores and links) is the simulator's matter.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -465,8 +465,8 @@ def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
 
     Raises `PlanError` (exit 5) where there is none: a CPU's memory is its host's already.
     """
-    host = next(d.host for d in cluster.devices if d.name == device)
-    way = tuple(i for i, link in enumerate(cluster.links) if set(link.between) == {device, host})
+    ways = _host_ways(cluster)
+    host, way = ways.get(device, ("its host", ()))
     if not way:
         raise PlanError(
             what=f"{device} has no link to its host's memory",
@@ -475,4 +475,14 @@ def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
             fix=f'add a [[links]] entry with between = ["{device}", "{host}"], or plan without them',
             code=DEVICE,
         )
-    return way[:1]
+    return way
+
+
+def _host_ways(cluster: Cluster) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every device's host, and the link to it where there is one; kept with the cluster."""
+    if "host ways" not in cluster.tables:
+        links = {frozenset(link.between): (i,) for i, link in reversed(list(enumerate(cluster.links)))}
+        cluster.tables["host ways"] = {
+            d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices
+        }
+    return cast("dict[str, tuple[str, tuple[int, ...]]]", cluster.tables["host ways"])

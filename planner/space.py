@@ -121,10 +121,14 @@ def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Ite
                         for m in of.ms:
                             if m % replicas or batch % m:
                                 continue
+                            bounds: dict[bool, float] = {}
                             for way in of.synchronisations if replicas > 1 else ("",):
                                 for chosen in of.savings:
                                     point = Candidate(name, k, m, replicas, chunks, ways, way, chosen)
-                                    yield point._replace(bound_s=bound(point, profile, cluster, batch))
+                                    more = "recompute" in chosen  # all else that is saved costs nothing for sure
+                                    if more not in bounds:
+                                        bounds[more] = bound(point, profile, cluster, batch)
+                                    yield point._replace(bound_s=bounds[more])
 
 
 _FIXED = {"single": 1, "data-parallel": 1, "naive": 1, "balanced": 1}
