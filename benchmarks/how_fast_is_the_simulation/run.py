@@ -23,9 +23,11 @@ from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import simpy
 
+from planner import cluster as clusters
 from planner import extrapolate, schedules
 from planner.cluster import Cluster, Device, Host, Link
 from planner.costs import Costs, Prices, costs_of, prices_of
@@ -35,9 +37,12 @@ from planner.linking import Linked
 from planner.lowering import unroll
 from planner.memory import MemoryModel
 from planner.plan import Plan, Stage
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
+from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
+from planner.search import Search
 from planner.simulate import _Run as SimPyPass
 from planner.simulate import simulate
+from planner.space import space
+from profiles import shipped
 
 MISSED = 7
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -48,13 +53,14 @@ LARGEST_BUILDING = 1.0
 """Building a program, in times of simulating it."""
 SMALLEST_SHARE = 1 / 3
 """Of the plain model's actions per second."""
-LONG_S, WIDE_S, PLAN_S = 1.0, 10.0, 0.1
+LONG_S, WIDE_S, PLAN_S, SEARCH_S = 1.0, 10.0, 0.1, 20.0
 LARGEST_ERROR = 1e-9
 LARGEST_BYTES = 2 * 1024**3
 
 FORWARD_S, BACKWARD_S = 1e-3, 2e-3
 SIZES = (1, 2, 4, 8)
 KIBIBYTE = 1024
+PASSES = ("forward", "backward", "backward_input", "backward_weight", "recompute")
 MESSAGE_BYTES = 1000
 
 
@@ -402,6 +408,53 @@ def predictions(quick: bool) -> Iterator[Figure]:
         yield Figure(question, f"{schedule}, {len(linked.flat)} actions: prediction", taken["whole"], "s", PLAN_S)
 
 
+def searching(quick: bool) -> Iterator[Figure]:
+    """How long does a search take over all strategies for 96 GPT-3 sized layers on 1,024 devices?
+
+    Per block of width 12,288: 1.81e9 parameters of 2 bytes, gradients of 2, 12 of Adam's state and master copy; 34
+    bytes per token and unit of width saved (arXiv 2205.05198), 50 MB sent on; 7.4 TFLOP forward at 400 TFLOP/s.
+    """
+    question = "search, 96 layers, 1,024 devices, batch 2,048"
+    whole = profile_of(96)
+    weights = 3_620_000_000
+    size = {"saved_bytes": 855_000_000, "output_bytes": 50_000_000, "forward_peak_bytes": 100_000_000}
+
+    def block(layer: LayerProfile, split: Split | None) -> LayerProfile:
+        sizes = tuple(
+            msgspec.structs.replace(
+                own,
+                backward_peak_bytes=100_000_000 * own.samples,
+                backward_first_peak_bytes=100_000_000 * own.samples + weights,
+                **{field: per_sample * own.samples for field, per_sample in size.items()},
+            )
+            for own in layer.sizes
+        )
+        slower = tuple(
+            msgspec.structs.replace(times, **{f: tuple(map(scaled, getattr(times, f))) for f in PASSES})
+            for times in layer.times
+        )
+        bytes_ = {"parameter_bytes": weights, "gradient_bytes": weights, "optimizer_bytes": 6 * weights}
+        return msgspec.structs.replace(layer, sizes=sizes, times=slower, split=split, **bytes_)
+
+    def scaled(timing: Timing) -> Timing:
+        return msgspec.structs.replace(
+            timing, **{f: 18.6 * getattr(timing, f) for f in timing.__struct_fields__ if f != "samples"}
+        )
+
+    cluster = clusters.find("h100x1024", shipped.clusters())
+    for name, split in (("whole layers", None), ("layers that split", Split(forward=2, backward=2))):
+        if split and quick:
+            continue
+        profile = msgspec.structs.replace(whole, layers=tuple(block(layer, split) for layer in whole.layers))
+        begin = time.perf_counter()
+        search = Search(profile, cluster, 2048, space(profile, cluster, 2048))
+        answer = search.run(seconds=20.0 if quick else 300.0)
+        taken = time.perf_counter() - begin
+        yield Figure(question, f"{name}: candidates", answer.points, "")
+        yield Figure(question, f"{name}: evaluated", answer.evaluated, "")
+        yield Figure(question, f"{name}: the best is proved after", taken, "s", SEARCH_S)
+
+
 def memory(quick: bool) -> Iterator[Figure]:
     """How much memory did all of the above take?"""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
@@ -409,7 +462,7 @@ def memory(quick: bool) -> Iterator[Figure]:
 
 
 QUESTIONS: tuple[Callable[[bool], Iterator[Figure]], ...] = (
-    *(compiling, critical_path, simpy_pass, long_steps, wide, predictions),
+    *(compiling, critical_path, simpy_pass, long_steps, wide, predictions, searching),
     memory,  # the last: it speaks of all the others
 )
 
