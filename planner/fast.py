@@ -56,4 +56,4 @@ def evaluate(profile: Profile, plan: Plan, cluster: Cluster, linked: Linked | No
     else:
         walked = linked.buffered() if cluster.buffered else linked
         step_s = makespan(walked, prices_of(profile, plan, linked.program, cluster, walked))
-    return Evaluation(step_s, MemoryModel(profile, plan, linked).peaks())
+    return Evaluation(float(step_s), MemoryModel(profile, plan, linked).peaks())

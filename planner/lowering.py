@@ -37,8 +37,9 @@ from planner.schedules import Shape
 
 ONCE = 1 << 32
 """Between two updates there are all micro-batches of a step."""
-STEADY_WINDOWS = 3
-"""Steps of an asynchronous plan that are unrolled beyond those that fill its pipeline."""
+STEADY_WINDOWS, LONG_WINDOW = 3, 64
+"""Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
+has so many times more micro-batches than stages."""
 
 
 def lower(plan: Plan) -> Program:
@@ -87,7 +88,12 @@ def windows(plan: Plan) -> int:
     """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on."""
     if not asynchronous(plan):
         return 1
-    return STEADY_WINDOWS + 2 * math.ceil(plan.depth / plan.microbatches)
+    return steady_windows(plan) + 2 * math.ceil(plan.depth / plan.microbatches)
+
+
+def steady_windows(plan: Plan) -> int:
+    """Return how many of the unrolled steps neither fill nor drain the pipeline."""
+    return 1 if plan.microbatches >= LONG_WINDOW * plan.depth else STEADY_WINDOWS
 
 
 def actions(plan: Plan) -> int:
