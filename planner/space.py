@@ -233,12 +233,21 @@ def _seams(profile: Profile) -> float:
 def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
     question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
-    plan = strategies.get(point.strategy).spread(question)
-    return savings.apply(question, plan, point.savings)
+    return savings.apply(question, bare(point, profile, cluster, batch), point.savings)
+
+
+def bare(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
+    """Return the plan at a point without its savings. Raises `PlanError` where there is none."""
+    question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
+    return strategies.get(point.strategy).spread(question)
 
 
 def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
-    """Return seconds that this plan cannot beat: its busiest row's computing, behind the forwards that lead there."""
+    """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
+
+    A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
+    are whole, that stage's backward, before those of all earlier stages.
+    """
     if plan.uneven:
         return 0.0
     profile = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
@@ -259,7 +268,8 @@ def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
         held = plan.stages_of[row]
         copies = schedules.get(plan.schedule).copies
         work = sum(_part(both, ranges[s], profile) for s in held) / copies
-        before = table.forward[MEDIAN, ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        way = table.forward[MEDIAN] if splits else both
+        before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
         own = names[plan.groups[row][0]].speed
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return found
