@@ -147,6 +147,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return {}
 
     @cached_property
+    def speeds(self) -> dict[str, float]:
+        """Every device's speed by its name."""
+        return {device.name: device.speed for device in self.devices}
+
+    @cached_property
     def _taken(self) -> dict[int, Cluster]:
         return {}
 

@@ -253,8 +253,9 @@ def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
     profile = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
     table = layer_table(profile, plan.samples, plan.threads)
     splits = schedules.get(plan.schedule).splits
-    names = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
-    speed = max(device.speed for device in names.values())
+    taken = cluster.take(len(plan.device_names))
+    speeds = taken.speeds
+    speed, _ = _fastest(cluster, len(plan.device_names))
     seams = _seams(profile)
     both = table.forward[MEDIAN] + (
         np.minimum(table.backward[MEDIAN], table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
@@ -270,7 +271,7 @@ def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
         work = sum(_part(both, ranges[s], profile) for s in held) / copies
         way = table.forward[MEDIAN] if splits else both
         before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
-        own = names[plan.groups[row][0]].speed
+        own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return found
 
