@@ -256,14 +256,16 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._near[one, other]
 
     def _way(self, source: str, target: str) -> tuple[int, ...]:
+        inside = (self._host_of[source],) * 2 if self._host_of[source] == self._host_of[target] else None
+        own = tuple(i for i, link in enumerate(self.links) if link.between == inside)[:1]
         for graph in (self._between(self._host_of[source], self._host_of[target]), self.graph):
             try:
                 nodes = nx.shortest_path(graph, source, target, weight="seconds")
             except nx.NetworkXNoPath:
                 continue
             way = tuple(i for a, b in pairwise(nodes) for i in graph.edges[a, b]["links"])
-            if not way and len(nodes) > 1:
-                way = tuple(i for i, link in enumerate(self.links) if link.between == (nodes[1], nodes[1]))
+            if len(nodes) > 1 and own and not self._quicker(way, own):
+                way = own  # also where both devices have links of their own to the host's memory
             if way:
                 return way
         raise PlanError(
@@ -273,6 +275,10 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             fix="add a [[links]] entry between them, or from their host to itself, to the cluster file",
             code=USAGE,
         )
+
+    def _quicker(self, way: tuple[int, ...], other: tuple[int, ...]) -> bool:
+        mine, theirs = (sum(self.links[i].seconds(2**20) for i in links) for links in (way, other))
+        return bool(way) and mine < theirs
 
     def transfer_seconds(self, way: tuple[int, ...], size: float) -> float:
         """Time of one undisturbed message over the links of `way`: all latencies, and the slowest link's bytes."""

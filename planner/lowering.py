@@ -375,6 +375,12 @@ def offload(row: Codes) -> Codes:
     return np.insert(row, at, np.concatenate([codes.with_op(row[forward], op) for op in (OFFLOAD, RELEASE, FETCH)]))
 
 
+def swaps(plan: Plan) -> bool:
+    """Whether any micro-batch stays away for long enough that `offload` would move it."""
+    rows = recompute(compute_order(plan, None if plan.uneven else 1), _forgetful(plan))
+    return any(len(offload(row)) > len(row) for row in rows)
+
+
 def optimize(row: Codes, share: int) -> Codes:
     """Update every stage's parameters as often as an asynchronous plan does: every `share` micro-batches."""
     behind = codes.has(row, REDUCE_GRAD)
@@ -394,8 +400,19 @@ def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
 
 
 def gather(row: Codes) -> Codes:
-    """Gather the updated shards behind the optimizer: the step is over when every replica has all parameters."""
-    return codes.insert(row, codes.has(row, OPTIMIZER), UNSHARD_FORWARD, behind=True)
+    """Gather updated shards behind the optimizer, for the stage's next forward, which waits for them.
+
+    Of several updates in front of one forward, the last one's; behind the last forward nobody needs them.
+    """
+    updates, forwards = (np.flatnonzero(codes.has(row, op)) for op in (OPTIMIZER, FORWARD))
+    at, added = [updates[:0]], [row[:0]]
+    for stage in np.unique(codes.stages(row[updates])):
+        own, following = (where[codes.stages(row[where]) == stage] for where in (updates, forwards))
+        turn = np.searchsorted(following, own)
+        used = (turn < len(following)) & np.append(turn[1:] != turn[:-1], True)
+        at.append(own[used] + 1)
+        added.append(codes.with_op(row[following[turn[used]]], UNSHARD_FORWARD))
+    return np.insert(row, np.concatenate(at), np.concatenate(added))
 
 
 def frame(rows: Order, stages: int, behind: tuple[str, ...]) -> Order:

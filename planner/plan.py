@@ -232,7 +232,9 @@ def unrunnable(plan: Plan) -> str | None:
 def read(path: Path) -> Plan:
     """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Plan)
+        plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
+        _check_shape(plan)
+        return plan
     except OSError as error:
         why, fix = error.strerror or str(error), "plan simulate   (writes the plans it compares)"
         raise PlanError(what="the plan cannot be read", where=str(path), why=why, fix=fix, code=ARTEFACT) from error
@@ -241,6 +243,16 @@ def read(path: Path) -> Plan:
         raise PlanError(
             what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT
         ) from error
+
+
+def _check_shape(plan: Plan) -> None:
+    """Raise `ValueError` when the schedule cannot arrange the plan's stages, or does not place them where they are."""
+    replicas = tuple(len(stage.devices) // plan.tensor for stage in plan.stages) if plan.uneven else ()
+    share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
+    shape = schedules.Shape(plan.depth, share, plan.chunks, replicas)
+    reason = schedules.why_not(schedules.get(plan.schedule), shape)
+    if reason is not None:
+        raise ValueError(f"schedule: {plan.schedule} cannot arrange {shape.stages} stages, M={share}: {reason}")
 
 
 def to_toml(plan: Plan) -> str:

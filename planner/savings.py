@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import msgspec
 
 from planner import schedules, tensor
 from planner.errors import PlanError, unknown
 from planner.linking import Linked
-from planner.lowering import unroll
+from planner.lowering import swaps, unroll
 from planner.memory import MemoryModel
 from planner.placement import Question, in_flight, layer_bytes
 from planner.plan import Plan
 from planner.selection import cheapest
 from planner.simulate import capacities
 from planner.stage_costs import MEDIAN, layer_table
+from planner.units import size
 
 Saving = Callable[[Question, Plan], Plan]
 _REGISTRY: dict[str, Saving] = {}
@@ -77,8 +78,8 @@ def recompute(q: Question, plan: Plan) -> Plan:
 def recompute_layers(q: Question, plan: Plan) -> Plan:
     """Repeat the cheapest layers whose activations make every device fit; nothing where all fit already.
 
-    A layer frees what it saves of each micro-batch in flight. The peak moves as layers are chosen (what is repeated is
-    live for a moment), so the choice is made again for what is still missing, a few times.
+    A layer frees what it saves of each micro-batch in flight. Devices decide by themselves, each asking the memory
+    model what its choice still lacks; all ask at once. Raises `PlanError` (exit 2) where no choice is enough.
     """
     profile = tensor.seen(q.profile, plan.groups, q.cluster.take(q.k))
     ranges = plan.layer_ranges([layer.name for layer in profile.layers])
@@ -86,33 +87,89 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     table = layer_table(profile, q.samples, plan.threads)
     capacity = capacities(plan, q.cluster)
     sizes = layer_bytes(profile, q.samples)
-    first = None if plan.uneven else 1  # replicas need alike
-    linked = Linked(unroll(plan, replicas=first))
-    missing = [0.0] * len(ranges)
-    chosen: set[int] = set()
-    for _ in range(4):
+    programs: dict[frozenset[int], Linked] = {}
+
+    def lacks(chosen: set[int]) -> dict[tuple[int, ...], float]:
+        """Bytes that the worst device with the same stages lacks; below 0 where it fits."""
         trial = msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in sorted(chosen)))
-        peaks = MemoryModel(profile, trial, Linked(unroll(trial, replicas=first)) if chosen else linked).peaks()
-        lacks = {row: peak - room for row, (peak, room) in enumerate(zip(peaks, capacity, strict=False)) if peak > room}
-        if not lacks:
-            return trial
-        for row, bytes_ in lacks.items():
-            for stage in plan.stages_of[row]:
-                missing[stage] = max(missing[stage], missing[stage] + float(bytes_) / len(plan.stages_of[row]))
-        chosen = set()
-        for stage, layers in enumerate(ranges):
-            seconds = [float(table.forward[MEDIAN, i + 1] - table.forward[MEDIAN, i]) for i in layers]
-            saved = [held[stage] * (sizes[i].saved - sizes[i].output) for i in layers]
-            found = cheapest(seconds, saved, missing[stage]) if missing[stage] > 0 else None
-            if missing[stage] > 0 and found is None:
-                return plan
-            chosen |= {layers.start + i for i in found.layers} if found else set()
-    return plan
+        stages = frozenset(s for s, own in enumerate(ranges) if chosen & set(own))
+        if stages not in programs:
+            programs[stages] = Linked(unroll(trial, replicas=None if plan.uneven else 1))  # replicas need alike
+        found: dict[tuple[int, ...], float] = {}
+        peaks = MemoryModel(profile, trial, programs[stages]).peaks().tolist()
+        for held_by, peak, room in zip(plan.stages_of, peaks, capacity, strict=False):
+            found[held_by] = max(found.get(held_by, -room), peak - room)
+        return found
+
+    missing = {stages: lack for stages, lack in lacks(set()).items() if lack > 0}
+    asking, chosen = {}, dict[tuple[int, ...], set[int]]()
+    for stages, lack in missing.items():
+        layers = [(i, held[s], sizes[i].saved - sizes[i].output) for s in stages for i in ranges[s]]
+        seconds = [float(table.forward[MEDIAN, i + 1] - table.forward[MEDIAN, i]) for i, _, _ in layers]
+        choice = _choose(seconds, [saved * n for _, n, saved in layers], [saved for *_, saved in layers], lack)
+        asking[stages] = choice, [i for i, _, _ in layers]
+    left: dict[tuple[int, ...], float] = {}
+    while asking:
+        for stages, (choice, names) in list(asking.items()):
+            try:
+                chosen[stages] = {names[i] for i in (choice.send(left[stages]) if left else next(choice))}
+            except StopIteration as done:
+                if done.value is None:
+                    raise _not_enough(plan, missing[stages]) from None
+                chosen[stages] = {names[i] for i in done.value}
+                del asking[stages]
+        left = lacks(set().union(*chosen.values())) if asking else {}
+    every = sorted(set().union(*chosen.values()))
+    return msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in every))
+
+
+_Choice = Generator[tuple[int, ...], float, tuple[int, ...] | None]
+GOOD_ENOUGH = 1.005
+"""A choice that costs less than this times what it must cost at least is not improved."""
+TRIALS = 60
+"""Most choices that one device's peak is computed for."""
+
+
+def _choose(seconds: list[float], freed: list[float], saved: list[float], lack: float) -> _Choice:
+    """Yield choices, are told what each still lacks, and return the cheapest that lacks nothing, or None.
+
+    What is repeated is live for a moment, one layer after the other: a choice needs as many bytes more as its largest
+    layer saves. So the cheapest is looked for among all layers, then without the largest, and so on.
+    """
+    least = cheapest(seconds, freed, lack)
+    best, cost = None, float("inf")
+    trials = 0
+    for limit in sorted(set(saved), reverse=True):
+        usable = [own if size <= limit else float("inf") for own, size in zip(seconds, saved, strict=True)]
+        needed = lack
+        while trials < TRIALS and (found := cheapest(usable, freed, needed)) is not None and found.seconds < cost:
+            trials += 1
+            left = yield found.layers
+            if left <= 0:
+                best, cost = found.layers, found.seconds
+            needed = found.freed + left
+        if least is not None and cost <= GOOD_ENOUGH * least.seconds:
+            break
+    return best
+
+
+def _not_enough(plan: Plan, lack: float) -> PlanError:
+    return PlanError(
+        what="recomputing single layers is not enough",
+        where=f"plan {plan}",
+        why=f"a device lacks {size(lack)}, and no choice of layers frees them",
+        fix="recompute whole stages (recompute), or take more devices",
+    )
 
 
 @saving("offload")
 def offload(q: Question, plan: Plan) -> Plan:
-    """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124)."""
+    """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124).
+
+    Nothing where every micro-batch's backward comes too soon behind its forward.
+    """
+    if not schedules.get(plan.schedule).trains or not swaps(plan):
+        return plan
     return msgspec.structs.replace(plan, offload=True)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from planner import objective as objectives
-from planner import savings, tensor
+from planner import savings, synchronisation, tensor
 from planner.cluster import Cluster
 from planner.costs import costs_of
 from planner.errors import PlanError
@@ -141,7 +141,6 @@ class Search:
         self.queue: list[tuple[float, str, Found]] = []
         self.leaders: list[Found] = []
         self.hopes: list[Found] = []
-        self.front: list[Found] = []
         self.nearest: list[Found] = []
         self.seen = self.evaluated = self.simulated = 0
         self.began = time.monotonic()
@@ -207,7 +206,6 @@ class Search:
             counts["stale"] += 1
             self.reasons.setdefault(candidate.family, "its gradients are stale; --stale lets it compete")
         else:
-            self.front = pareto([*self.front, found])
             self.hopes = _least(self.hopes, found, lambda f: (f.score, f.key))
             if found.exact or found.score < WORTH_A_LOOK * self.best:
                 self._look_closer(found)
@@ -223,13 +221,19 @@ class Search:
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
 
-        Savings that only add work or waits can make a plan smaller, never quicker.
+        Savings that only add work or waits can make a plan smaller, never quicker. But what is repeated need not be
+        swapped; and of a plan without flush the steady state is a mean over few steps, which moves by more than some
+        savings cost.
         """
         if self.objective.name == "memory":
             return False
         mine = frozenset(candidate.savings)
         return any(
-            less < mine and mine - less <= self.slowing and (found.lack <= 1 or found.score >= self.best)
+            less < mine
+            and mine - less <= self.slowing
+            and not ("offload" in less and (mine - less) & {"recompute", "recompute-layers"})
+            and (found.lack <= 1 or found.score >= self.best)
+            and not (found.stale and self.stale)
             for less, found in self.known[candidate[:7]]
         )
 
@@ -303,11 +307,13 @@ class Search:
             )
             for name, c in sorted(self.families.items())
         ]
+        known = self.state.done.values()
+        fitting = (f for f in known if f.label and f.lack <= 1 and (self.stale or not f.stale))
         return Answer(
             objective=self.objective.name,
             batch=self.batch,
-            leaders=tuple(_ranked([*self.leaders, *self.hopes])),
-            front=tuple(sorted(self.front, key=lambda f: f.peak_bytes)),
+            leaders=tuple(_ranked(self.state.done[f.key] for f in (*self.leaders, *self.hopes))),
+            front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),
             families=tuple(families),
             points=len(self.order),
@@ -324,7 +330,7 @@ def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
     All add actions or waits; only an update on the host could be quicker than the device's own, where some layer's is.
     """
     rate = max((host.memory_bytes_per_s for host in cluster.hosts), default=0.0)
-    speed = max((device.speed for device in cluster.devices), default=1.0)
+    speed = min((device.speed for device in cluster.devices), default=1.0)
     every = frozenset(savings.names())
     for layer in profile.layers:
         moved = 2 * layer.parameter_bytes + layer.gradient_bytes + 2 * layer.optimizer_bytes
@@ -335,11 +341,44 @@ def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
 
 
 def shares(plan: Plan, cluster: Cluster) -> bool:
-    """Whether anything that the plan uses has several users: links that are shared, or the cores of a host."""
+    """Whether the fast interpreter's time is only a bound: what a plan uses has several users, or replicas differ.
+
+    Several users have links that are shared, the cores of a host, and servers, which wait for all workers' gradients.
+    """
     taken = cluster.take(len(plan.device_names))
-    if len(taken.devices) == 1:
+    if len(taken.devices) == 1 and not synchronisation.get(plan.synchronisation).server:
         return False
-    return any(link.shared for link in taken.links) or any(device.shares_cores for device in taken.devices)
+    if any(link.shared for link in taken.links) or any(device.shares_cores for device in taken.devices):
+        return True
+    return bool(synchronisation.get(plan.synchronisation).server) or not _alike(plan, taken)
+
+
+def _alike(plan: Plan, cluster: Cluster) -> bool:
+    """Whether the links inside every replica of the pipeline, and to its hosts, are as quick as the first one's."""
+    if plan.replicas == 1 or plan.uneven:
+        return True  # of stages with different numbers of replicas all are walked
+
+    def figures(a: str, b: str) -> tuple[object, ...]:
+        links = (cluster.links[i] for i in cluster.path(a, b))
+        return tuple((link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in links)
+
+    host = {device.name: device.host for device in cluster.devices}
+    copying = {
+        name: (link.latency_s, link.bandwidth_bytes_per_s, link.points)
+        for link in cluster.links
+        for name, other in (link.between, link.between[::-1])
+        if host.get(name) == other
+    }
+    first = [group[0] for group in plan.groups]
+    replicas = [first[start : start + plan.depth] for start in range(0, len(first), plan.depth)]
+    looks = {
+        (
+            tuple(figures(a, b) for a, b in zip(own, (*own[1:], own[0]), strict=True) if a != b),
+            tuple(copying.get(name) for name in own),
+        )
+        for own in replicas
+    }
+    return len(looks) == 1
 
 
 def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float:
@@ -350,12 +389,9 @@ def simulated_step(profile: Profile, plan: Plan, cluster: Cluster) -> float:
 
 
 def _ranked(found: Iterable[Found]) -> list[Found]:
-    """Best first, every plan once: as it was looked at most closely."""
-    closest: dict[str, Found] = {}
-    for one in found:
-        if one.key not in closest or one.exact:
-            closest[one.key] = one
-    return sorted(closest.values(), key=lambda f: (f.score, f.key))[:LEADERS]
+    """Best first, every plan once; of equals, one whose score is certain before one whose score is a bound."""
+    distinct = {one.key: one for one in found}
+    return sorted(distinct.values(), key=lambda f: (f.score, not f.exact, f.key))[:LEADERS]
 
 
 def _least(kept: list[Found], new: Found, key: Callable[[Found], tuple[object, ...]]) -> list[Found]:

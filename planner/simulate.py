@@ -37,7 +37,10 @@ LARGE = 150_000
 
 
 class Failure(NamedTuple):
-    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew."""
+    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew.
+
+    Where it would only have waited meanwhile, nothing is lost.
+    """
 
     device: str
     at_s: float
@@ -68,6 +71,8 @@ def simulate(
     profile = tensor.seen(profile, plan.groups, cluster)
     costs = costs_of(profile, plan, program, cluster)
     way = synchronisation.get(plan.synchronisation)
+    rows = {name: row for row, group in zip(plan.devices, plan.groups, strict=True) for name in group}
+    failures = tuple(failure._replace(device=rows.get(failure.device, "")) for failure in failures)
 
     def step(prices: Costs) -> _Run:
         run = _Run(prices, plan.devices, together=not way.asynchronous, failures=failures)
@@ -156,7 +161,7 @@ class _Run:
         self.nothing = Alone(self.env)
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
-        self.failures = {f.device: f for f in failures}
+        self.failures = sorted(failures, key=lambda failure: failure.at_s)
         self.alone = [
             kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
             for kind in costs.kinds
@@ -176,7 +181,7 @@ class _Run:
         env, use = self.env, self.cores[device].use
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
         start, ready, end = self.start, self.ready, self.end
-        failure = self.failures.get(self.devices[device])
+        failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
             start[i] = now
@@ -191,9 +196,9 @@ class _Run:
                 now = env.now
             ready[i] = now if wait < 0 or wait != post else self.begun[wait]
             own = seconds[i]
-            if failure is not None and failure.at_s <= now + own:
-                yield env.timeout(max(0.0, failure.at_s - now) + failure.down_s)
-                failure = None
+            while failures and failures[0].at_s <= now + own:
+                failure = failures.pop(0)
+                yield env.timeout(max(0.0, failure.at_s + failure.down_s - now))
                 now = env.now
             if own > 0:
                 yield use(own)

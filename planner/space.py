@@ -15,7 +15,7 @@ from planner import savings, schedules, strategies, tensor
 from planner.cluster import Cluster
 from planner.errors import PlanError
 from planner.lowering import asynchronous
-from planner.placement import Question
+from planner.placement import Question, kept
 from planner.plan import Plan
 from planner.profile import Profile
 from planner.stage_costs import MEDIAN, LayerTable, layer_table
@@ -151,9 +151,9 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     """Return seconds that no plan at this point can beat.
 
     All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
-    where steps do not overlap, one micro-batch must pass through all layers one after the other, and a pipeline is
-    filled and drained. Devices that split tensors count as one, with its collectives. The fastest device's speed counts
-    for all.
+    where steps do not overlap, one micro-batch must pass through all layers one after the other (of split backwards
+    only the gradients of inputs), and a pipeline is filled and drained. Devices that split tensors count as one, with
+    its collectives. The fastest device's speed counts for all.
     """
     count = 1 if point.strategy == "single" else point.k
     speed, threads = _fastest(cluster, count)
@@ -162,18 +162,25 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     if split > 1:
         profile = _split(profile, cluster, count, split)
     table = layer_table(profile, batch // point.m, threads)
+    known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
+    depth = point.k // (point.tensor * point.replicas)
     forward = float(table.forward[MEDIAN, -1])
-    both = forward + _backward(float(table.backward[MEDIAN, -1]), table, point.strategy)
-    if "recompute" in point.savings and len(profile.layers) > 1:
-        both += float(table.forward[MEDIAN, -3])
-    forward, both = (max(0.0, passes - seams) / speed for passes in (forward, both))
+    back, way_back = float(table.backward[MEDIAN, -1]), float(table.backward[MEDIAN, -1])
+    if known is not None and known.splits:
+        back, way_back = kept(profile, ("least", batch // point.m, threads), lambda: _least_backward(table))
+    again = 0.0
+    if "recompute" in point.savings:
+        stages = point.k * max(1, point.chunks, known.chunks[0] if known else 1)
+        again = kept(profile, ("again", batch // point.m, threads, stages), lambda: _least_recompute(table, stages))
+    passes = forward, forward + way_back + again, forward + back + again
+    forward, through, both = (max(0.0, seconds - seams) / speed for seconds in passes)
     shared = point.m * both * split / count
     if _asynchronous(point.strategy):
         return shared  # micro-batches of several steps are on their way at once
-    known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
-    depth = point.k // (point.tensor * point.replicas)
-    if known is None or known.placement != "straight" or depth < 2:
+    if known is None or depth < 2:
         return max(shared, both)
+    if known.placement != "straight":
+        return max(shared, through)
     return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
 
 
@@ -184,6 +191,21 @@ def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile
         return tensor.split(profile, tuple(device.name for device in taken.devices[:ways]), taken)
     except PlanError:
         return profile
+
+
+def _least_backward(table: LayerTable) -> tuple[float, float]:
+    """Least seconds of one micro-batch's backward, whole or in two halves, and of the gradient that it passes on."""
+    whole, first, second = (
+        np.diff(sums[MEDIAN]) for sums in (table.backward, table.backward_input, table.backward_weight)
+    )
+    return float(np.minimum(whole, first + second).sum()), float(np.minimum(whole, first).sum())
+
+
+def _least_recompute(table: LayerTable, stages: int) -> float:
+    """Least seconds of repeating a micro-batch's forward: so many stages may each stop early in their last layer."""
+    again = np.diff(table.forward[MEDIAN])[:-1]
+    early = np.sort(np.maximum(0.0, again - np.diff(table.recompute[MEDIAN])[:-1]))[::-1]
+    return float(again.sum() - early[:stages].sum())
 
 
 def _filled(passing: float, both: float, depth: int, share: int) -> float:
@@ -211,14 +233,6 @@ def _asynchronous(strategy: str) -> bool:
     if strategy in schedules.names():
         return schedules.get(strategy).asynchronous
     return strategy == "pipedream-replicated" or strategy.endswith("-async")
-
-
-def _backward(whole: float, table: LayerTable, strategy: str) -> float:
-    """A backward may be computed in two halves, whose sum may be less or more than the whole."""
-    if strategy in schedules.names() and schedules.get(strategy).splits:
-        halves = table.backward_input[MEDIAN, -1] + table.backward_weight[MEDIAN, -1]
-        return min(whole, float(halves))
-    return whole
 
 
 def _seams(profile: Profile) -> float:
@@ -257,19 +271,17 @@ def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
     speeds = taken.speeds
     speed, _ = _fastest(cluster, len(plan.device_names))
     seams = _seams(profile)
-    both = table.forward[MEDIAN] + (
-        np.minimum(table.backward[MEDIAN], table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
-        if splits
-        else table.backward[MEDIAN]
-    )
+    ways = [table.forward[MEDIAN] + table.backward[MEDIAN]]
+    if splits:
+        ways.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
     ranges = plan.layer_ranges([layer.name for layer in profile.layers])
     share = plan.microbatches // plan.replicas
     found = 0.0
     for row in range(plan.depth):
         held = plan.stages_of[row]
         copies = schedules.get(plan.schedule).copies
-        work = sum(_part(both, ranges[s], profile) for s in held) / copies
-        way = table.forward[MEDIAN] if splits else both
+        work = sum(min(_part(way, ranges[s], profile) for way in ways) for s in held) / copies
+        way = table.forward[MEDIAN] if splits else ways[0]
         before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)

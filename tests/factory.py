@@ -12,7 +12,7 @@ from planner import schedules
 from planner.cluster import Cluster, Device, Host, Link
 from planner.lowering import lower
 from planner.plan import Plan, Stage
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
+from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
 from planner.program import Program
 from planner.schedules import Shape
 
@@ -36,7 +36,18 @@ def timings(per_sample_s: float, spread: float = 0.0) -> tuple[Timing, ...]:
     )
 
 
-def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0, bytes_: int = 1000) -> LayerProfile:
+def layer(
+    name: str,
+    forward_s: float,
+    backward_s: float,
+    *,
+    spread: float = 0.0,
+    bytes_: int = 1000,
+    optimizer_s: float = 0.0,
+    recompute_s: float | None = None,
+    half_s: float | None = None,
+    split: Split | None = None,
+) -> LayerProfile:
     """A layer whose times are per sample; its bytes are `bytes_` of everything."""
     return LayerProfile(
         name=name,
@@ -50,10 +61,10 @@ def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0
                 threads=1,
                 forward=timings(forward_s, spread),
                 backward=timings(backward_s, spread),
-                backward_input=timings(backward_s / 2, spread),
-                backward_weight=timings(backward_s / 2, spread),
-                recompute=timings(forward_s, spread),
-                optimizer=Timing.of(1, []),
+                backward_input=timings(backward_s / 2 if half_s is None else half_s, spread),
+                backward_weight=timings(backward_s / 2 if half_s is None else half_s, spread),
+                recompute=timings(forward_s if recompute_s is None else recompute_s, spread),
+                optimizer=Timing.of(1, [optimizer_s]),
             ),
         ),
         sizes=tuple(
@@ -69,6 +80,7 @@ def layer(name: str, forward_s: float, backward_s: float, *, spread: float = 0.0
             )
             for n in SIZES
         ),
+        split=split,
     )
 
 
@@ -79,12 +91,31 @@ def profile(
     spread: float = 0.0,
     names: Sequence[str] | None = None,
     message_bytes: int = 0,
+    bytes_: Sequence[int] | None = None,
+    optimizer_s: float = 0.0,
+    recompute_s: Sequence[float] | None = None,
+    half_s: Sequence[float] | None = None,
+    split: Split | None = None,
+    tied: tuple[tuple[str, ...], ...] = (),
     machine: Cluster | None = None,
 ) -> Profile:
     """A chain of layers with the given seconds per sample; backward takes as long as forward unless given."""
     backward_s = backward_s or forward_s
     names = names or [f"layer{i}" for i in range(len(forward_s))]
-    layers = tuple(layer(n, f, b, spread=spread) for n, f, b in zip(names, forward_s, backward_s, strict=True))
+    layers = tuple(
+        layer(
+            name,
+            forward_s[i],
+            backward_s[i],
+            spread=spread,
+            bytes_=bytes_[i] if bytes_ else 1000,
+            optimizer_s=optimizer_s,
+            recompute_s=recompute_s[i] if recompute_s else None,
+            half_s=half_s[i] if half_s else None,
+            split=split,
+        )
+        for i, name in enumerate(names)
+    )
     return Profile(
         key=KEY,
         created="2026-01-01T00:00:00+00:00",
@@ -101,7 +132,7 @@ def profile(
             )
             for i in range(len(layers) - 1)
         ),
-        tied=(),
+        tied=tied,
         whole=(),
         load=(
             Timing.of(1, []),
@@ -116,14 +147,37 @@ def profile(
 
 
 def devices(
-    count: int, *, memory_bytes: int = 10**9, latency_s: float = 0.0, bandwidth: float = 1e15, shared: bool = False
+    count: int,
+    *,
+    memory_bytes: int = 10**9,
+    latency_s: float = 0.0,
+    bandwidth: float = 1e15,
+    shared: bool = False,
+    host_bandwidth: float = 0.0,
 ) -> Cluster:
-    """Separate devices on one host, joined by one link."""
+    """Separate devices on one host, joined by one link; each with one to the host's memory if that has a bandwidth."""
+    copying = count if host_bandwidth else 0
     return Cluster(
         name=f"{count} devices",
         hosts=(Host(name="h", cores=count, memory_bytes=memory_bytes * count),),
         devices=tuple(Device(name=f"d{i}", memory_bytes=memory_bytes, host="h") for i in range(count)),
-        links=(Link(between=("h", "h"), latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, shared=shared),),
+        links=(
+            Link(between=("h", "h"), latency_s=latency_s, bandwidth_bytes_per_s=bandwidth, shared=shared),
+            *(
+                Link(between=(f"d{i}", "h"), latency_s=0.0, bandwidth_bytes_per_s=host_bandwidth, shared=False)
+                for i in range(copying)
+            ),
+        ),
+    )
+
+
+def shared_cores(cores: int, *, memory_bytes: int = 10**9) -> Cluster:
+    """A CPU that makes as many devices as it is asked for, which share its cores."""
+    return Cluster(
+        name="shared",
+        hosts=(Host(name="h", cores=cores, memory_bytes=memory_bytes),),
+        links=devices(1).links,
+        elastic=True,
     )
 
 

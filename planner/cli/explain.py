@@ -8,8 +8,8 @@ import msgspec
 import typer
 
 from planner.cli import output
-from planner.cli.search import nothing_fits
-from planner.errors import unknown
+from planner.cli.search import asked, nothing_fits
+from planner.errors import ARTEFACT, PlanError, unknown
 from planner.explain import explain as sentences
 from planner.search import Search, State
 from planner.simulate import simulate
@@ -26,6 +26,23 @@ def explain(
     store = Store(catalogue=shipped)
     searched = store.load_search()
     profile = store.load_profile(store.profile_path(searched.profile))
+    question = asked(
+        profile,
+        searched.cluster,
+        searched.batch,
+        searched.space,
+        searched.objective,
+        searched.epoch_samples,
+        searched.stale,
+    )
+    if question != searched.question:
+        raise PlanError(
+            what="the search is stale",
+            where=str(store.root / "search.json"),
+            why=f"the profile {searched.profile} has been measured again since",
+            fix="plan search",
+            code=ARTEFACT,
+        )
     searching = Search(
         profile,
         searched.cluster,

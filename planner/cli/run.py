@@ -12,7 +12,7 @@ from planner.cli import output
 from planner.cli.simulate import figures, require_same
 from planner.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.outcome import Comparison, Error, compare
-from planner.plan import Plan, Stage
+from planner.plan import Plan, Stage, unrunnable
 from planner.profile import Profile
 from planner.simulate import replay
 from planner.simulate import simulate as predict
@@ -42,6 +42,7 @@ def run(
     store = Store(catalogue=shipped)
     store.check_writable()
     wanted = store.plan(plan)
+    _check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
     measured_profile = store.load_profile(path)
@@ -122,6 +123,20 @@ def _simulated_with(store: Store, reference: str) -> str | None:
         store.catalogue is not None and name in store.catalogue.profiles()
     )
     return name if known else None
+
+
+def _check_runnable(plan: Plan) -> None:
+    """Raise `PlanError` (exit 2) for a plan that can only be simulated so far."""
+    missing = unrunnable(plan)
+    if missing is not None:
+        k = len(plan.device_names)
+        raise PlanError(
+            what=f"{plan} cannot be run yet, only simulated",
+            where=f"plan {plan}",
+            why=f"the executor does not know: {missing}",
+            fix=f"plan simulate --k {k} --m {plan.microbatches} --strategy 1f1b, then plan run best; or plan report "
+            "--simulated",
+        )
 
 
 def _check_has_model(path: Path) -> None:

@@ -17,17 +17,21 @@ from planner.cli.draw import ascii_timeline
 from planner.cluster import Cluster
 from planner.errors import NOTHING_FITS, USAGE, PlanError
 from planner.explain import cheapest_change, explain
+from planner.lowering import asynchronous
 from planner.outcome import Outcome
+from planner.plan import unrunnable
 from planner.profile import Profile
 from planner.ranking import Ranking, check
 from planner.search import Answer, Progress, Search, State
-from planner.simulate import simulate
+from planner.simulate import SAMPLES, SEED, simulate
 from planner.space import Space, space
 from planner.store import Searched, Store
 from planner.units import percent, rate, seconds, size
 
 SHOWN = 8
 """Leaders that are simulated in full and shown."""
+RUNNABLE = ("single", "naive", "balanced", "gpipe", "1f1b", "data-parallel")
+"""Strategies among whose plans are some that the executor can run."""
 
 
 def search(
@@ -85,6 +89,8 @@ def run(
     stale: bool = False,
     budget: float = float("inf"),
     restart: bool = False,
+    samples: int = SAMPLES,
+    seed: int = SEED,
     json: bool = False,
 ) -> None:
     """Search, save, and print; what `plan search` and `plan simulate` without K do."""
@@ -96,24 +102,28 @@ def run(
     measured = store.load_profile(path)
     if profile is None:
         check_fresh(measured, path)
+    store.check_writable()
     hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
-    samples = measured.batch if batch is None else batch
+    batch = measured.batch if batch is None else batch
     for number in axes.get("ks") or (1,):
-        check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=samples)
+        check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=batch)
+        hardware.take(number)
     for number in axes.get("ms") or ():
-        check(measured, k=1, m=number, batch=samples)
-    of = space(measured, hardware, samples, **axes)
-    searching = _begin(store, measured, hardware, samples, of, objective, epoch, stale, restart)
-    answer = _searched(store, searching, path.stem, budget)
+        check(measured, k=1, m=number, batch=batch)
+    of = space(measured, hardware, batch, **axes)
+    searching = _begin(store, measured, hardware, batch, of, objective, epoch, stale, restart)
+    answer = _searched(store, searching, str(path), budget)
     if not answer.leaders:
         raise nothing_fits(searching, answer)
-    outcomes = outlined(searching, answer)
+    outcomes = outlined(searching, answer, samples=samples, seed=seed)
+    if cluster is None and not measured.estimated:
+        outcomes += _runnable(searching, outcomes, budget, samples, seed)
     best = outcomes[0]
     store.save_ranking(
         Ranking(
             k=len(best.plan.device_names),
             m=best.plan.microbatches,
-            batch=samples,
+            batch=batch,
             profile=path.stem,
             cluster=hardware,
             outcomes=tuple(outcomes),
@@ -138,10 +148,7 @@ def _begin(
     restart: bool,
 ) -> Search:
     """Make a search, with what the same one has evaluated before."""
-    asked = msgspec.json.encode(
-        [__version__, profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
-    )
-    question = hashlib.sha256(asked).hexdigest()
+    question = asked(profile, cluster, batch, of, objective, epoch or batch, stale)
     state = State(question=question)
     if not restart and (store.root / "search.json").exists():
         try:
@@ -160,6 +167,12 @@ def _begin(
         stale=stale,
         state=state,
     )
+
+
+def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, epoch: int, stale: bool) -> str:
+    """Return a digest of all that a search's answer depends on."""
+    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
+    return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 
 def _searched(store: Store, searching: Search, profile: str, budget: float) -> Answer:
@@ -200,12 +213,34 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
             )
 
 
-def outlined(searching: Search, answer: Answer, count: int = SHOWN) -> list[Outcome]:
+def outlined(searching: Search, answer: Answer, *, samples: int = SAMPLES, seed: int = SEED) -> list[Outcome]:
     """Simulate the leaders in full, best first: contention, spread, memory over time."""
     outcomes = []
-    for found in answer.leaders[:count]:
-        outcomes.append(simulate(searching.profile, searching.plan(found), searching.cluster))
+    for found in answer.leaders[:SHOWN]:
+        plan = searching.plan(found)
+        outcomes.append(simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed))
     return outcomes
+
+
+def _runnable(searching: Search, outcomes: Sequence[Outcome], budget: float, samples: int, seed: int) -> list[Outcome]:
+    """Return the best plan that the executor can run, where the leaders have none: `plan run best` takes it."""
+    if any(unrunnable(outcome.plan) is None and not asynchronous(outcome.plan) for outcome in outcomes):
+        return []
+    of = searching.space
+    able = of._replace(
+        strategies=tuple(name for name in of.strategies if name in RUNNABLE),
+        tensors=(1,),
+        synchronisations=("all-reduce",),
+        savings=tuple(chosen for chosen in of.savings if chosen in ((), ("recompute",))),
+    )
+    state = State(question="", done=dict(searching.state.done))
+    again = Search(searching.profile, searching.cluster, searching.batch, able, state=state)
+    found = next(
+        (plan for plan in map(again.plan, again.run(seconds=budget).leaders) if unrunnable(plan) is None), None
+    )
+    if found is None:
+        return []
+    return [simulate(searching.profile, found, searching.cluster, samples=samples, seed=seed)]
 
 
 def nothing_fits(searching: Search, answer: Answer) -> PlanError:
@@ -290,6 +325,9 @@ def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> No
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
         output.results.print(sentence, markup=False)
+    able = next((o.plan for o in outcomes if unrunnable(o.plan) is None and not asynchronous(o.plan)), None)
+    if able is not None and able != outcomes[0].plan:
+        output.results.print(f"plan run best runs {able}; {unrunnable(outcomes[0].plan)}: simulated only, so far")
     output.results.print("next: plan explain best   (what would change the answer)")
 
 

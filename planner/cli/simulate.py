@@ -61,7 +61,23 @@ def simulate(
         axes = {"ms": (m,) if m is not None else (), "strategies": tuple(strategy or ())}
         for name in strategy or ():
             strategies.get(name)
-        run(profile=profile, cluster=cluster, batch=batch, axes=axes, stale=stale, json=json)
+        if slow_device or slow_link or fail:
+            raise PlanError(
+                what="faults are simulated for one K, not searched with",
+                where="--slow-device, --slow-link and --fail",
+                why="which device or link is meant depends on how many there are",
+                fix="give the number of devices, for example --k 4",
+            )
+        run(
+            profile=profile,
+            cluster=cluster,
+            batch=batch,
+            axes=axes,
+            stale=stale,
+            samples=samples,
+            seed=seed,
+            json=json,
+        )
         return
     m = 8 if m is None else m
     from profiles import shipped

@@ -1,0 +1,373 @@
+"""The search against brute force over the same space, its bounds against what they bound, and its being taken up."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from planner import savings as all_savings
+from planner.cluster import Cluster, Device, Host, Link
+from planner.errors import PlanError
+from planner.explain import cheapest_change, explain
+from planner.lowering import asynchronous
+from planner.objective import Reckoned
+from planner.objective import get as objective_of
+from planner.placement import Question
+from planner.plan import Plan
+from planner.profile import Profile
+from planner.savings import apply
+from planner.search import Answer, Found, Search, State, pareto, simulated_step, slowing
+from planner.simulate import capacities, simulate
+from planner.space import Candidate, Space, candidates, make, plan_bound, space
+from planner.strategies import all_strategies
+from planner.units import percent
+from tests.factory import devices, profile
+
+NAMES = tuple(s.name for s in all_strategies())
+COST = st.one_of(st.integers(1, 9).map(float), st.floats(0.5, 9.0))
+WAYS = ("all-reduce", "zero-1", "zero-2", "zero-3", "parameter-server")
+
+
+@st.composite
+def clusters(draw: st.DrawFn, most: int = 4) -> Cluster:
+    """One or two hosts of devices, equal or not, with quick or slow, shared or unshared links; or a CPU's cores."""
+    count = draw(st.integers(1, most))
+    memory = draw(st.sampled_from([8_000, 20_000, 60_000, 10**9]))
+    if draw(st.integers(0, 4)) == 0:
+        return Cluster(
+            name="cores",
+            hosts=(Host(name="h", cores=draw(st.sampled_from([2, count])), memory_bytes=memory * count),),
+            links=(Link(between=("h", "h"), latency_s=0.0, bandwidth_bytes_per_s=1e4, shared=draw(st.booleans())),),
+            elastic=True,
+        ).take(count)
+    first = draw(st.integers(1, count))
+    equal = draw(st.booleans())
+    bandwidths = st.sampled_from([3e2, 3e3, 1e12])
+    shared = draw(st.booleans())
+
+    def link(a: str, b: str) -> Link:
+        latency = draw(st.sampled_from([0.0, 0.5]))
+        return Link(between=(a, b), latency_s=latency, bandwidth_bytes_per_s=draw(bandwidths), shared=shared)
+
+    copying = draw(st.booleans())
+    made = tuple(
+        Device(
+            name=f"d{i}",
+            memory_bytes=memory if equal else draw(st.sampled_from([memory, memory // 2, 4 * memory])),
+            host="h0" if i < first else "h1",
+            speed=1.0 if equal else draw(st.sampled_from([0.5, 1.0, 2.0])),
+            price_per_hour=1.0 if equal else draw(st.sampled_from([0.5, 1.0, 3.0])),
+        )
+        for i in range(count)
+    )
+    return Cluster(
+        name="drawn",
+        hosts=tuple(Host(name=name, cores=4, memory_bytes=10**9, memory_bytes_per_s=1e4) for name in ("h0", "h1")),
+        devices=made,
+        links=(
+            *(link(a, b) for a, b in (("h0", "h0"), ("h1", "h1"), ("h0", "h1"))),
+            *(link(device.name, device.host) for device in made if copying),
+        ),
+    )
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    count = draw(st.integers(1, 5))
+
+    def each(values: st.SearchStrategy[Any]) -> Any:
+        return draw(st.lists(values, min_size=count, max_size=count))
+
+    forward, backward = each(COST), each(COST)
+    return profile(
+        forward,
+        backward,
+        bytes_=each(st.sampled_from([100, 500, 1000, 3000])),
+        message_bytes=draw(st.sampled_from([0, 100, 2000])),
+        optimizer_s=draw(st.sampled_from([0.0, 1.0])),
+        half_s=[draw(st.sampled_from([0.3, 0.5, 0.8])) * b for b in backward],
+        recompute_s=[draw(st.sampled_from([0.1, 1.0])) * f for f in forward],
+        tied=(("w", "layer0", f"layer{count - 1}"),) if count > 1 and draw(st.booleans()) else (),
+    )
+
+
+@st.composite
+def questions(draw: st.DrawFn, strategies: int = 5, savings: int = 3) -> tuple[Profile, Cluster, int, Space]:
+    """A small space: some strategies, some savings, all K and M."""
+    cluster, costs = draw(clusters()), draw(profiles())
+    batch = draw(st.sampled_from([1, 2, 4, 6]))
+    chosen = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=strategies, unique=True))
+    found = draw(st.lists(st.sampled_from(all_savings.COMBINATIONS), max_size=savings, unique=True))
+    ways = draw(st.lists(st.sampled_from(WAYS), min_size=1, max_size=2, unique=True))
+    of = space(
+        costs, cluster, batch, strategies=tuple(chosen), savings=tuple({(): None, **dict.fromkeys(found)}),
+        synchronisations=tuple(ways), chunks=(2,),
+    )  # fmt: skip
+    return costs, cluster, batch, of
+
+
+def made(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[Candidate, Plan]]:
+    """Every candidate that is a plan."""
+    found = []
+    for candidate in candidates(of, costs, cluster, batch):
+        try:
+            plan = make(candidate, costs, cluster, batch)
+            simulated_step(costs, plan, cluster)
+        except PlanError:
+            continue
+        found.append((candidate, plan))
+    return found
+
+
+def peaks(costs: Profile, plan: Plan, cluster: Cluster) -> list[float]:
+    return [point.total for point in simulate(costs, plan, cluster).peak]
+
+
+def brute_force(costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False) -> float:
+    """The best score of all, each plan simulated by itself."""
+    best = math.inf
+    for _, plan in made(costs, cluster, batch, of):
+        held = peaks(costs, plan, cluster)
+        fits = all(peak <= room for peak, room in zip(held, capacities(plan, cluster), strict=True))
+        if fits and (stale or not asynchronous(plan)):
+            step = simulated_step(costs, plan, cluster)
+            reckoned = Reckoned(step, max(held), len(plan.device_names), batch)
+            best = min(best, objective_of(objective).score(reckoned, cluster, 10))
+    return best
+
+
+@settings(max_examples=60)
+@given(questions(), st.sampled_from(["throughput", "epoch", "memory", "cost"]), st.booleans())
+def test_the_answer_is_that_of_brute_force(
+    question: tuple[Profile, Cluster, int, Space], objective: str, stale: bool
+) -> None:
+    costs, cluster, batch, of = question
+    assume(objective != "cost" or cluster.devices[0].price_per_hour > 0)
+    best = brute_force(costs, cluster, batch, of, objective, stale)
+    answer = Search(costs, cluster, batch, of, objective=objective, epoch_samples=10, stale=stale).run()
+    assert answer.complete
+    if best == math.inf:
+        assert not answer.leaders
+    else:
+        assert answer.leaders[0].exact
+        assert answer.leaders[0].score == pytest.approx(best, rel=1e-9)
+
+
+@settings(max_examples=25)
+@given(
+    profiles(),
+    st.sampled_from([2, 3]),
+    st.sampled_from([6_000, 12_000, 25_000]),
+    st.sampled_from([100.0, 1e3, 1e9]),
+    st.lists(st.sampled_from(["gpipe", "1f1b", "zb-h1", "data-parallel", "zero-3"]), min_size=1, max_size=2),
+)
+def test_all_savings_are_that_of_brute_force(
+    costs: Profile, count: int, memory_bytes: int, host_bandwidth: float, strategies: list[str]
+) -> None:
+    """Little memory, and a quick or slow link to the host's: what is not repeated has to be swapped."""
+    cluster = devices(count, memory_bytes=memory_bytes, bandwidth=1e4, host_bandwidth=host_bandwidth)
+    of = space(costs, cluster, 8, strategies=tuple(strategies), ks=(count,), ms=(4, 8))
+    best = brute_force(costs, cluster, 8, of, "throughput")
+    answer = Search(costs, cluster, 8, of).run()
+    assert (answer.leaders[0].score if answer.leaders else math.inf) == pytest.approx(best, rel=1e-9)
+
+
+def test_repeating_spares_swapping() -> None:
+    """What is repeated need not be swapped: over a slow link both savings are quicker than swapping alone."""
+    costs, cluster = profile([1.0] * 4, message_bytes=10), devices(2, memory_bytes=25_000, host_bandwidth=500.0)
+    chosen = ((), ("recompute",), ("offload",), ("recompute", "offload"))
+    of = space(costs, cluster, 16, strategies=("gpipe",), ks=(2,), ms=(16,), replicas=(1,), savings=chosen)
+    best = Search(costs, cluster, 16, of).run().leaders[0]
+    assert best.label == "gpipe-k2-m16-recompute-offload"
+    assert best.score == pytest.approx(brute_force(costs, cluster, 16, of, "throughput"))
+
+
+@settings(max_examples=40)
+@given(questions())
+def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, int, Space]) -> None:
+    costs, cluster, batch, of = question
+    for candidate, plan in made(costs, cluster, batch, of):
+        step = simulated_step(costs, plan, cluster) * (1 + 1e-9)
+        assert candidate.bound_s <= step, candidate
+        assert plan_bound(plan, costs, cluster) <= step, plan
+
+
+@settings(max_examples=40)
+@given(questions(strategies=3, savings=0), st.data())
+def test_savings_that_slow_make_no_plan_quicker(
+    question: tuple[Profile, Cluster, int, Space], data: st.DataObject
+) -> None:
+    costs, cluster, batch, of = question
+    names = data.draw(st.lists(st.sampled_from(sorted(slowing(costs, cluster))), min_size=1, max_size=2, unique=True))
+    for candidate, plan in made(costs, cluster, batch, of):
+        if asynchronous(plan):
+            continue  # their steady state is a mean over few steps
+        asked = Question(costs, cluster, candidate.k, candidate.m, batch, *candidate[3:7])
+        try:
+            saved = apply(asked, plan, tuple(names))
+            step = simulated_step(costs, saved, cluster)
+        except (PlanError, ValueError):
+            continue
+        assert step >= simulated_step(costs, plan, cluster) * (1 - 1e-9), saved
+
+
+def example(**changes: Any) -> tuple[Profile, Cluster, int, Space]:
+    """Four layers on four devices that share a link: some strategies do not fit, and sharing decides."""
+    costs = profile([1.0, 2.0, 1.0, 3.0], message_bytes=500)
+    cluster = devices(4, **{"memory_bytes": 40_000, "bandwidth": 2e3, "shared": True, **changes})
+    names = ("single", "naive", "gpipe", "1f1b", "data-parallel", "zb-h1", "zero-3", "pipedream")
+    of = space(costs, cluster, 8, strategies=names, savings=((), ("recompute",)))
+    return costs, cluster, 8, of
+
+
+class StoppedError(Exception):
+    pass
+
+
+def same(one: Answer, other: Answer) -> bool:
+    """Whether two answers agree in what they found."""
+    return [(f.key, f.score) for f in (*one.leaders[:1], *one.nearest)] == [
+        (f.key, f.score) for f in (*other.leaders[:1], *other.nearest)
+    ]
+
+
+@pytest.mark.parametrize(("objective", "count"), [("throughput", 1), ("throughput", 4), ("memory", 9), ("memory", 40)])
+def test_a_stopped_search_is_taken_up(objective: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = example()
+    whole = Search(*question, objective=objective).run()
+    looked: Counter[str] = Counter()
+    closely: Counter[str] = Counter()
+    stop = [True]
+
+    def evaluated(self: Search, candidate: Candidate) -> Found | None:
+        if stop[0] and len(looked) == count:
+            raise StoppedError
+        looked[candidate.key] += 1
+        return evaluate(self, candidate)
+
+    def looked_at(self: Search, found: Found) -> Found:
+        closely[found.key] += 1
+        return exact(self, found)
+
+    evaluate, exact = Search._evaluate, Search._exact
+    monkeypatch.setattr(Search, "_evaluate", evaluated)
+    monkeypatch.setattr(Search, "_exact", looked_at)
+    state = State(question="")
+    with pytest.raises(StoppedError):
+        Search(*question, objective=objective, state=state).run()
+    stop[0] = False
+    kept = msgspec.json.decode(msgspec.json.encode(state), type=State)
+    answer = Search(*question, objective=objective, state=kept).run()
+    assert answer.complete
+    assert same(answer, whole)
+    assert set(closely.values()) == {1}
+    # A candidate whose plan's bound rules it out is not kept: making its plan again costs less than keeping it.
+    assert {looked[key] for key in kept.done} == {1}
+
+
+def test_a_budget_stops_a_search_and_it_goes_on() -> None:
+    question = example()
+    search = Search(*question)
+    stopped = search.run(seconds=-1.0)
+    assert not stopped.complete
+    assert not stopped.leaders
+    answer = Search(*question, state=search.state).run()
+    assert answer.complete
+    assert same(answer, Search(*question).run())
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
+def test_no_member_of_the_front_is_dominated(points: list[tuple[int, int]]) -> None:
+    found = [Found(key=f"{i}", family="", step_s=float(s), peak_bytes=float(b)) for i, (s, b) in enumerate(points)]
+    front = [(int(f.step_s), int(f.peak_bytes)) for f in pareto(found)]
+    for s, b in points:
+        worse = [(x, y) for x, y in front if x <= s and y <= b]
+        assert worse, "everything is dominated by, or is, a member"
+    assert not [(p, q) for p in front for q in front if p != q and p[0] <= q[0] and p[1] <= q[1]]
+
+
+@pytest.mark.parametrize("objective", ["throughput", "memory"])
+def test_the_front_of_a_search(objective: str) -> None:
+    answer = Search(*example(), objective=objective).run()
+    front = [(f.step_s, f.peak_bytes) for f in answer.front]
+    assert front
+    assert not [(p, q) for p in front for q in front if p != q and p[0] <= q[0] and p[1] <= q[1]]
+    assert all(f.lack <= 1 and not f.stale for f in answer.front)
+    best = answer.leaders[0]
+    assert all(best.score <= f.score for f in answer.front if f.exact)
+
+
+def test_stale_plans_compete_only_if_they_may() -> None:
+    costs, cluster, batch, _ = example(memory_bytes=10**9)
+    of = space(costs, cluster, batch, strategies=("1f1b", "pipedream"), savings=((),), ks=(4,))
+    plain, stale = (Search(costs, cluster, batch, of, stale=stale).run() for stale in (False, True))
+    assert plain.leaders[0].strategy == "1f1b"
+    assert not any(f.stale for f in plain.leaders)
+    assert stale.leaders[0].strategy == "pipedream"
+    assert stale.leaders[0].score < plain.leaders[0].score
+    assert "stale" in next(f.why for f in plain.families if f.name == "pipedream")
+
+
+def test_nothing_fits() -> None:
+    """The nearest plans come first, and the change is the first one's."""
+    question = example(memory_bytes=3_000)
+    search = Search(*question)
+    answer = search.run()
+    assert answer.complete
+    assert not answer.leaders
+    assert [f.lack for f in answer.nearest] == sorted(f.lack for f in answer.nearest)
+    assert all(f.lack > 1 for f in answer.nearest)
+    least = min(f.lack for f in search.state.done.values() if f.label)
+    assert answer.nearest[0].lack == least
+    change = cheapest_change(search, answer)
+    assert f"{percent(least - 1)} more memory per device would do" in change
+    assert change.startswith(answer.nearest[0].label)
+    needed = math.ceil(3_000 * least)
+    costs, cluster, batch, of = example(memory_bytes=needed)
+    assert Search(costs, cluster, batch, of).run().leaders, "that much memory does"
+
+
+def test_everything_is_explained() -> None:
+    question = example()
+    search = Search(*question)
+    answer = search.run()
+    outcome = simulate(question[0], search.plan(answer.leaders[0]), question[1])
+    text = explain(search, answer, outcome)
+    assert text[0].startswith(f"{outcome.plan} is the best for throughput")
+    assert text[1].startswith("It is bound by")
+    assert any(sentence.startswith("The next best of another kind is") for sentence in text)
+    assert any("times slower" in sentence for sentence in text)
+    assert any("times faster" in sentence for sentence in text)
+    assert any("memory" in sentence for sentence in text[2:])
+
+
+def test_every_candidate_is_counted_once() -> None:
+    answer = Search(*example()).run()
+    assert sum(f.points for f in answer.families) == answer.points
+    for family in answer.families:
+        assert family.evaluated + family.slower + family.impossible == family.points
+
+
+def test_keys_are_read_back() -> None:
+    for candidate in candidates(example()[3], *example()[:3]):
+        assert Candidate.parse(candidate.key) == candidate._replace(bound_s=0.0)
+
+
+def test_one_replica_is_slower_than_the_others() -> None:
+    """The second replica's devices have a link with more latency: the step is that replica's."""
+    seconds = {("d0", "d1"): 1.0, ("d2", "d3"): 2.5, ("d0", "d2"): 1.0, ("d1", "d3"): 1.0}
+    links = tuple(
+        Link(between=ends, latency_s=latency, bandwidth_bytes_per_s=1e15, shared=False)
+        for ends, latency in seconds.items()
+    )
+    cluster = msgspec.structs.replace(devices(4), links=links)
+    costs = profile([1.0, 1.0], message_bytes=100)
+    of = space(costs, cluster, 4, strategies=("1f1b",), savings=((),), ks=(4,), ms=(4,), replicas=(2,))
+    best = Search(costs, cluster, 4, of).run().leaders[0]
+    assert best.score == pytest.approx(brute_force(costs, cluster, 4, of, "throughput"))
