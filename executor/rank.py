@@ -22,8 +22,8 @@ from planner.lowering import lower
 from planner.plan import Plan
 from planner.program import Action, Row, needs
 
-# DDP reduces in buckets as their gradients become ready. One bucket that holds everything makes the reduction one
-# action that follows the last backward, as the program says.
+# DDP reduces in buckets as their gradients become ready; the last one is ready when the last backward ends, where the
+# program's reduction begins. A plan without a bucket size wants one bucket that holds everything.
 _ONE_BUCKET_MIB = 1 << 20
 
 
@@ -66,7 +66,7 @@ class Rank:
             submodule = DistributedDataParallel(
                 self.module,
                 process_group=siblings[self.stage_index],
-                bucket_cap_mb=_ONE_BUCKET_MIB,
+                bucket_cap_mb=plan.bucket_bytes / 2**20 if plan.bucket_bytes else _ONE_BUCKET_MIB,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
             )

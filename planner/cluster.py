@@ -104,6 +104,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     `all_reduce` pairs bytes with the measured seconds of an all-reduce over `all_reduce_devices` devices; without
     measurements it follows from the links (ring: 2 (n - 1) messages of bytes / n).
+    Where messages are `buffered` they begin when they are sent; otherwise (rendezvous, as NCCL and large messages of
+    gloo have it) when the receive has been posted, too.
     `elastic` hosts make as many CPU devices as a plan asks for, each with its share of the threads and the memory.
     """
 
@@ -116,6 +118,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     transfer_work: tuple[tuple[int, float], ...] = ()
     all_reduce: tuple[tuple[int, float], ...] = ()
     all_reduce_devices: int = 2
+    buffered: bool = False
     elastic: bool = False
 
     def __post_init__(self) -> None:
@@ -147,6 +150,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def identity(self) -> object:
         """What this cluster's own tables are kept under elsewhere: another one may have the same name."""
         return object()
+
+    @cached_property
+    def speeds(self) -> dict[str, float]:
+        """Every device's speed by its name."""
+        return {device.name: device.speed for device in self.devices}
 
     @cached_property
     def _taken(self) -> dict[int, Cluster]:

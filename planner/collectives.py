@@ -45,8 +45,13 @@ def half(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
 
 
 def ring_ways(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """Return the links from each device to the next around the ring."""
-    return [cluster.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
+    """Return the links from each device to the next around the ring, kept with the cluster."""
+    key = "ring", devices
+    if key not in cluster.tables:
+        cluster.tables[key] = [cluster.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
+    found = cluster.tables[key]
+    assert isinstance(found, list)
+    return found
 
 
 def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:

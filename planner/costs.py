@@ -6,7 +6,7 @@ How they disturb each other (shared cores and links) is the simulator's matter.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,11 @@ class TransferKind(NamedTuple):
     """Transfers that cost the same: which, between which devices, how much.
 
     `seconds` until it is done when it has its links for itself; `work` the core seconds it takes from each end's host;
-    `ways` the links that each of its parts passes, at the same time; `busy` how long these are taken (of a collective
-    that overlaps computing, only `seconds` are waited for).
+    `ways` the links that each of its parts passes, at the same time.
+
+    What a device hands to one engine (its network, a copy engine each way) is done in turn: `lane` numbers it, -1 for
+    none, and `busy` is how long the transfer keeps it. Of a reduction that overlaps a backward, `early` seconds
+    of that lie before its begin; a gather that overlaps a forward keeps its lane after its `seconds`.
     """
 
     op: str
@@ -60,7 +63,9 @@ class TransferKind(NamedTuple):
     seconds: float
     work: float
     ways: tuple[tuple[int, ...], ...]
-    busy: float
+    lane: int = -1
+    busy: float = 0.0
+    early: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,8 @@ def costs_of(profile: Profile, plan: Plan, program: Program, cluster: Cluster, l
     Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
     """
     linked = linked or Linked(program)
+    if cluster.buffered:
+        linked = linked.buffered()
     prices = prices_of(profile, plan, program, cluster, linked)
     kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
     _price(
@@ -310,12 +317,13 @@ class _Prices:
             way = self.cluster.path(self.groups[source][0], self.groups[target][0])
             seconds = self.cluster.transfer_seconds(way, size)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
-            return TransferKind(op, stage, source, target, size, seconds, work, (way,), seconds)
+            return TransferKind(op, stage, source, target, size, seconds, work, (way,))
         if op in (OFFLOAD, FETCH):
             size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
             way = host_way(self.cluster, self.groups[source][0])
             seconds = self.cluster.transfer_seconds(way, size)
-            return TransferKind(op, stage, source, source, size, seconds, 0.0, (way,), seconds)
+            lane = 3 * source + (1 if op == OFFLOAD else 2)
+            return TransferKind(op, stage, source, source, size, seconds, 0.0, (way,), lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
         return self._collective(op, stage)
@@ -344,7 +352,9 @@ class _Prices:
                 ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
                 seconds = collectives.lead(needed, ordered)
         ways = tuple(dict.fromkeys(collectives.ring_ways(self.cluster, devices))) if len(devices) > 1 else ()
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, busy)
+        early = busy - seconds if op == REDUCE_GRAD else 0.0
+        lane = 3 * self.holders[stage][0] if len(devices) > 1 else -1
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, lane, busy, early)
 
     def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
         """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
@@ -407,7 +417,7 @@ class _Prices:
             ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
         each = size / max(1, len(self.plan.servers))
         seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
-        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(ways), seconds)
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(ways))
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
@@ -456,8 +466,8 @@ def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
 
     Raises `PlanError` (exit 5) where there is none: a CPU's memory is its host's already.
     """
-    host = next(d.host for d in cluster.devices if d.name == device)
-    way = tuple(i for i, link in enumerate(cluster.links) if set(link.between) == {device, host})
+    ways = _host_ways(cluster)
+    host, way = ways.get(device, ("its host", ()))
     if not way:
         raise PlanError(
             what=f"{device} has no link to its host's memory",
@@ -466,4 +476,14 @@ def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
             fix=f'add a [[links]] entry with between = ["{device}", "{host}"], or plan without them',
             code=DEVICE,
         )
-    return way[:1]
+    return way
+
+
+def _host_ways(cluster: Cluster) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every device's host, and the link to it where there is one; kept with the cluster."""
+    if "host ways" not in cluster.tables:
+        links = {frozenset(link.between): (i,) for i, link in reversed(list(enumerate(cluster.links)))}
+        cluster.tables["host ways"] = {
+            d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices
+        }
+    return cast("dict[str, tuple[str, tuple[int, ...]]]", cluster.tables["host ways"])

@@ -59,7 +59,9 @@ def _run(
     stuck = _walk(
         len(linked.flat),
         *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, len(OPS), shift, seconds),
-        *(np.array([kind.seconds for kind in kinds]), transfer_kind, linked.parties.copy(), np.zeros(linked.transfers)),
+        *(np.array([kind.seconds for kind in kinds]), np.array([kind.lane for kind in kinds], np.int64)),
+        *(np.array([kind.busy for kind in kinds]), np.array([kind.early for kind in kinds])),
+        *(transfer_kind, linked.parties.copy(), np.zeros(linked.transfers), np.zeros(3 * linked.devices)),
         *(linked.offsets[:-1].copy(), linked.offsets[:-1].copy(), now, ready, end),
     )
     if stuck >= 0:
@@ -74,7 +76,8 @@ def _run(
 
 @kernel
 def _walk(  # type: ignore[no-untyped-def]
-    flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind, missing, begun, at, posted, now, ready, end
+    flat, offsets, posts, waits, copies, ops, shift, seconds, price, lane, busy, early, kind, missing, begun, free,
+    at, posted, now, ready, end,
 ):  # fmt: skip
     """Let every device go on until it waits for a transfer whose last party has not posted; again until none moves.
 
@@ -82,7 +85,7 @@ def _walk(  # type: ignore[no-untyped-def]
     times costs as much as finding them. `begun` is when a transfer's last party has posted, `missing` how many parties
     have not. Of every device, `at` is the action it is at, `posted` the first that has not posted, `now` its clock.
     Devices are visited there and back, because forwards run down the pipeline and backwards up. Returns an action that
-    waits for ever, or -1.
+    waits for ever, or -1. `lane`, `busy` and `early` are as in `TransferKind`, `free` is when each lane is free again.
     """
     rows = len(offsets) - 1
     timed = len(end) > 0
@@ -102,6 +105,11 @@ def _walk(  # type: ignore[no-untyped-def]
                     missing[post] -= 1
                     begun[post] = max(begun[post], clock)
                     after = i + 1
+                    if missing[post] == 0 and lane[kind[post]] >= 0:  # in turn with what the device sent this way
+                        own = kind[post]
+                        start = max(begun[post] - early[own], free[lane[own]])
+                        free[lane[own]] = start + busy[own]
+                        begun[post] = start + early[own]
                 wait = waits[i]
                 if wait >= 0:
                     if missing[wait] > 0:

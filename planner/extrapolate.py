@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from planner import codes, schedules
+from planner import codes, schedules, synchronisation
 from planner.cluster import Cluster
 from planner.costs import costs_of
 from planner.critical_path import walk
@@ -30,8 +30,8 @@ from planner.profile import Profile
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-WORTH_IT = 4
-"""So many times longer than the longest of the three walked must a step be."""
+WORTH_IT = 64
+"""So many times longer than the longest of three walked must a step be: comparing three costs twenty walks."""
 TOLERANCE = 1e-12
 """Of a step's seconds, or a device's bytes: rounding when times are added up in another order."""
 
@@ -51,11 +51,12 @@ def extrapolate(
     """Return the step's seconds and every row's peak bytes, or None where they do not follow from shorter steps.
 
     `profile` and `cluster` are those that `costs_of` takes, `copies` how many replicas `unroll` unrolls. Schedules that
-    order by measured seconds, stages with different numbers of replicas and plans without flush are left to the full
-    walk; so are steps that are not long.
+    order by measured seconds, stages with different numbers of replicas, plans without flush and plans whose
+    micro-batches take turns on an engine are left to the full walk; so are steps that are not long.
     """
     schedule = schedules.get(plan.schedule)
-    if asynchronous(plan) or plan.uneven or schedule.measured:
+    in_turn = plan.offload or "gradients" in synchronisation.get(plan.synchronisation).shards
+    if asynchronous(plan) or plan.uneven or schedule.measured or in_turn:
         return None
     pipelines = plan.replicas * schedule.copies
     target = plan.microbatches // pipelines

@@ -54,5 +54,6 @@ def evaluate(profile: Profile, plan: Plan, cluster: Cluster, linked: Linked | No
     if asynchronous(plan):
         step_s = steady_step(plan, linked, walk(costs_of(profile, plan, linked.program, cluster, linked)).end)
     else:
-        step_s = makespan(linked, prices_of(profile, plan, linked.program, cluster, linked))
-    return Evaluation(step_s, MemoryModel(profile, plan, linked).peaks())
+        walked = linked.buffered() if cluster.buffered else linked
+        step_s = makespan(walked, prices_of(profile, plan, linked.program, cluster, walked))
+    return Evaluation(float(step_s), MemoryModel(profile, plan, linked).peaks())

@@ -7,6 +7,7 @@ actions *wait* for it.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from functools import cached_property
 
@@ -77,6 +78,16 @@ class Linked:
             *(self.flat, self.offsets, self.stages, self.microbatches, self.base, turns),
             *(self.posts, self.waits, self.copies, self.parties, self.source, self.target),
         )
+
+    def buffered(self) -> Linked:
+        """Return it with messages that begin when they are sent, whether or not their receive has been posted."""
+        found = copy.copy(self)
+        found.posts = np.where(codes.has(self.flat, *MESSAGES), -1, self.posts)
+        found.parties = self.parties.copy()
+        for op, base in self.planes:
+            if op in MESSAGES:
+                found.parties[base : base + self.slots] -= self.parties[base : base + self.slots] > 0
+        return found
 
     @property
     def transfers(self) -> int:

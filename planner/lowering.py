@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from planner import codes, schedules, synchronisation
 from planner.codes import (
@@ -36,8 +37,9 @@ from planner.schedules import Shape
 
 ONCE = 1 << 32
 """Between two updates there are all micro-batches of a step."""
-STEADY_WINDOWS = 3
-"""Steps of an asynchronous plan that are unrolled beyond those that fill its pipeline."""
+STEADY_WINDOWS, LONG_WINDOW = 3, 64
+"""Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
+has so many times more micro-batches than stages."""
 
 
 def lower(plan: Plan) -> Program:
@@ -64,7 +66,7 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     schedule, way = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     stages = len(plan.stages)
     share = _between_updates(plan)
-    rows = prefetch(communicate(compute_order(plan, replicas), stages), RECV_FORWARD, RECV_BACKWARD)
+    rows = messages(compute_order(plan, replicas), stages)
     if schedule.trains:
         rows = recompute(rows, _forgetful(plan))
         if plan.replicas > 1 or way.server:
@@ -90,7 +92,12 @@ def windows(plan: Plan) -> int:
     if not asynchronous(plan):
         return 1
     spread = bool(synchronisation.get(plan.synchronisation).server)
-    return STEADY_WINDOWS + 2 * (math.ceil(plan.depth / plan.microbatches) + spread)
+    return steady_windows(plan) + 2 * (math.ceil(plan.depth / plan.microbatches) + spread)
+
+
+def steady_windows(plan: Plan) -> int:
+    """Return how many of the unrolled steps neither fill nor drain the pipeline."""
+    return 1 if plan.microbatches >= LONG_WINDOW * plan.depth else STEADY_WINDOWS
 
 
 def actions(plan: Plan) -> int:
@@ -148,24 +155,72 @@ def communicate(rows: Order, stages: int) -> Order:
     """
     if stages == 1:
         return rows
+    return _play(rows, stages)[0]
+
+
+def messages(rows: Order, stages: int) -> Order:
+    """Add messages and post their receives early: `communicate` and `prefetch`, without a copy in between."""
+    if stages == 1:
+        return rows
+    rows, home = _play(rows, stages)
+    flat, offsets = flatten(rows)
+    _prefetch(len(flat), flat, offsets, len(home) // stages, home, _early(RECV_FORWARD, RECV_BACKWARD))
+    return cut(flat, offsets)
+
+
+def _play(rows: Order, stages: int) -> tuple[Order, Codes]:
+    """Return the rows with their messages, and the device of every stage's every micro-batch."""
     flat, offsets = flatten(rows)
     last = codes.extent(flat).microbatches
-    out = np.empty(3 * len(flat), np.int64)  # a compute needs at most a send and a receive
-    ends = 3 * offsets[:-1]
-    home, made = np.full(stages * last, -1, np.int64), np.zeros(2 * stages * last, np.int8)
-    ready = np.zeros(len(rows), np.int8)
+    home = _homes(flat, offsets, stages, last)
+    starts = np.zeros(len(offsets), np.int64)
+    _count(len(flat), flat, offsets, stages, last, home, starts)
+    np.cumsum(starts, out=starts)
+    out, ends = np.empty(starts[-1], np.int64), starts[:-1].copy()
+    made, ready = np.zeros(2 * stages * last, np.int8), np.zeros(len(rows), np.int8)
     _communicate(len(flat), flat, offsets, stages, last, home, made, offsets[:-1].copy(), ready, out, ends)
-    return tuple(out[3 * start : end] for start, end in zip(offsets[:-1], ends, strict=True))
+    return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), home
+
+
+def _homes(flat: Codes, offsets: Codes, stages: int, last: int) -> Codes:
+    """Device of every stage's every micro-batch, -1 where there is none."""
+    home = np.full(stages * last, -1, np.int64)
+    _find_homes(len(flat), flat, offsets, last, home)
+    return home
+
+
+@kernel
+def _find_homes(flat, offsets, last, home):  # type: ignore[no-untyped-def]
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            if flat[i] >> 56 == 0:
+                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
+    return 0
+
+
+@kernel
+def _count(flat, offsets, stages, last, home, lengths):  # type: ignore[no-untyped-def]
+    """Count, one place further, what every row will hold."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            lengths[d + 1] += 1
+            op = flat[i] >> 56
+            at = (flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1
+            target = -1
+            if op == 0 and at < (stages - 1) * last:
+                target = home[at + last]
+            if 1 <= op <= 2 and at >= last:
+                target = home[at - last]
+            if target >= 0 and target != d:
+                lengths[d + 1] += 1
+                lengths[target + 1] += 1
+    return 0
 
 
 @kernel
 def _communicate(flat, offsets, stages, last, home, made, at, ready, out, ends):  # type: ignore[no-untyped-def]
     """Play the rows in rounds; `made` marks outputs (forward, then gradients), `home` the device of a micro-batch."""
     rows = len(offsets) - 1
-    for d in range(rows):
-        for i in range(offsets[d], offsets[d + 1]):
-            if flat[i] >> 56 == 0:
-                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
     moved = True
     while moved:
         moved = False
@@ -232,25 +287,24 @@ def prefetch(rows: Order, *wanted: str) -> Order:
     1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
     """
     flat, offsets = flatten(rows)
-    early = np.array([op in wanted for op in codes.OPS], np.int8)
+    early = _early(*wanted)
     present, stages, last = codes.extent(flat)
     if not present[early > 0].any():
         return rows
     if any(np.shares_memory(flat, row) for row in rows[:1]):
         flat = flat.copy()
-    home = np.full(stages * last, -1, np.int64)
-    _prefetch(len(flat), flat, offsets, last, home, early)
+    _prefetch(len(flat), flat, offsets, last, _homes(flat, offsets, stages, last), early)
     return cut(flat, offsets)
+
+
+def _early(*wanted: str) -> npt.NDArray[np.int8]:
+    return np.array([op in wanted for op in codes.OPS], np.int8)
 
 
 @kernel
 def _prefetch(flat, offsets, last, home, early):  # type: ignore[no-untyped-def]
     """Move `early` operations in place, over at most one compute; 5 to 8 are messages, 6 and 8 receives."""
     rows = len(offsets) - 1
-    for d in range(rows):
-        for i in range(offsets[d], offsets[d + 1]):
-            if flat[i] >> 56 == 0:
-                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
     for d in range(rows):
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i]

@@ -73,6 +73,7 @@ class MemoryModel:
         width = len(self.of) * len(OPS)
         self.change = np.zeros((width, len(KINDS)))
         self.inside, self.inside_first = np.zeros(width), np.zeros(width)
+        self.inputs, self.output_gradients = self._received(RECV_FORWARD), self._received(RECV_BACKWARD)
         for stage in range(len(self.of)):
             self._describe(stage)
 
@@ -153,12 +154,16 @@ class MemoryModel:
 
     def _receives(self, stage: int) -> tuple[bool, bool]:
         """Whether a stage's input and its output's gradient come from another device."""
-        found = []
-        for op in (RECV_FORWARD, RECV_BACKWARD):
-            base = int(self.linked.base[codes.NUMBER[op]])
-            own = slice(base + stage * self.linked.microbatches, base + (stage + 1) * self.linked.microbatches)
-            found.append(base >= 0 and bool(self.linked.parties[own].any()))
-        return found[0], found[1]
+        return bool(self.inputs[stage]), bool(self.output_gradients[stage])
+
+    def _received(self, op: str) -> npt.NDArray[np.bool_]:
+        """Which stages receive such messages."""
+        base = int(self.linked.base[codes.NUMBER[op]])
+        if base < 0:
+            return np.zeros(len(self.of), bool)
+        parties = self.linked.parties[base : base + self.linked.slots].reshape(self.linked.stages, -1)
+        found: npt.NDArray[np.bool_] = parties.max(axis=1) > 0
+        return found
 
     @property
     def freed(self) -> Floats:

@@ -40,7 +40,7 @@ def outline(profile: Profile, plan: Plan, cluster: Cluster) -> Outcome:
             Event(row, COMPUTE, str(action), ready, ready, end)
             for row, (action, ready, end) in zip(where, every, strict=True)
         )
-        memory = MemoryModel(seen, plan, linked).curve(walked.ready, walked.end)  # type: ignore[arg-type]
+        memory = MemoryModel(seen, plan, linked).curve(walked.ready.tolist(), walked.end.tolist())
     else:
         events = ()
         memory = tuple(

@@ -368,9 +368,13 @@ def _plan(
     depth, names = len(ranges) // chunks, [device.name for device in q.devices]
     layers = [layer.name for layer in q.profile.layers]
 
-    def group(replica: int, home: int) -> list[str]:
-        first = (replica * depth + home) * q.tensor
-        return names[first : first + q.tensor]
+    def held(s: int) -> tuple[str, ...]:
+        """The devices of stage s: replica by replica its home, or homes, each a group of `tensor`."""
+        homes, width = chosen.homes(s, depth), q.tensor
+        if len(homes) == width == 1:
+            return tuple(names[homes[0] :: depth])
+        firsts = [(replica * depth + home) * width for replica in range(q.replicas) for home in homes]
+        return tuple(name for first in firsts for name in names[first : first + width])
 
     return Plan(
         strategy=strategy,
@@ -378,7 +382,7 @@ def _plan(
         stages=tuple(
             Stage(
                 layers=tuple(layers[i] for i in own),
-                devices=tuple(n for r in range(q.replicas) for home in chosen.homes(s, depth) for n in group(r, home)),
+                devices=held(s),
             )
             for s, own in enumerate(ranges)
         ),

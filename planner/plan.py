@@ -6,6 +6,7 @@ It knows no costs. `planner.lowering` turns it into a program.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -84,11 +85,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
         if synchronisation.get(self.synchronisation).server and not self.servers and self.replicas > 1:
             raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
-        if len({name for group in self.groups for name in group}) != sum(len(group) for group in self.groups):
+        if len(set(self.device_names)) != len(self.device_names):
             raise ValueError("stages: a device holds more than its share of the stages")
-        if synchronisation.get(self.synchronisation).server == "devices":
-            if strangers := set(self.servers) - set(self.device_names):
-                raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
+        strangers = set(self.servers) - set(self.device_names)
+        if synchronisation.get(self.synchronisation).server == "devices" and strangers:
+            raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
         if self.recompute and self.recompute_layers:
             raise ValueError("recompute_layers: recompute forgets all layers already")
         if self.batch % self.microbatches:
@@ -143,17 +144,26 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         if self.uneven:
             return tuple(group for stage in self.stages for group in self._cut(stage))
+        depth, schedule = self.depth, self._schedule
+        if schedule.copies == 1:  # device d's first stage is stage d, wherever its others come from
+            for s, stage in enumerate(self.stages[depth:], depth):
+                (home,) = schedule.homes(s, depth)
+                if stage.devices != self.stages[home].devices:
+                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with stage {home}")
+            return tuple(group for row in zip(*map(self._cut, self.stages[:depth]), strict=True) for group in row)
         rows: dict[int, tuple[str, ...]] = {}
         for s, stage in enumerate(self.stages):
-            homes = self._schedule.homes(s, self.depth)
+            homes = schedule.homes(s, depth)
             for index, group in enumerate(self._cut(stage)):
                 replica, copy = divmod(index, len(homes))
-                row = replica * self.depth + homes[copy]
+                row = replica * depth + homes[copy]
                 if rows.setdefault(row, group) != group:
                     raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with {rows[row]}")
         return tuple(rows[row] for row in sorted(rows))
 
     def _cut(self, stage: Stage) -> list[tuple[str, ...]]:
+        if self.tensor == 1:
+            return [(name,) for name in stage.devices]
         return [stage.devices[i : i + self.tensor] for i in range(0, len(stage.devices), self.tensor)]
 
     @property
@@ -161,10 +171,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """A name for every row of the program: its device, or the first and the last of its group."""
         return tuple(group[0] if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in self.groups)
 
-    @property
+    @functools.cached_property
     def device_names(self) -> tuple[str, ...]:
         """All devices, group by group."""
-        return tuple(name for group in self.groups for name in group)
+        return tuple(itertools.chain.from_iterable(self.groups))
 
     @property
     def samples(self) -> int:
@@ -174,6 +184,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @functools.cached_property
     def stages_of(self) -> tuple[tuple[int, ...], ...]:
         """Stages that every row holds."""
+        if not self.uneven and self._schedule.copies == 1:
+            first: list[list[int]] = [[] for _ in range(self.depth)]
+            for s in range(len(self.stages)):
+                first[self._schedule.homes(s, self.depth)[0]].append(s)
+            return tuple(map(tuple, first)) * self.replicas
         rows = {group: row for row, group in enumerate(self.groups)}
         held: list[list[int]] = [[] for _ in self.groups]
         for s, stage in enumerate(self.stages):

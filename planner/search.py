@@ -26,7 +26,7 @@ from planner.objective import Reckoned
 from planner.plan import Plan
 from planner.profile import Profile
 from planner.simulate import capacities, stepped
-from planner.space import Candidate, Space, candidates, make, plan_bound
+from planner.space import Candidate, Space, bare, candidates, make, plan_bound
 
 LEADERS = 12
 """Plans that a search keeps beside the best."""
@@ -240,10 +240,11 @@ class Search:
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where its plan cannot beat the best."""
         try:
-            plan = make(candidate, self.profile, self.cluster, self.batch)
+            plan = bare(candidate, self.profile, self.cluster, self.batch)
             bound_s = plan_bound(plan, self.profile, self.cluster)
             if self._score(plan, bound_s, 0.0) >= self.best:
                 return None
+            plan = make(candidate, self.profile, self.cluster, self.batch) if candidate.savings else plan
             step_s, peaks = evaluate(self.profile, plan, self.cluster)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")

@@ -23,7 +23,7 @@ from planner.memory import MemoryModel
 from planner.outcome import Outcome
 from planner.plan import Plan
 from planner.profile import Profile
-from planner.resources import Alone, FairShare, Process
+from planner.resources import Alone, FairShare, Process, Then
 from planner.steady import steady_step
 from planner.trace import COMPUTE, LINK, Event, Trace
 
@@ -150,13 +150,15 @@ class _Run:
         self.posts, self.waits, self.copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
         self.missing: list[int] = linked.parties.tolist()
         self.kind_of: list[int] = costs.transfer_kind.tolist()
-        self.done: dict[int, bool] = {}
+        self.done = bytearray(linked.transfers)
         self.waiting: dict[int, simpy.Event] = {}
         self.begun: dict[int, float] = {}
+        self.free: dict[int, float] = {}
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
         self.links = _links(self.env, costs.cluster)
         self.cores = _cores(self.env, costs)
+        self.nothing = Alone(self.env)
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
@@ -176,24 +178,32 @@ class _Run:
         return max(self.end, default=0.0)
 
     def device(self, device: int) -> Process:
-        env, cores = self.env, self.cores[device]
+        env, use = self.env, self.cores[device].use
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
+        start, ready, end = self.start, self.ready, self.end
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
+        now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
-            self.start[i] = env.now
-            if posts[i] >= 0:
-                self.post(posts[i])
-            if waits[i] >= 0 and waits[i] not in done:
-                yield self.wait(waits[i])
-            if copies[i] >= 0 and copies[i] not in done:
-                yield self.wait(copies[i])
-            self.ready[i] = env.now if waits[i] < 0 or waits[i] != posts[i] else self.begun[waits[i]]
-            while failures and failures[0].at_s <= env.now + seconds[i]:
+            start[i] = now
+            post, wait, copy = posts[i], waits[i], copies[i]
+            if post >= 0:
+                self.post(post)
+            if wait >= 0 and not done[wait]:
+                yield self.wait(wait)
+                now = env.now
+            if copy >= 0 and not done[copy]:
+                yield self.wait(copy)
+                now = env.now
+            ready[i] = now if wait < 0 or wait != post else self.begun[wait]
+            own = seconds[i]
+            while failures and failures[0].at_s <= now + own:
                 failure = failures.pop(0)
-                yield env.timeout(max(0.0, failure.at_s + failure.down_s - env.now))
-            if seconds[i] > 0:
-                yield cores.use(seconds[i])
-            self.end[i] = env.now
+                yield env.timeout(max(0.0, failure.at_s + failure.down_s - now))
+                now = env.now
+            if own > 0:
+                yield use(own)
+                now = env.now
+            end[i] = now
 
     def wait(self, transfer: int) -> simpy.Event:
         """Return the event of a transfer's end; several devices may wait for one."""
@@ -208,45 +218,67 @@ class _Run:
             return
         number = self.kind_of[transfer]
         kind = self.costs.kinds[number]
-        self.begun[transfer] = self.env.now
+        now = begun = self.env.now
+        if kind.lane >= 0:
+            start = max(now - kind.early, self.free.get(kind.lane, 0.0))
+            self.free[kind.lane] = start + kind.busy
+            begun = start + kind.early
+        self.begun[transfer] = begun
         if self.alone[number]:
-            timer = self.env.timeout(kind.seconds)
-            timer.callbacks.append(partial(self.finish, transfer))
+            self.env.timeout(begun - now + kind.seconds).callbacks.append(partial(self.finish, transfer))
+        elif begun > now:
+            self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(kind, partial(self.finish, transfer)))
+        elif kind.op == PUSH:
+            self.env.process(self.push(transfer, kind))
         else:
-            self.env.process(self.transfer(transfer, kind))
+            self.begin(kind, partial(self.finish, transfer))
 
     def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
         """Let those go on who wait for it."""
         self.moved.append((transfer, self.begun[transfer], self.env.now))
         self.done[transfer] = True
-        if transfer in self.waiting:
-            self.waiting[transfer].succeed()
+        waiting = self.waiting.get(transfer)
+        if waiting is not None:
+            waiting.succeed()
 
-    def transfer(self, transfer: int, kind: TransferKind) -> Process:
-        shares = [self.links[index].use(kind.seconds) for way in kind.ways for index in way] if kind.seconds > 0 else []
-        if not shares and kind.seconds > 0:
-            shares = [self.env.timeout(kind.seconds)]
-        if kind.work > 0 and self.cores[kind.source] is self.cores[kind.target]:
-            shares.append(self.cores[kind.source].use(2 * kind.work))
-        elif kind.work > 0:
-            shares += [self.cores[end].use(kind.work) for end in (kind.source, kind.target)]
-        if len(shares) == 1:
-            yield shares[0]
-        elif shares:
-            yield simpy.AllOf(self.env, shares)
-        if kind.op == PUSH:
-            self.pushed.setdefault(kind.stage, []).append(transfer)
-            mine = self.pushed[kind.stage]
-            if self.together and len(mine) % self._workers(kind.stage):
-                return  # the last one updates
-            pushed = mine[-self._workers(kind.stage) :] if self.together else [transfer]
-            with self.server.request() as turn:
-                yield turn
-                yield self.env.timeout(self.costs.applying[kind.stage])
-            for each in pushed:
-                self.finish(each)
-        else:
-            self.finish(transfer)
+    def begin(self, kind: TransferKind, then: Then) -> None:
+        """Serve a transfer on its links and on its ends' cores; call `then` with the last of these parts."""
+        cores, seconds, work = self.cores, kind.seconds, kind.work
+        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
+        if seconds > 0 and not parts:
+            parts = [(self.nothing, seconds)]
+        if work > 0 and cores[kind.source] is cores[kind.target]:
+            parts.append((cores[kind.source], 2 * work))
+        elif work > 0:
+            parts += [(cores[kind.source], work), (cores[kind.target], work)]
+        left = len(parts)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                then()
+
+        for part, share in parts:
+            part.serve(share, done)
+        if not parts:
+            self.nothing.serve(0.0, then)
+
+    def push(self, transfer: int, kind: TransferKind) -> Process:
+        """Bring gradients to a server, which updates its parameters with them."""
+        brought = self.env.event()
+        self.begin(kind, brought.succeed)
+        yield brought
+        self.pushed.setdefault(kind.stage, []).append(transfer)
+        mine = self.pushed[kind.stage]
+        if self.together and len(mine) % self._workers(kind.stage):
+            return  # the last one updates
+        pushed = mine[-self._workers(kind.stage) :] if self.together else [transfer]
+        with self.server.request() as turn:
+            yield turn
+            yield self.env.timeout(self.costs.applying[kind.stage])
+        for each in pushed:
+            self.finish(each)
 
     def _workers(self, stage: int) -> int:
         pushes = self.linked.flat >> codes.STAGE == codes.code(PUSH, stage) >> codes.STAGE

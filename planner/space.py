@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from planner import savings, schedules, strategies, tensor
 from planner.cluster import Cluster
+from planner.errors import PlanError
 from planner.lowering import asynchronous
 from planner.placement import Question, kept
 from planner.plan import Plan
@@ -120,10 +121,14 @@ def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Ite
                         for m in of.ms:
                             if m % replicas or batch % m:
                                 continue
+                            bounds: dict[bool, float] = {}
                             for way in of.synchronisations if replicas > 1 else ("",):
                                 for chosen in of.savings:
                                     point = Candidate(name, k, m, replicas, chunks, ways, way, chosen)
-                                    yield point._replace(bound_s=bound(point, profile, cluster, batch))
+                                    more = "recompute" in chosen  # all else that is saved costs nothing for sure
+                                    if more not in bounds:
+                                        bounds[more] = bound(point, profile, cluster, batch)
+                                    yield point._replace(bound_s=bounds[more])
 
 
 _FIXED = {"single": 1, "data-parallel": 1, "naive": 1, "balanced": 1}
@@ -147,11 +152,15 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
 
     All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
     where steps do not overlap, one micro-batch must pass through all layers one after the other (of split backwards
-    only the gradients of inputs), at most t times as fast where tensors are split over t devices, and a pipeline is
-    filled and drained. The fastest device's speed counts for all.
+    only the gradients of inputs), and a pipeline is filled and drained. Devices that split tensors count as one, with
+    its collectives. The fastest device's speed counts for all.
     """
     count = 1 if point.strategy == "single" else point.k
     speed, threads = _fastest(cluster, count)
+    split = count if point.strategy == "tensor-parallel" else point.tensor
+    seams = _seams(profile)
+    if split > 1:
+        profile = _split(profile, cluster, count, split)
     table = layer_table(profile, batch // point.m, threads)
     known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
     depth = point.k // (point.tensor * point.replicas)
@@ -163,10 +172,8 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     if "recompute" in point.savings:
         stages = point.k * max(1, point.chunks, known.chunks[0] if known else 1)
         again = kept(profile, ("again", batch // point.m, threads, stages), lambda: _least_recompute(table, stages))
-    seams = _seams(profile)
     passes = forward, forward + way_back + again, forward + back + again
-    split = point.k if point.strategy == "tensor-parallel" else point.tensor
-    forward, through, both = (max(0.0, seconds - seams) / speed / split for seconds in passes)
+    forward, through, both = (max(0.0, seconds - seams) / speed for seconds in passes)
     shared = point.m * both * split / count
     if _asynchronous(point.strategy):
         return shared  # micro-batches of several steps are on their way at once
@@ -175,6 +182,15 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
     if known.placement != "straight":
         return max(shared, through)
     return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
+
+
+def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
+    """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
+    taken = cluster.take(count)
+    try:
+        return tensor.split(profile, tuple(device.name for device in taken.devices[:ways]), taken)
+    except PlanError:
+        return profile
 
 
 def _least_backward(table: LayerTable) -> tuple[float, float]:
@@ -231,19 +247,29 @@ def _seams(profile: Profile) -> float:
 def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
     question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
-    plan = strategies.get(point.strategy).spread(question)
-    return savings.apply(question, plan, point.savings)
+    return savings.apply(question, bare(point, profile, cluster, batch), point.savings)
+
+
+def bare(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
+    """Return the plan at a point without its savings. Raises `PlanError` where there is none."""
+    question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
+    return strategies.get(point.strategy).spread(question)
 
 
 def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
-    """Return seconds that this plan cannot beat: its busiest row's computing, behind the forwards that lead there."""
+    """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
+
+    A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
+    are whole, that stage's backward, before those of all earlier stages.
+    """
     if plan.uneven:
         return 0.0
     profile = tensor.seen(profile, plan.groups, cluster.take(len(plan.device_names)))
     table = layer_table(profile, plan.samples, plan.threads)
     splits = schedules.get(plan.schedule).splits
-    names = {device.name: device for device in cluster.take(len(plan.device_names)).devices}
-    speed = max(device.speed for device in names.values())
+    taken = cluster.take(len(plan.device_names))
+    speeds = taken.speeds
+    speed, _ = _fastest(cluster, len(plan.device_names))
     seams = _seams(profile)
     ways = [table.forward[MEDIAN] + table.backward[MEDIAN]]
     if splits:
@@ -255,8 +281,9 @@ def plan_bound(plan: Plan, profile: Profile, cluster: Cluster) -> float:
         held = plan.stages_of[row]
         copies = schedules.get(plan.schedule).copies
         work = sum(min(_part(way, ranges[s], profile) for way in ways) for s in held) / copies
-        before = table.forward[MEDIAN, ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
-        own = names[plan.groups[row][0]].speed
+        way = table.forward[MEDIAN] if splits else ways[0]
+        before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return found
 

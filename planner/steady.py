@@ -8,7 +8,7 @@ import numpy.typing as npt
 from planner import codes
 from planner.codes import BACKWARD, BACKWARD_WEIGHT, FORWARD
 from planner.linking import Linked
-from planner.lowering import STEADY_WINDOWS, windows
+from planner.lowering import steady_windows, windows
 from planner.plan import Plan
 
 
@@ -16,10 +16,11 @@ def steady_step(plan: Plan, linked: Linked, end: npt.NDArray[np.float64]) -> flo
     """Return the seconds between two steps in the middle of an unrolled asynchronous program.
 
     A step of M micro-batches is over when the first stage has had all of their backwards. The first steps fill the
-    pipeline and the last drain it; between them lie `STEADY_WINDOWS`, over which the mean is taken.
+    pipeline and the last drain it; between them lie `steady_windows(plan)`, over which the mean is taken.
     """
     count = windows(plan)
-    edge = (count - STEADY_WINDOWS) // 2
+    steady = steady_windows(plan)
+    edge = (count - steady) // 2
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
     backward = codes.has(linked.flat, BACKWARD, BACKWARD_WEIGHT)
     last = backward if backward.any() else codes.has(linked.flat, FORWARD)
@@ -27,4 +28,4 @@ def steady_step(plan: Plan, linked: Linked, end: npt.NDArray[np.float64]) -> flo
     window = codes.microbatches(linked.flat[first]) % (share * count) // share
     done = np.zeros(count)
     np.maximum.at(done, window, end[first])
-    return float(done[count - 1 - edge] - done[edge - 1]) / STEADY_WINDOWS
+    return float(done[count - 1 - edge] - done[edge - 1]) / steady

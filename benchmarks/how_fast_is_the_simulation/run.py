@@ -1,51 +1,515 @@
-"""How fast is the simulation? Seconds per plan at K=8, M=32: one SimPy pass, and a whole prediction.
+"""How fast is the simulation? Every question's figures, with its target beside them.
 
-    .venv/bin/python benchmarks/how_fast_is_the_simulation/run.py PROFILE.json
+    python benchmarks/how_fast_is_the_simulation/run.py [--json] [--quick]
 
-PROFILE.json is what `plan profile` saved; the plans are those of `plan simulate --k 8 --m 32`.
+It needs no measured profile: a chain of layers is made here. Figures are medians of rounds in which everything that is
+compared takes its turn. Exits 7 when a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import os
+import platform
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
-from planner.costs import costs_of
-from planner.lowering import lower
-from planner.ranking import rank
-from planner.simulate import interpret, simulate
-from planner.store import Store
+import msgspec
+import numpy as np
+import simpy
+
+from planner import cluster as clusters
+from planner import extrapolate, schedules
+from planner.cluster import Cluster, Device, Host, Link
+from planner.costs import Costs, Prices, costs_of, prices_of
+from planner.critical_path import makespan
+from planner.fast import evaluate
+from planner.linking import Linked
+from planner.lowering import unroll
+from planner.memory import MemoryModel
+from planner.plan import Plan, Stage
+from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
+from planner.search import Search
+from planner.simulate import _Run as SimPyPass
+from planner.simulate import simulate
+from planner.space import space
+from profiles import shipped
+
+MISSED = 7
+ROUNDS, QUICK_ROUNDS = 7, 3
+
+SMALLEST_RATE = 50e6
+"""Actions per second of the critical path with peak memory."""
+LARGEST_BUILDING = 1.0
+"""Building a program, in times of simulating it."""
+SMALLEST_SHARE = 1 / 3
+"""Of the plain model's actions per second."""
+LONG_S, WIDE_S, PLAN_S, SEARCH_S = 1.0, 10.0, 0.1, 20.0
+LARGEST_ERROR = 1e-9
+LARGEST_BYTES = 2 * 1024**3
+
+FORWARD_S, BACKWARD_S = 1e-3, 2e-3
+SIZES = (1, 2, 4, 8)
+KIBIBYTE = 1024
+PASSES = ("forward", "backward", "backward_input", "backward_weight", "recompute")
+MESSAGE_BYTES = 1000
 
 
-def median_s(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of some work."""
-    times = []
-    for _ in range(repeats):
+class Figure(NamedTuple):
+    """One number; `target` is the most it may be, or the least where `least` says so. None: for information."""
+
+    question: str
+    name: str
+    value: float
+    unit: str
+    target: float | None = None
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        if self.target is None:
+            return True
+        return self.value >= self.target if self.least else self.value <= self.target
+
+
+# What is simulated
+
+
+def profile_of(layers: int, *, spread: float = 0.0) -> Profile:
+    """A chain of layers that take nearly the same time, some a little more, as layers do."""
+
+    def timings(seconds: float) -> tuple[Timing, ...]:
+        return tuple(
+            Timing(
+                samples=n,
+                low_s=seconds * n * (1 - spread),
+                lower_s=seconds * n * (1 - spread / 2),
+                median_s=seconds * n,
+                upper_s=seconds * n * (1 + spread / 2),
+                high_s=seconds * n * (1 + spread),
+            )
+            for n in SIZES
+        )
+
+    def layer(name: str, scale: float, bytes_: int) -> LayerProfile:
+        return LayerProfile(
+            name=name,
+            parameter_bytes=bytes_,
+            buffer_bytes=0,
+            gradient_bytes=bytes_,
+            optimizer_bytes=2 * bytes_,
+            optimizer_peak_bytes=0,
+            times=(
+                LayerTimes(
+                    threads=1,
+                    forward=timings(scale * FORWARD_S),
+                    backward=timings(scale * BACKWARD_S),
+                    backward_input=timings(scale * BACKWARD_S / 2),
+                    backward_weight=timings(scale * BACKWARD_S / 2),
+                    recompute=timings(scale * FORWARD_S),
+                    optimizer=Timing.of(1, []),
+                ),
+            ),
+            sizes=tuple(
+                LayerSizes(
+                    samples=n,
+                    saved_bytes=bytes_ * n,
+                    output_bytes=bytes_ * n,
+                    output_saved=True,
+                    forward_peak_bytes=2 * bytes_ * n,
+                    backward_first_peak_bytes=bytes_ * n + bytes_,
+                    backward_peak_bytes=bytes_ * n,
+                    flop=1000 * n,
+                )
+                for n in SIZES
+            ),
+        )
+
+    return Profile(
+        key=ProfileKey(
+            model="chain", source_sha256="0" * 64, device="none", dtype="float32", cores=1, torch="", python=""
+        ),
+        created="2026-01-01T00:00:00+00:00",
+        model_path="chain.py",
+        layers=tuple(layer(f"layer{i}", 1 + 0.01 * (i * 7 % 5), MESSAGE_BYTES) for i in range(layers)),
+        loss=layer("loss", 0.0, 0),
+        values=tuple(
+            Value(
+                name=f"v{i}",
+                source=i,
+                targets=(i + 1,),
+                bytes_at=tuple((n, MESSAGE_BYTES * n) for n in SIZES),
+                gradient=True,
+            )
+            for i in range(layers - 1)
+        ),
+        tied=(),
+        whole=(),
+        load=(Timing.of(1, []), Timing.of(8, [])),
+        batch_bytes=((1, 0, 0), (8, 0, 0)),
+        batch=8,
+        action_s=0.0,
+        noise=0.0,
+        machine=separate(layers),
+    )
+
+
+def separate(count: int, *, shared: bool = False) -> Cluster:
+    """Devices that compute for themselves, on one network: of links that nobody shares, or one that all do."""
+    return Cluster(
+        name=f"{count} devices",
+        hosts=(Host(name="h", cores=count, memory_bytes=10**9 * count),),
+        devices=tuple(Device(name=f"d{i}", memory_bytes=10**9, host="h") for i in range(count)),
+        links=(Link(between=("h", "h"), latency_s=1e-5, bandwidth_bytes_per_s=1e8, shared=shared),),
+    )
+
+
+def processes(count: int) -> Cluster:
+    """Processes on one host that share its cores and its network, messages taking cores as well."""
+    return Cluster(
+        name=f"{count} processes",
+        hosts=(Host(name="h", cores=count, memory_bytes=10**9 * count, slowdown=((1, 1.0), (count, 1.25))),),
+        links=separate(1, shared=True).links,
+        transfer_work=((0, 5e-6), (MESSAGE_BYTES, 1e-5)),
+        elastic=True,
+    ).take(count)
+
+
+def plan_of(schedule: str, devices: int, microbatches: int, chunks: int = 1) -> Plan:
+    """One layer per stage, one sample per micro-batch."""
+    chosen = schedules.get(schedule)
+    stages = tuple(
+        Stage(layers=(f"layer{s}",), devices=tuple(f"d{home}" for home in chosen.homes(s, devices)))
+        for s in range(devices * chunks)
+    )
+    return Plan(
+        strategy=schedule,
+        schedule=schedule,
+        stages=stages,
+        microbatches=microbatches,
+        batch=microbatches,
+        chunks=chunks,
+    )
+
+
+def plain_gpipe(stages: int, microbatches: int) -> float:
+    """GPipe as one writes it after SimPy's tutorial: a process per stage, a store per neighbour. Returns its end."""
+    env = simpy.Environment()
+    forward, backward = ([simpy.Store(env) for _ in range(stages)] for _ in range(2))
+
+    def stage(s: int) -> Generator[simpy.Event, Any, None]:
+        for m in range(microbatches):
+            if s > 0:
+                yield forward[s].get()
+            yield env.timeout(FORWARD_S)
+            if s < stages - 1:
+                yield forward[s + 1].put(m)
+        for m in range(microbatches):
+            if s < stages - 1:
+                yield backward[s].get()
+            yield env.timeout(BACKWARD_S)
+            if s > 0:
+                yield backward[s - 1].put(m)
+
+    for s in range(stages):
+        env.process(stage(s))
+    env.run()
+    return float(env.now)
+
+
+def plain_actions(stages: int, microbatches: int) -> int:
+    """Its forwards, backwards, puts and gets: those that a program calls F, B, SEND and RECV."""
+    return 2 * microbatches * stages + 4 * microbatches * (stages - 1)
+
+
+# How it is measured
+
+
+def medians(rounds: int, **work: Callable[[], object]) -> dict[str, float]:
+    """Median seconds of each, all taking turns in every round, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, function in work.items():
+            gc.collect()  # nobody pays for what the others left
+            begin = time.perf_counter()
+            function()
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds of some work, once."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+# The questions
+
+
+FIRST = """
+import runpy, sys, time
+plan_of, profile_of, separate = (runpy.run_path(sys.argv[1])[n] for n in ("plan_of", "profile_of", "separate"))
+from planner.fast import evaluate
+from planner.linking import Linked
+from planner.lowering import unroll
+plan, profile, cluster = plan_of("1f1b", 8, 2048), profile_of(8), separate(8)
+for turn in range(2):
+    begin = time.perf_counter()
+    import numba  # else the first small loops run as Python
+    evaluate(profile, plan, cluster, Linked(unroll(plan)))
+    print(time.perf_counter() - begin)
+"""
+"""A process that evaluates a plan twice and says how long each took."""
+
+
+def compiling(quick: bool) -> Iterator[Figure]:
+    """How long does the first evaluation take where code is still to be compiled, or was kept by another process?"""
+    question = "compiled code, 90,122 actions"
+
+    def process(cache: str) -> list[float]:
+        found = subprocess.run(
+            [sys.executable, "-c", FIRST, __file__],
+            env=os.environ | {"NUMBA_CACHE_DIR": cache},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return [float(line) for line in found.stdout.split()]
+
+    with tempfile.TemporaryDirectory() as cache:
+        first, warm = process(cache)
+        kept, _ = process(cache)
+    yield Figure(question, "first evaluation ever: compiles", first, "s")
+    yield Figure(question, "first of a later process: loads", kept, "s")
+    yield Figure(question, "all others", warm, "s")
+
+
+def critical_path(quick: bool) -> Iterator[Figure]:
+    """How many actions per second has the critical path with peak memory, and what does building cost beside it?"""
+    question = "critical path with peak memory"
+    shapes = [(64, 512), (8, 32768)] if not quick else [(64, 512)]
+    for stages, microbatches in shapes:
+        profile, cluster = profile_of(stages), separate(stages)
+        for schedule in ("gpipe", "1f1b"):
+            plan = plan_of(schedule, stages, microbatches)
+            linked = Linked(unroll(plan))
+
+            def build(plan: Plan = plan) -> None:
+                Linked(unroll(plan))
+
+            prices = prices_of(profile, plan, linked.program, cluster, linked)
+            model = MemoryModel(profile, plan, linked)
+
+            def path(linked: Linked = linked, prices: Prices = prices, model: MemoryModel = model) -> None:
+                linked.__dict__.pop("answers", None)  # kept with the program, but found for the memory model
+                makespan(linked, prices)
+                model.peaks()
+
+            def simulated(plan: Plan = plan, linked: Linked = linked) -> None:
+                linked.__dict__.pop("answers", None)
+                evaluate(profile, plan, cluster, linked)  # noqa: B023 - called at once
+
+            taken = medians(QUICK_ROUNDS if quick else ROUNDS, build=build, path=path, simulate=simulated)
+            name = f"{schedule}, K={stages}, M={microbatches}"
+            actions = len(linked.flat)
+            yield Figure(question, f"{name}: actions", actions, "")
+            yield Figure(question, f"{name}: walk and peaks", actions / taken["path"], "/s", SMALLEST_RATE, True)
+            yield Figure(question, f"{name}: with the pricing of every kind", actions / taken["simulate"], "/s")
+            yield Figure(
+                question, f"{name}: building / simulating", taken["build"] / taken["simulate"], "", LARGEST_BUILDING
+            )
+
+
+def simpy_pass(quick: bool) -> Iterator[Figure]:
+    """How does the SimPy interpreter compare with a plain SimPy model of GPipe that knows none of its meanings?"""
+    question = "SimPy"
+    stages, microbatches = 8, 128 if quick else 512
+    plan = plan_of("gpipe", stages, microbatches)
+    linked = Linked(unroll(plan))
+    profile, random = profile_of(stages, spread=0.1), np.random.default_rng(0)
+
+    def costs(cluster: Cluster) -> Costs:
+        return costs_of(profile, plan, linked.program, cluster, linked).drawn(random)
+
+    def one(priced: Costs) -> None:
+        SimPyPass(priced, plan.devices).env.run()
+
+    own, network, cores = (costs(c) for c in (separate(stages), separate(stages, shared=True), processes(stages)))
+    taken = medians(
+        QUICK_ROUNDS if quick else ROUNDS,
+        plain=lambda: plain_gpipe(stages, microbatches),
+        own=lambda: one(own),
+        network=lambda: one(network),
+        cores=lambda: one(cores),
+    )
+    plain = plain_actions(stages, microbatches) / taken["plain"]
+    yield Figure(question, f"plain model, K={stages}, M={microbatches}", plain, "/s")
+    for name, label in (("own", "own links"), ("network", "shared link"), ("cores", "shared link and cores")):
+        rate = len(linked.flat) / taken[name]
+        yield Figure(question, f"drawn durations, {label}", rate, "/s")
+        yield Figure(question, f"drawn durations, {label}: of the plain model", rate / plain, "", SMALLEST_SHARE, True)
+
+
+def long_steps(quick: bool) -> Iterator[Figure]:
+    """How long does a step of 32,768 micro-batches take with its steady state continued, and is it the full walk's?"""
+    question = "M=32768, steady state continued"
+    stages, microbatches = 8, 32768
+    cluster = separate(stages)
+    plans = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2), ("zb-v", 2), ("v-half", 2), ("chimera", 1)]
+    for schedule, chunks in plans[:2] if quick else plans:
+        plan, profile = plan_of(schedule, stages, microbatches, chunks), profile_of(stages * chunks)
+        taken = medians(QUICK_ROUNDS, work=lambda: evaluate(profile, plan, cluster))["work"]  # noqa: B023
+        continued = extrapolate.extrapolate(profile, plan, cluster)
+        found = evaluate(profile, plan, cluster)
+        full = evaluate(profile, plan, cluster, Linked(unroll(plan)))
+        error = max(abs(found.step_s / full.step_s - 1), float(np.abs(found.peak_bytes / full.peak_bytes - 1).max()))
+        how = "" if continued is not None else " (walked in full)"
+        yield Figure(question, f"{schedule}{how}", taken, "s", LONG_S)
+        yield Figure(question, f"{schedule}: difference from the full walk", error, "", LARGEST_ERROR)
+
+
+def wide(quick: bool) -> Iterator[Figure]:
+    """How long does a pipeline of 1,024 stages take, built, priced, walked and its memory counted?"""
+    question = "K=1024"
+    stages, microbatches = 1024, 1024 if quick else 2048
+    profile, cluster = profile_of(stages), separate(stages)
+    for schedule in ("1f1b",) if quick else ("gpipe", "1f1b"):
+        plan = plan_of(schedule, stages, microbatches)
+        taken = seconds_of(lambda: evaluate(profile, plan, cluster))  # noqa: B023
+        yield Figure(question, f"{schedule}, M={microbatches}", taken, "s", WIDE_S)
+
+
+def predictions(quick: bool) -> Iterator[Figure]:
+    """How long does a person wait for a plan at K=8, M=32: lowering, proof, five drawn passes, memory curve?"""
+    question = "prediction, K=8, M=32, shared cores"
+    stages = 8
+    for schedule, chunks in (("naive", 1), ("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2)):
+        plan, cluster = plan_of(schedule, stages, 32, chunks), processes(stages)
+        profile = profile_of(stages * chunks, spread=0.1)
+        linked = Linked(unroll(plan))
+        costs = costs_of(profile, plan, linked.program, cluster, linked)
+        taken = medians(
+            QUICK_ROUNDS if quick else ROUNDS,
+            one=lambda: SimPyPass(costs, plan.devices).env.run(),  # noqa: B023
+            whole=lambda: simulate(profile, plan, cluster),  # noqa: B023
+        )
+        yield Figure(question, f"{schedule}, {len(linked.flat)} actions: one SimPy pass", taken["one"], "s")
+        yield Figure(question, f"{schedule}, {len(linked.flat)} actions: prediction", taken["whole"], "s", PLAN_S)
+
+
+def searching(quick: bool) -> Iterator[Figure]:
+    """How long does a search take over all strategies for 96 GPT-3 sized layers on 1,024 devices?
+
+    Per block of width 12,288: 1.81e9 parameters of 2 bytes, gradients of 2, 12 of Adam's state and master copy; 34
+    bytes per token and unit of width saved (arXiv 2205.05198), 50 MB sent on; 7.4 TFLOP forward at 400 TFLOP/s.
+    """
+    question = "search, 96 layers, 1,024 devices, batch 2,048"
+    whole = profile_of(96)
+    weights = 3_620_000_000
+    size = {"saved_bytes": 855_000_000, "output_bytes": 50_000_000, "forward_peak_bytes": 100_000_000}
+
+    def block(layer: LayerProfile, split: Split | None) -> LayerProfile:
+        sizes = tuple(
+            msgspec.structs.replace(
+                own,
+                backward_peak_bytes=100_000_000 * own.samples,
+                backward_first_peak_bytes=100_000_000 * own.samples + weights,
+                **{field: per_sample * own.samples for field, per_sample in size.items()},
+            )
+            for own in layer.sizes
+        )
+        slower = tuple(
+            msgspec.structs.replace(times, **{f: tuple(map(scaled, getattr(times, f))) for f in PASSES})
+            for times in layer.times
+        )
+        bytes_ = {"parameter_bytes": weights, "gradient_bytes": weights, "optimizer_bytes": 6 * weights}
+        return msgspec.structs.replace(layer, sizes=sizes, times=slower, split=split, **bytes_)
+
+    def scaled(timing: Timing) -> Timing:
+        return msgspec.structs.replace(
+            timing, **{f: 18.6 * getattr(timing, f) for f in timing.__struct_fields__ if f != "samples"}
+        )
+
+    cluster = clusters.find("h100x1024", shipped.clusters())
+    for name, split in (("whole layers", None), ("layers that split", Split(forward=2, backward=2))):
+        if split and quick:
+            continue
+        profile = msgspec.structs.replace(whole, layers=tuple(block(layer, split) for layer in whole.layers))
         begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        search = Search(profile, cluster, 2048, space(profile, cluster, 2048))
+        answer = search.run(seconds=20.0 if quick else 300.0)
+        taken = time.perf_counter() - begin
+        yield Figure(question, f"{name}: candidates", answer.points, "")
+        yield Figure(question, f"{name}: evaluated", answer.evaluated, "")
+        yield Figure(question, f"{name}: the best is proved after", taken, "s", SEARCH_S)
 
 
-def main() -> None:
+def memory(quick: bool) -> Iterator[Figure]:
+    """How much memory did all of the above take?"""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+    yield Figure("memory", "largest resident set", peak, "bytes", LARGEST_BYTES)
+
+
+QUESTIONS: tuple[Callable[[bool], Iterator[Figure]], ...] = (
+    *(compiling, critical_path, simpy_pass, long_steps, wide, predictions, searching),
+    memory,  # the last: it speaks of all the others
+)
+
+
+def shown(value: float, unit: str) -> str:
+    if unit == "/s":
+        return f"{value / 1e6:.3g} M/s"
+    if unit == "bytes":
+        return f"{value / 1024**3:.2f} GiB"
+    if unit == "s":
+        return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{value:.3g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def table(figures: list[Figure]) -> str:
+    lines = ["| question | figure | | target | |", "|---|---|--:|--:|---|"]
+    for f in figures:
+        target = "" if f.target is None else f"{'at least' if f.least else 'at most'} {shown(f.target, f.unit)}"
+        met = "" if f.target is None else "met" if f.met else "MISSED"
+        lines.append(f"| {f.question} | {f.name} | {shown(f.value, f.unit)} | {target} | {met} |")
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    versions = {name: version(name) for name in ("simpy", "numpy", "numba")}
+    return {"processor": processor, "cores": str(os.cpu_count()), "python": platform.python_version()} | versions
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", type=Path)
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--m", type=int, default=32)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes: whether it runs at all")
     options = parser.parse_args()
-    profile = Store().load_profile(options.profile)
-    ranking = rank(profile, profile.machine, k=options.k, m=options.m, batch=profile.batch, name="benchmark")
-    print("| plan | actions | one pass | prediction |\n|---|---|---|---|")
-    for plan in (outcome.plan for outcome in ranking.outcomes):
-        program = lower(plan)
-        costs = costs_of(profile, plan, program, profile.machine)
-        one = median_s(lambda: interpret(program, costs, plan.devices))  # noqa: B023 - called at once
-        whole = median_s(lambda: simulate(profile, plan, profile.machine))  # noqa: B023
-        print(f"| {plan} | {sum(map(len, program.rows))} | {1e3 * one:.1f} ms | {1e3 * whole:.1f} ms |")
+    figures = [figure for question in QUESTIONS for figure in question(options.quick)]
+    if options.json:
+        found = [figure._asdict() | {"met": figure.met} for figure in figures]
+        print(json.dumps({"environment": environment(), "figures": found}, indent=2))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in environment().items()), end="\n\n")
+        print(table(figures))
+    return 0 if all(figure.met for figure in figures) else MISSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

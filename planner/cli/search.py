@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from planner import __version__, savings, strategies
 from planner import cluster as clusters
-from planner import savings, strategies
 from planner import synchronisation as synchronisations
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
@@ -171,7 +171,7 @@ def _begin(
 
 def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, epoch: int, stale: bool) -> str:
     """Return a digest of all that a search's answer depends on."""
-    question = [profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
+    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
     return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 

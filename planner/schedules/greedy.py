@@ -90,11 +90,18 @@ def least(shape: Shape, seconds: Seconds, homes: npt.NDArray[np.int64]) -> float
 
 
 def greedy(
-    shape: Shape, seconds: Seconds, homes: npt.NDArray[np.int64], limit: int, rules: Rules, guide: Order = ()
+    shape: Shape,
+    seconds: Seconds,
+    homes: npt.NDArray[np.int64],
+    limit: float,
+    rules: Rules,
+    guide: Order = (),
+    share: float = 1.0,
 ) -> tuple[Order, float]:
     """Return the order that the rules make, and its makespan.
 
-    With a guide, F and I keep its order, and only W are placed anew.
+    With a guide, F and I keep its order, and only W are placed anew. `share` is what W needs of an activation: the rest
+    is free behind I, so that more of them can wait within the `limit`.
     """
     p, v, m = shape.devices, shape.chunks, shape.microbatches
     mine = np.argsort(homes, kind="stable")  # the stages of device 0, those of device 1, ...
@@ -106,7 +113,8 @@ def greedy(
         3 * shape.stages * m * (p + v),
         *(p, v, m, mine, homes, np.ascontiguousarray(seconds[:, 0]), np.ascontiguousarray(seconds[:, 1])),
         *(np.ascontiguousarray(seconds[:, 2]), limit, ahead, rules.gap, int(rules.forward_first)),
-        *(np.full(2 * shape.stages * m, np.inf), np.zeros(p), np.zeros(p), rows, result, int(bool(guide)), follow),
+        *(np.full(2 * shape.stages * m, np.inf), np.zeros(p), np.zeros(p), rows, result),
+        *(int(bool(guide)), follow, share),
     )
     if done < len(rows):
         return (), np.inf
@@ -121,14 +129,14 @@ def _follow(row: Codes, shape: Shape) -> Codes:
 
 @kernel
 def _choose(
-    p: int, v: int, m: int, mine: Codes, homes: Codes, f: Seconds, b: Seconds, w: Seconds, limit: int, ahead: Codes,
+    p: int, v: int, m: int, mine: Codes, homes: Codes, f: Seconds, b: Seconds, w: Seconds, limit: float, ahead: Codes,
     gap: float, forward_first: int, end: Seconds, wake: Seconds, clock: Seconds, rows: Codes,
-    result: Seconds, guided: int, follow: Codes,
+    result: Seconds, guided: int, follow: Codes, share: float,
 ) -> int:  # fmt: skip
     never = np.inf
     stages = p * v
     at = [0] * p
-    held = [0] * p
+    held = [0.0] * p
     forwards = [0] * stages
     backwards = [0] * stages
     weights = [0] * stages
@@ -150,7 +158,7 @@ def _choose(
             room = limit - held[d] - (1 if k < v - 1 and not guided else 0)
             if i < m:
                 left += 1
-                if room > 0 and (only == s if guided else i - backwards[s] < ahead[s]):
+                if room > 1 - 1e-6 and (only == s if guided else i - backwards[s] < ahead[s]):
                     ready = end[(s - 1) * m + i] if s > 0 else 0.0
                     if ready <= now:
                         if taken_f < 0:
@@ -182,16 +190,17 @@ def _choose(
         if op == 0:
             i, seconds = forwards[s], f[s]
             forwards[s] += 1
-            held[d] += 1
+            held[d] += 1.0
             next_stage = s + 1
         elif op == 1:
             i, seconds = backwards[s], b[s]
             backwards[s] += 1
+            held[d] -= 1.0 - share
             next_stage = s - 1
         else:
             i, seconds = weights[s], w[s]
             weights[s] += 1
-            held[d] -= 1
+            held[d] -= share
             next_stage = -1
         clock[d] = now + seconds
         wake[d] = clock[d]

@@ -72,7 +72,9 @@ def test_a_long_step_is_continued_as_it_is_walked(
     fields: dict[str, Any] = {"synchronisation": more} if replicas > 1 else {"recompute": more == "recompute"}
     plan, linked = long(name, shape, share * replicas, replicas=replicas, **fields)
     cluster = devices(linked.devices, latency_s=float(latency), bandwidth=1e3)
-    found = extrapolate(costs_profile, plan, cluster)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planner.extrapolate.WORTH_IT", 4)
+        found = extrapolate(costs_profile, plan, cluster)
     if found is not None:
         step_s, peaks = walked(costs_profile, plan, float(latency), linked)
         assert found[0] == pytest.approx(step_s, rel=1e-9)
