@@ -15,8 +15,9 @@ from planner.plan import Plan
 def steady_step(plan: Plan, linked: Linked, end: npt.NDArray[np.float64]) -> float:
     """Return the seconds between two steps in the middle of an unrolled asynchronous program.
 
-    A step of M micro-batches is over when the first stage has had all of their backwards. The first steps fill the
-    pipeline and the last drain it; between them lie `steady_windows(plan)`, over which the mean is taken.
+    A stage's step is over when it has had all backwards of M micro-batches. The first steps fill the pipeline and the
+    last drain it; between them lie `steady_windows(plan)`, over which the mean is taken: that of the slowest stage, as
+    one that has waited may catch up for a while.
     """
     count = windows(plan)
     steady = steady_windows(plan)
@@ -24,8 +25,8 @@ def steady_step(plan: Plan, linked: Linked, end: npt.NDArray[np.float64]) -> flo
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
     backward = codes.has(linked.flat, BACKWARD, BACKWARD_WEIGHT)
     last = backward if backward.any() else codes.has(linked.flat, FORWARD)
-    first = np.flatnonzero(last & (codes.stages(linked.flat) == 0))
-    window = codes.microbatches(linked.flat[first]) % (share * count) // share
-    done = np.zeros(count)
-    np.maximum.at(done, window, end[first])
-    return float(done[count - 1 - edge] - done[edge - 1]) / steady
+    every = np.flatnonzero(last)
+    window = codes.microbatches(linked.flat[every]) % (share * count) // share
+    done = np.zeros((linked.stages, count))
+    np.maximum.at(done, (codes.stages(linked.flat[every]), window), end[every])
+    return float((done[:, count - 1 - edge] - done[:, edge - 1]).max()) / steady
