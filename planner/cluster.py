@@ -147,6 +147,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return {}
 
     @cached_property
+    def identity(self) -> object:
+        """What this cluster's own tables are kept under elsewhere: another one may have the same name."""
+        return object()
+
+    @cached_property
     def speeds(self) -> dict[str, float]:
         """Every device's speed by its name."""
         return {device.name: device.speed for device in self.devices}

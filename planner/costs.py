@@ -40,6 +40,8 @@ from planner.trace import Trace
 
 Floats = npt.NDArray[np.float64]
 _SHARES = tuple(QUANTILES.values())
+_BY_DEVICE = (*MESSAGES, OFFLOAD, FETCH, PULL, PUSH)
+"""Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
 
 
 class TransferKind(NamedTuple):
@@ -236,11 +238,11 @@ def _transfers(linked: Linked, prices: _Prices) -> tuple[tuple[TransferKind, ...
     for op, base in linked.planes:
         count = _group(
             linked.slots,
-            *(base, linked.stages, linked.microbatches, op in MESSAGES, len(kinds)),
+            *(base, linked.stages, linked.microbatches, op in _BY_DEVICE, len(kinds)),
             *(linked.parties, linked.source, linked.target, firsts, numbers),
         )
         for first in firsts[len(kinds) : count].tolist():
-            ends = (int(linked.source[first]), int(linked.target[first])) if op in MESSAGES else (-1, -1)
+            ends = (int(linked.source[first]), int(linked.target[first])) if op in _BY_DEVICE else (-1, -1)
             kinds.append(prices.transfer(op, (first - base) // linked.microbatches, *ends))
     return tuple(kinds), numbers
 
@@ -316,15 +318,14 @@ class _Prices:
             seconds = self.cluster.transfer_seconds(way, size)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
             return TransferKind(op, stage, source, target, size, seconds, work, (way,))
-        row = self.holders[stage][0]
         if op in (OFFLOAD, FETCH):
             size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
-            way = host_way(self.cluster, self.groups[row][0])
+            way = host_way(self.cluster, self.groups[source][0])
             seconds = self.cluster.transfer_seconds(way, size)
-            lane = 3 * row + (1 if op == OFFLOAD else 2)
-            return TransferKind(op, stage, row, row, size, seconds, 0.0, (way,), lane, seconds)
+            lane = 3 * source + (1 if op == OFFLOAD else 2)
+            return TransferKind(op, stage, source, source, size, seconds, 0.0, (way,), lane, seconds)
         if op in (PULL, PUSH):
-            return self._served(op, stage, row)
+            return self._served(op, stage, source)
         return self._collective(op, stage)
 
     def _collective(self, op: str, stage: int) -> TransferKind:
@@ -416,7 +417,7 @@ class _Prices:
             ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
         each = size / max(1, len(self.plan.servers))
         seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, tuple(ways))
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(ways))
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""

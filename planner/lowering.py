@@ -85,10 +85,14 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
 
 
 def windows(plan: Plan) -> int:
-    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on."""
+    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on.
+
+    Workers of a server that begin together need a step more until they come one after the other.
+    """
     if not asynchronous(plan):
         return 1
-    return steady_windows(plan) + 2 * math.ceil(plan.depth / plan.microbatches)
+    spread = bool(synchronisation.get(plan.synchronisation).server)
+    return steady_windows(plan) + 2 * (math.ceil(plan.depth / plan.microbatches) + spread)
 
 
 def steady_windows(plan: Plan) -> int:

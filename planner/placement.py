@@ -114,7 +114,7 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
         )
 
     homes = tuple(stage.devices[0] for stage in plan.stages)
-    return kept(q.profile, ("cut", q.cluster.name, q.k, q.samples, homes, in_flight(plan), plan.recompute), make)
+    return kept(q.profile, ("cut", q.cluster.identity, q.k, q.samples, homes, in_flight(plan), plan.recompute), make)
 
 
 class StageTables:

@@ -87,6 +87,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
         if len(set(self.device_names)) != len(self.device_names):
             raise ValueError("stages: a device holds more than its share of the stages")
+        strangers = set(self.servers) - set(self.device_names)
+        if synchronisation.get(self.synchronisation).server == "devices" and strangers:
+            raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
         if self.recompute and self.recompute_layers:
             raise ValueError("recompute_layers: recompute forgets all layers already")
         if self.batch % self.microbatches:

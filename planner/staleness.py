@@ -43,7 +43,8 @@ def staleness(outcome: Outcome) -> float:
             ends = sorted(end for end, _ in every)
             for end, device in every:
                 own = pulls[device, stage]
-                pulled = own[bisect.bisect_right(own, end) - 1] if own else 0.0
+                before = bisect.bisect_left(own, end)  # the next pull may come at once
+                pulled = own[before - 1] if before else 0.0
                 lags.append(bisect.bisect_left(ends, end) - bisect.bisect_right(ends, pulled))
         return statistics.fmean(lags)
     found = []

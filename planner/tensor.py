@@ -31,7 +31,7 @@ def split(profile: Profile, devices: tuple[str, ...], cluster: Cluster) -> Profi
             why=f"a stage over {len(devices)} devices needs layers that split by column, row or block",
             fix="define splits(model) in the model file, which returns {'layer name': 'block'}",
         )
-    key = "split", devices, cluster.name
+    key = "split", devices, cluster.identity
     if key not in profile.tables:
         layers = tuple(_layer(layer, devices, cluster) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.

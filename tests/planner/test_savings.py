@@ -91,8 +91,8 @@ def test_recomputed_layers_are_the_cheapest(
 def test_devices_with_several_stages_choose_together(strategy: str) -> None:
     costs = profile([1.0, 2.0, 1.0, 3.0, 1.0, 2.0, 1.0, 2.0], bytes_=[1000, 200, 1500, 700, 1000, 300, 900, 400])
     plain = simulated(costs, devices(2), strategy, 2, 8)
-    room = int(0.9 * plain.peak_bytes)
-    found = simulated(costs, devices(2, memory_bytes=room), strategy, 2, 8, "recompute-layers")
+    tight = devices(2, memory_bytes=int(0.9 * plain.peak_bytes))
+    found = simulate(costs, apply(Question(costs, tight, 2, 8, 8), plain.plan, ("recompute-layers",)), tight)
     assert found.fits
     assert 0 < len(found.plan.recompute_layers) < 8
     assert plain.step_s < found.step_s

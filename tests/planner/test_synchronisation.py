@@ -1,0 +1,381 @@
+"""How replicas agree, to the last digit on cases that can be counted by hand: seconds, bytes and staleness."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner import collectives
+from planner.errors import USAGE, PlanError
+from planner.fast import evaluate
+from planner.linking import Linked
+from planner.lowering import lower, unroll, windows
+from planner.memory import KINDS, MemoryModel
+from planner.outcome import Outcome
+from planner.placement import Question
+from planner.plan import Plan, Stage
+from planner.profile import Profile, Split, Value
+from planner.program import parse
+from planner.search import simulated_step
+from planner.simulate import simulate
+from planner.staleness import staleness
+from planner.strategies import get
+from tests.factory import SIZES, devices, pipeline, profile
+
+
+def spread(strategy: str, costs: Profile, k: int, m: int, *, batch: int | None = None, **question: Any) -> Plan:
+    return get(strategy).spread(Question(costs, devices(k), k, m, batch or m, **question))
+
+
+def static(costs: Profile, plan: Plan, row: int = 0) -> dict[str, float]:
+    """Bytes by kind on a device before the first action."""
+    return dict(zip(KINDS, MemoryModel(costs, plan, Linked(unroll(plan))).static[row].tolist(), strict=True))
+
+
+# Gradients that are reduced.
+
+
+def test_ring_and_tree() -> None:
+    """Rings move less, trees wait less; the quicker of the two is taken."""
+    names = ("d0", "d1", "d2", "d3", "d4")
+    cluster = devices(5, latency_s=1.0, bandwidth=100.0)
+    assert collectives.ring(cluster, names, 500.0) == 2 * 4 * (1.0 + 1.0)
+    assert collectives.tree(cluster, names, 500.0) == 2 * 3 * 1.0 + 2 * 5.0
+    assert collectives.all_reduce(cluster, names, 500.0) == 16.0
+    assert collectives.all_reduce(cluster, names, 50.0) == 2 * 3 * 1.0 + 2 * 0.5
+    assert collectives.all_reduce(cluster, names, 5000.0) == 2 * 4 * (1.0 + 10.0)
+    assert collectives.half(cluster, names, 500.0) == 8.0
+    assert collectives.all_reduce(cluster, names[:1], 500.0) == 0.0
+
+
+@pytest.mark.parametrize(("k", "latency"), [(1, 0.0), (2, 0.0), (2, 1.0), (4, 0.0), (4, 3.0), (5, 3.0)])
+def test_a_data_parallel_step(k: int, latency: float) -> None:
+    """Forwards and backwards of a replica's share, then one all-reduce of 1000 bytes."""
+    cluster = devices(k, latency_s=latency, bandwidth=1000.0)
+    costs = profile([1.0], [2.0])
+    ring = 2 * (k - 1) * (latency + 1.0 / k)
+    tree = 2 * math.ceil(math.log2(k)) * latency + 2.0 * (k > 1)
+    step = simulate(costs, spread("data-parallel", costs, k, 3 * k), cluster).step_s
+    assert step == pytest.approx(3 * (1.0 + 2.0) + min(ring, tree))
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "seconds", "left"),
+    [
+        (0, 0.5, 1.5),  # all at once, behind the backward
+        (1000, 0.5, 0.5),  # the first layer's is left: the others hide behind the backwards of the layers before them
+        (1001, 0.5, 0.5),  # the last two layers' together
+        (2001, 0.5, 1.5),  # all three in one bucket
+        (1000, 10.0, 3 + 30.0 - 9.0),  # one after the other behind the last layer's backward
+        (1001, 10.0, 6 + 30.0 - 9.0),
+    ],
+)
+def test_buckets_overlap_the_backward(bucket_bytes: int, seconds: float, left: float) -> None:
+    """Three layers of three seconds backward and 1000 bytes each, `seconds` per all-reduce of a layer."""
+    costs = profile([1.0] * 3, [3.0] * 3)
+    cluster = devices(2, bandwidth=1000.0 / seconds)
+    plan = msgspec.structs.replace(spread("data-parallel", costs, 2, 4), bucket_bytes=bucket_bytes)
+    outcome = simulate(costs, plan, cluster)
+    assert outcome.step_s == pytest.approx(2 * (3.0 + 9.0) + left)
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_bytes_that_are_sharded(r: int) -> None:
+    """Two layers: 2000 bytes of parameters, 2000 of gradients, 4000 of optimizer state."""
+    costs = profile([1.0] * 2)
+    held = {way: static(costs, spread(way, costs, r, r)) for way in ("data-parallel", "zero-1", "zero-2", "zero-3")}
+    of = {way: tuple(h[kind] for kind in ("parameters", "gradients", "optimizer")) for way, h in held.items()}
+    assert of == {
+        "data-parallel": (2000, 2000, 4000),
+        "zero-1": (2000, 2000, 4000 / r),
+        "zero-2": (2000, 2000 / r, 4000 / r),
+        "zero-3": (2000 / r, 2000 / r, 4000 / r),
+    }
+
+
+def test_what_is_gathered_in_passing() -> None:
+    """A forward under ZeRO-3 needs two neighbouring layers whole, one in use and one on its way."""
+    costs = profile([1.0] * 3, bytes_=[1000, 3000, 500])
+    whole, shards = (simulate(costs, spread(way, costs, 4, 4), devices(4)).peak[0] for way in ("zero-2", "zero-3"))
+    difference = dict(zip(KINDS, (b - a for a, b in zip(whole.bytes, shards.bytes, strict=True)), strict=True))
+    assert difference["parameters"] == -4500 * 3 / 4
+    assert difference["transient"] == 4000
+
+
+@pytest.mark.parametrize(("way", "m"), [("zero-1", 4), ("zero-2", 4), ("zero-3", 4)])
+def test_a_sharded_step(way: str, m: int) -> None:
+    """One layer of 1000 bytes on two replicas: a half ring moves 500 bytes in half a second.
+
+    ZeRO-1: reduce-scatter once and gather once. ZeRO-2: reduce-scatter after both backwards, and gather once. ZeRO-3:
+    gather for the first forward (the others overlap what is before them), reduce-scatter after each backward.
+    """
+    costs = profile([1.0], [2.0], optimizer_s=0.5)
+    step = simulate(costs, spread(way, costs, 2, m), devices(2, bandwidth=1000.0)).step_s
+    computing = 2 * 3.0 + 0.25
+    moving = {"zero-1": 0.5 + 0.5, "zero-2": 2 * 0.5 + 0.5, "zero-3": 0.5 + 2 * 0.5}[way]
+    assert step == pytest.approx(computing + moving)
+
+
+@pytest.mark.parametrize("way", ["all-reduce", "zero-1", "zero-2", "zero-3"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "pipedream", "pipedream-2bw", "interleaved", "chimera"])
+def test_replicated_pipelines_are_proved(schedule: str, way: str) -> None:
+    costs = profile([1.0] * 4, message_bytes=10, optimizer_s=0.5)
+    plan = spread(schedule, costs, 4, 8, replicas=2, synchronisation=way)
+    lower(plan)
+    cluster = devices(4, bandwidth=1e3)
+    assert evaluate(costs, plan, cluster).step_s == pytest.approx(simulated_step(costs, plan, cluster))
+
+
+def test_shards_are_gathered_for_the_next_forward() -> None:
+    """Without a flush too, a forward waits for the parameters that its update has changed."""
+    costs = profile([1.0] * 2)
+    plan = spread("pipedream", costs, 4, 8, replicas=2, synchronisation="zero-1")
+    row = [str(action) for action in lower(plan).rows[1] if action.op in ("F", "OPTIMIZER", "UNSHARD_F")]
+    assert row[:7] == ["1F0", "1OPTIMIZER0", "1UNSHARD_F1", "1F1", "1OPTIMIZER1", "1UNSHARD_F2", "1F2"]
+    slow, quick = (simulated_step(costs, plan, devices(4, bandwidth=b)) for b in (1000.0, 1e15))
+    # Per micro-batch, of which each replica has four: a reduce-scatter and a gather of half a second each.
+    assert slow - quick == pytest.approx(4 * (0.5 + 0.5))
+
+
+# Parameters that are served.
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_the_servers_link(workers: int) -> None:
+    """The server works too; the others pull and push 1000 bytes, in one second each where they have the link alone."""
+    costs = profile([1.0], [2.0])
+    k = workers + 1
+    plan = msgspec.structs.replace(spread("parameter-server", costs, k, k), servers=("d0",))
+    shared, own = (simulate(costs, plan, devices(k, bandwidth=1000.0, shared=s)).step_s for s in (True, False))
+    assert shared == pytest.approx(3.0 + 2 * workers)
+    assert own == pytest.approx(3.0 + 2)
+
+
+def test_every_device_serves_its_shard() -> None:
+    """Three workers, each with two thirds of its parameters elsewhere: 3 x 2 shards of 1000 / 3 bytes over one link."""
+    costs = profile([1.0], [2.0], optimizer_s=0.9)
+    plan = spread("parameter-server", costs, 3, 3)
+    assert plan.servers == ("d0", "d1", "d2")
+    assert simulate(costs, plan, devices(3, bandwidth=1000.0, shared=True)).step_s == pytest.approx(3 + 2 * 2 + 0.3)
+
+
+def test_servers_are_devices_of_the_plan() -> None:
+    plan = spread("parameter-server", profile([1.0]), 2, 2)
+    with pytest.raises(ValueError, match="servers"):
+        msgspec.structs.replace(plan, servers=("elsewhere",))
+    with pytest.raises(ValueError, match="servers"):
+        msgspec.structs.replace(plan, servers=())
+
+
+def test_the_host_serves() -> None:
+    """Central storage: 1000 bytes each way over the device's own link, 7000 in the host's memory for the update."""
+    cluster = devices(2, host_bandwidth=1000.0)
+    hosts = (msgspec.structs.replace(cluster.hosts[0], memory_bytes_per_s=7000.0),)
+    cluster = msgspec.structs.replace(cluster, hosts=hosts)
+    costs = profile([1.0], [2.0])
+    outcome = simulate(costs, spread("central-storage", costs, 2, 4), cluster)
+    assert outcome.step_s == pytest.approx(1.0 + 2 * 3.0 + 1.0 + 1.0)
+    assert dict(zip(KINDS, outcome.peak[0].bytes, strict=True))["optimizer"] == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_nobody_waits_for_the_others(workers: int) -> None:
+    """Updates take turns, so workers come one after the other: between a pull and its push all others push once.
+
+    Only in the first round, which all begin at once, worker j sees j pushes.
+    """
+    costs = profile([1.0], [2.0], optimizer_s=0.1 * workers)
+    plan = spread("parameter-server-async", costs, workers, workers)
+    outcome = simulate(costs, plan, devices(workers))
+    rounds = windows(plan)
+    assert staleness(outcome) == pytest.approx(((workers - 1) / 2 + (rounds - 1) * (workers - 1)) / rounds)
+    assert outcome.step_s == pytest.approx(3.0 + 0.1)
+
+
+# Pipelines without a flush.
+
+
+def at_stage(outcome: Outcome, stage: int) -> Outcome:
+    """What happened on one device only."""
+    events = tuple(e for e in outcome.trace.events if e.device == stage)
+    return msgspec.structs.replace(outcome, steps=(msgspec.structs.replace(outcome.trace, events=events),))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+@pytest.mark.parametrize("m", [4, 6])
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical", "pipedream-2bw"])
+def test_staleness_of_pipelines(schedule: str, p: int, m: int) -> None:
+    """Between a micro-batch's forward and backward, stage s of p has p - 1 - s other backwards.
+
+    PipeDream updates after each of them, 2BW after the last of every M. At the last stage nothing is stale.
+    """
+    plan, _ = pipeline(schedule, p, m)
+    outcome = simulate(profile([1.0] * p), plan, devices(p))
+    updates = m if schedule == "pipedream-2bw" else 1
+    every = []
+    for stage in range(p):
+        lags = [
+            sum(j % updates == updates - 1 for j in range(max(0, i - (p - 1 - stage)), i))
+            for i in range(m * windows(plan))
+        ]
+        every += lags
+        assert staleness(at_stage(outcome, stage)) == pytest.approx(sum(lags) / len(lags)), stage
+    assert staleness(at_stage(outcome, p - 1)) == 0.0
+    assert staleness(outcome) == pytest.approx(sum(every) / len(every))
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical", "pipedream-2bw"])
+@pytest.mark.parametrize("m", [4, 7])
+def test_a_full_pipeline_never_waits(schedule: str, m: int) -> None:
+    """Stages that are equal: a step takes the time of its computing alone."""
+    costs = profile([1.0] * 4, [2.0] * 4)
+    outcome = simulate(costs, pipeline(schedule, 4, m)[0], devices(4))
+    assert outcome.step_s == pytest.approx(m * 3.0)
+    assert outcome.bubble == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "versions"),
+    [("pipedream", [3, 2, 1, 0]), ("pipedream-2bw", [1] * 4), ("pipedream-vertical", [3] * 4), ("1f1b", [0] * 4)],
+)
+def test_versions_of_parameters(schedule: str, versions: list[int]) -> None:
+    """Beside its parameters, stage s of p keeps as many older ones as it has stale micro-batches."""
+    plan, _ = pipeline(schedule, 4, 8)
+    costs = profile([1.0] * 4)
+    assert [static(costs, plan, row)["versions"] for row in range(4)] == [1000 * n for n in versions]
+    assert [static(costs, plan, row)["parameters"] for row in range(4)] == [1000] * 4
+
+
+# Stages with replicas of their own.
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "pipedream"])
+def test_a_stage_of_two_devices(schedule: str) -> None:
+    """The slow stage has two devices that take its micro-batches in turn, and all-reduce 1000 bytes in one second."""
+    plan = Plan(
+        strategy="uneven",
+        schedule=schedule,
+        stages=(Stage(layers=("layer0",), devices=("d0", "d1")), Stage(layers=("layer1",), devices=("d2",))),
+        microbatches=4,
+        batch=4,
+    )
+    rows = lower(plan).rows
+    dealt = [
+        [a.microbatch for a in row if a.op == "F" and a.microbatch is not None and a.microbatch < 4] for row in rows
+    ]
+    assert dealt == [[0, 2], [1, 3], [0, 1, 2, 3]]
+    costs = profile([2.0, 1.0])
+    quick, slow = (simulate(costs, plan, devices(3, bandwidth=b)) for b in (1e15, 1000.0))
+    if schedule == "gpipe":  # F0 and F1 on two devices, F2 and F3 behind them; the last stage is 4 x (1 + 1) busy
+        assert quick.step_s == pytest.approx(2 + 4 + 4 + 2)
+        assert slow.step_s == pytest.approx(quick.step_s + 1.0)
+    reduced = [e for e in slow.trace.events if e.op == "REDUCE_GRAD"]
+    assert {e.device for e in reduced if e.end > e.ready} == {0, 1}
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(["1f1b-replicated", "pipedream-replicated"]),
+    st.lists(st.sampled_from([1.0, 2.0, 5.0, 9.0]), min_size=1, max_size=5),
+    st.integers(1, 6),
+    st.sampled_from([2, 4, 6, 12]),
+)
+def test_pipedreams_plans_run(strategy: str, forward: list[float], k: int, m: int) -> None:
+    """Whatever replicas its optimizer chooses: the plan is proved, and both interpreters agree."""
+    costs = profile(forward, message_bytes=100)
+    cluster = devices(k, bandwidth=1e3)
+    plan = get(strategy).spread(Question(costs, cluster, k, m, m))
+    assert len(plan.device_names) <= k
+    program = lower(plan)
+    forwards = [a for row in program.rows for a in row if a.op == "F"]
+    assert len(forwards) == len(set(forwards)) == len(plan.stages) * m * windows(plan)
+    assert evaluate(costs, plan, cluster).step_s == pytest.approx(simulated_step(costs, plan, cluster))
+
+
+# Values and parameters that cross stages.
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "naive"])
+def test_tied_parameters_are_all_reduced(schedule: str) -> None:
+    """The first and the last stage add up 1000 bytes of gradients in one second, behind the step's last backward."""
+    plain, tied = (profile([1.0] * 4, tied=t) for t in ((), (("w", "layer0", "layer3"),)))
+    cluster = devices(4, bandwidth=1000.0)
+    one, other = (simulate(c, spread(schedule, c, 4, 4), cluster) for c in (plain, tied))
+    assert other.plan.tied == ((0, 3),)
+    assert other.step_s == pytest.approx(one.step_s + 1.0)
+    assert [e.device for e in other.trace.events if e.op == "REDUCE_TIED"] == [0, 3]
+
+
+def test_tied_parameters_within_a_stage_cost_nothing() -> None:
+    tied = profile([1.0] * 4, tied=(("w", "layer0", "layer1"),))
+    assert spread("gpipe", tied, 2, 4).tied == ()
+
+
+def test_replicas_of_tied_stages() -> None:
+    """Each replica's two stages and their other replicas all end up with the same sum."""
+    tied = profile([1.0] * 2, tied=(("w", "layer0", "layer1"),))
+    plan = spread("gpipe", tied, 4, 4, replicas=2)
+    lower(plan)
+    outcome = simulate(tied, plan, devices(4, bandwidth=1000.0))
+    assert sorted(e.device for e in outcome.trace.events if e.op == "REDUCE_TIED") == [0, 1, 2, 3]
+
+
+def test_skip_edges_are_relayed() -> None:
+    """What layer 0 makes for layer 3 crosses every cut in between, forward and as a gradient."""
+    chain = profile([1.0] * 4, message_bytes=100)
+    skip = Value(name="skip", source=0, targets=(3,), bytes_at=tuple((n, 50 * n) for n in SIZES), gradient=True)
+    costs = msgspec.structs.replace(chain, values=(*chain.values, skip))
+    plan, _ = pipeline("gpipe", 4, 2)
+    moved = {e.action: e.bytes for e in simulate(costs, plan, devices(4)).trace.events if e.lane == "link"}
+    assert len(moved) == 3 * 2 * 2
+    assert set(moved.values()) == {150.0}
+    stopped = msgspec.structs.replace(costs, values=(*chain.values, msgspec.structs.replace(skip, gradient=False)))
+    moved = {e.action: e.bytes for e in simulate(stopped, plan, devices(4)).trace.events if e.lane == "link"}
+    assert {parse(action).op: size for action, size in moved.items()} == {"RECV_F": 150.0, "RECV_B": 100.0}
+
+
+# Tensors that are split.
+
+
+@pytest.mark.parametrize("t", [2, 4])
+def test_split_layers(t: int) -> None:
+    """Computing over t, and two all-reduces of the 1000 output bytes in each direction."""
+    costs = profile([4.0] * 2, [8.0] * 2, split=Split(forward=2, backward=2), optimizer_s=1.0)
+    cluster = devices(t, bandwidth=1000.0)
+    plan = spread("tensor-parallel", costs, t, 1)
+    assert plan.tensor == t
+    collective = 2 * (t - 1) / t
+    outcome = simulate(costs, plan, cluster)
+    assert outcome.step_s == pytest.approx(2 * ((4.0 + 8.0) / t + 4 * collective + 1.0 / t))
+    held = dict(zip(KINDS, outcome.peak[0].bytes, strict=True))
+    assert (held["parameters"], held["optimizer"]) == (2000 / t, 4000 / t)
+
+
+def test_split_stages_of_a_pipeline() -> None:
+    """Two stages of two devices each; every device has half of a layer."""
+    costs = profile([4.0] * 2, split=Split(forward=0, backward=0))
+    plan = spread("gpipe", costs, 4, 2, tensor=2)
+    assert plan.groups == (("d0", "d1"), ("d2", "d3"))
+    outcome = simulate(costs, plan, devices(4))
+    assert outcome.step_s == pytest.approx((2 + 1) * 2 * 2.0)
+    assert len(outcome.trace.devices) == 2
+
+
+def test_nothing_says_how_it_splits() -> None:
+    with pytest.raises(PlanError) as raised:
+        spread("tensor-parallel", profile([1.0] * 2), 2, 2)
+    assert raised.value.code == USAGE
+    assert "how its tensors split" in raised.value.what
+    assert "splits(model)" in raised.value.fix
+
+
+def test_unknown_ways_get_the_nearest() -> None:
+    with pytest.raises(PlanError) as raised:
+        spread("gpipe", profile([1.0] * 2), 2, 2, synchronisation="zero1")
+    assert raised.value.code == USAGE
+    assert "did you mean 'zero-1'" in raised.value.why
