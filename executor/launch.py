@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import uuid
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from planner.errors import RUN_FAILED, PlanError
 
 # Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
 _SHUTDOWN_S = "3"
+_AGENTS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) -> None:
@@ -43,6 +45,7 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
+    handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the agent's own words about ranks that fail; `_failed` says it once
     try:
@@ -54,6 +57,8 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
         raise KeyboardInterrupt from error
     finally:
         logging.disable(before)
+        for number, handler in handlers.items():  # the agent leaves its own behind
+            signal.signal(number, handler)
 
 
 def _failed(rank: int, failure: object, logs: Path) -> PlanError:

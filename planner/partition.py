@@ -126,6 +126,59 @@ def lightest(filled: Tables, stages: int) -> tuple[range, ...] | None:
     return cut(filled, stages)
 
 
+def evened(ranges: tuple[range, ...], homes: Sequence[int], seconds: Tables, filled: Tables) -> tuple[range, ...]:
+    """Shift boundaries while the busiest device gets less to do, where devices hold several stages each.
+
+    `homes` is every stage's device. Stages as equal as `cut` makes them need not add up to equal devices. Of all shifts
+    of one boundary by one layer the best is taken, as long as there is one that lowers the largest sum, or as many such
+    sums, without filling a device beyond 1; so this ends in a local optimum.
+
+    >>> import numpy as np
+    >>> table = spans([1, 1, 1, 5, 1, 1, 1, 1])
+    >>> before = cut(table, 4)
+    >>> evened(before, [0, 1, 1, 0], table, table * 0)
+    (range(0, 2), range(2, 3), range(3, 4), range(4, 8))
+    """
+    stops = [r.stop for r in ranges]
+    times, shares = ([_at(tables, stage) for stage in range(len(ranges))] for tables in (seconds, filled))
+
+    def time(stage: int) -> float:
+        return float(times[stage][stops[stage - 1] if stage else 0, stops[stage]])
+
+    load = [0.0] * (max(homes) + 1)
+    for stage, home in enumerate(homes):
+        load[home] += time(stage)
+    while True:
+        worst = max(load)
+        best: tuple[float, int, int] | None = None
+        for left in range(len(stops) - 1):
+            pair = {homes[left], homes[left + 1]}
+            if len(pair) == 1 or max(load[d] for d in pair) < worst:
+                continue
+            before = [time(left), time(left + 1)]
+            for step in (-1, 1):
+                at = stops[left] + step
+                if not (stops[left - 1] if left else 0) < at < stops[left + 1]:
+                    continue
+                stops[left] = at
+                after = [time(left), time(left + 1)]
+                fits = all(shares[s][stops[s - 1] if s else 0, stops[s]] <= 1 for s in (left, left + 1))
+                stops[left] = at - step
+                loads = {homes[left + i]: load[homes[left + i]] + after[i] - before[i] for i in range(2)}
+                most = max(loads.values())
+                if fits and most < worst * (1 - 1e-12) and (best is None or most < best[0]):
+                    best = (most, left, step)
+        if best is None:
+            starts = [0, *stops[:-1]]
+            return tuple(range(a, b) for a, b in zip(starts, stops, strict=True))
+        _, left, step = best
+        for stage in (left, left + 1):
+            load[homes[stage]] -= time(stage)
+        stops[left] += step
+        for stage in (left, left + 1):
+            load[homes[stage]] += time(stage)
+
+
 def replicated(
     seconds: Callable[[int], Table],
     devices: int,

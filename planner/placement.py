@@ -106,7 +106,12 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
         found = partition.cut(tables.seconds, len(plan.stages), tables.filled)
         found = found or partition.lightest(tables.filled, len(plan.stages))
         assert found is not None, "there are enough layers"
-        return found
+        if plan.chunks == 1:
+            return found
+        schedule = schedules.get(plan.schedule)
+        return partition.evened(
+            found, [schedule.homes(s, plan.depth)[0] for s in range(len(plan.stages))], tables.seconds, tables.filled
+        )
 
     homes = tuple(stage.devices[0] for stage in plan.stages)
     return kept(q.profile, ("cut", q.cluster.identity, q.k, q.samples, homes, in_flight(plan), plan.recompute), make)

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
-from planner.codes import BACKWARD, FORWARD, RECOMPUTE
+from planner.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE
 from planner.plan import Stage
 from planner.trace import Trace
 from planner.units import percent, seconds, size
@@ -15,7 +15,8 @@ from reports.markup import Cell, Html, Number, figure, join, table, tag, unbroke
 from reports.registry import section
 from reports.report import Report
 
-_OPS = (FORWARD, RECOMPUTE, BACKWARD)
+_HALVES = (BACKWARD_INPUT, BACKWARD_WEIGHT)
+_OPS = (FORWARD, RECOMPUTE, BACKWARD, *_HALVES)
 _NAMED = 4
 _ROWS = 500
 
@@ -56,7 +57,7 @@ def stages(report: Report) -> str:
 
 
 def _times(trace: Trace, count: int) -> list[dict[str, float]]:
-    """Median seconds of forward, recompute and backward per stage, over its micro-batches and replicas."""
+    """Median seconds of forward, recompute and backward or its halves per stage, over micro-batches and replicas."""
     found: list[dict[str, list[float]]] = [defaultdict(list) for _ in range(count)]
     for device in trace.work:
         for action, spent in device.items():
@@ -111,13 +112,14 @@ def _stage(found: _StageTime, mean: float, scale: float) -> Html:
 
 
 def _tables(report: Report, found: list[_StageTime], mean: float) -> Html:
+    used = [op for op in _OPS if op not in _HALVES or any(op in s.seconds for s in found)]
     rows: list[list[Cell]] = [
         [
             Number(str(s.number), s.number),
             ", ".join(s.stage.devices),
             Number(str(len(s.stage.layers)), len(s.stage.layers)),
             Number(size(s.parameters), s.parameters),
-            *(Number(seconds(s.seconds[op]) if op in s.seconds else "—", s.seconds.get(op)) for op in _OPS),
+            *(Number(seconds(s.seconds[op]) if op in s.seconds else "—", s.seconds.get(op)) for op in used),
             Number(seconds(s.total), s.total),
             Number(signed(s.total / mean - 1) if mean else "—", s.total),
         ]
@@ -128,9 +130,7 @@ def _tables(report: Report, found: list[_StageTime], mean: float) -> Html:
         "Devices",
         "Layers",
         "Parameters",
-        "Forward",
-        "Recompute",
-        "Backward",
+        *(OP_NAMES[op].capitalize() for op in used),
         "Together",
         "Against the mean",
     ]

@@ -192,3 +192,24 @@ def test_replicated_as_pipedream_states_it(compute: list[float], data: st.DataOb
     found = partition.replicated(seconds, devices)
     assert found is not None
     assert max(float(seconds(r)[x.start, x.stop]) for x, r in zip(*found, strict=True)) == best(layers, devices)
+
+
+@given(st.lists(st.integers(1, 20), min_size=4, max_size=12), st.integers(1, 3))
+def test_evened_devices_are_never_busier(weights: list[int], devices: int) -> None:
+    """Two stages per device, in a V: shifting boundaries never makes the busiest device busier, nor loses a layer."""
+    stages = min(2 * devices, len(weights) // 2 * 2)
+    homes = [s if s < stages // 2 else stages - 1 - s for s in range(stages)]
+    table = partition.spans([float(w) for w in weights])
+    before = partition.cut(table, stages)
+    assert before is not None
+    after = partition.evened(before, homes, table, 0 * table)
+
+    def busiest(ranges: tuple[range, ...]) -> int:
+        loads = [0] * stages
+        for home, layers in zip(homes, ranges, strict=True):
+            loads[home] += sum(weights[i] for i in layers)
+        return max(loads)
+
+    assert [i for layers in after for i in layers] == list(range(len(weights)))
+    assert all(after)
+    assert busiest(after) <= busiest(before)
