@@ -44,6 +44,8 @@ def _what(outcome: Outcome, answer: Answer) -> str:
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
     step = f"{seconds(outcome.step_s)} per step of {plan.batch} samples on {on}"
     memory = f"{outcome.trace.devices[worst]} holds most, {held} of {size(outcome.capacity_bytes[worst])}"
+    if outcome.peak_actions[worst]:
+        memory += f" during {outcome.peak_actions[worst]}"
     return f"{plan} is the best for {answer.objective}: {words}, {step}; {memory} ({checked})."
 
 

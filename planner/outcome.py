@@ -14,7 +14,7 @@ import msgspec
 
 from planner.memory import KINDS
 from planner.plan import Plan
-from planner.trace import MemoryPoint, Trace
+from planner.trace import COMPUTE, Event, MemoryPoint, Trace
 
 Source = Literal["simulated", "measured", "rehearsed"]
 
@@ -82,6 +82,20 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def peak(self) -> tuple[MemoryPoint, ...]:
         """Each device's memory at its own peak, by kind."""
         return self.memory_trace.peak
+
+    @cached_property
+    def peak_actions(self) -> tuple[str, ...]:
+        """The action at each device's peak: inside which, or at whose end, it is reached; empty where none is known."""
+        running: dict[int, list[Event]] = defaultdict(list)
+        for event in self.memory_trace.events:
+            if event.lane == COMPUTE:
+                running[event.device].append(event)
+        found = []
+        for point in self.peak:
+            inside = [e for e in running[point.device] if e.ready <= point.time <= e.end]
+            longest = max(inside, key=lambda e: e.end - e.ready, default=None)
+            found.append(longest.action if longest else "")
+        return tuple(found)
 
     @property
     def memory_trace(self) -> Trace:

@@ -102,7 +102,9 @@ def assumptions(predicted: Outcome, profile: Profile) -> tuple[str, ...]:
     """What the prediction takes for granted, in sentences."""
     machine = profile.machine.take(len(predicted.plan.device_names)) if profile.machine.elastic else profile.machine
     sentences = [
-        "Layer times are medians of the profile, interpolated between measured micro-batch sizes.",
+        "Layer times are estimated from counted operations and data sheets: nothing was measured."
+        if profile.estimated
+        else "Layer times are medians of the profile, interpolated between measured micro-batch sizes.",
         "A send completes when its receive is posted; transfers on one link share it fairly.",
         "The step includes input, loss, gradient synchronisation, optimizer and the framework's own time per action.",
         "Memory counts tensors as torch's allocator hands them out, not the process's code and libraries.",

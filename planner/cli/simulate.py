@@ -181,6 +181,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "span_bubble_s": outcome.trace.span_bubble_s,
         "peak_bytes": outcome.peak_bytes,
         "peak_bytes_per_device": [point.total for point in outcome.peak],
+        "peak_action_per_device": list(outcome.peak_actions),
         "capacity_bytes_per_device": list(outcome.capacity_bytes),
         "fits": outcome.fits,
     }

@@ -189,6 +189,8 @@ def _legend(used: list[int], *, measured: bool, capacity: bool) -> Html:
 
 def _tables(report: Report, curves: dict[int, list[MemoryPoint]], shown: list[int]) -> Html:
     names = report.predicted.memory_trace.devices
+    peaks_of = zip(report.predicted.peak, report.predicted.peak_actions, strict=True)
+    doing = {point.device: action for point, action in peaks_of}
     rows: list[list[Cell]] = []
     for device, points in curves.items():
         peak = max(points, key=lambda p: p.total)
@@ -201,10 +203,11 @@ def _tables(report: Report, curves: dict[int, list[MemoryPoint]], shown: list[in
                 Number(size(limit) if limit else "not known", limit),
                 Number(share(part) if part is not None else "not known", part),
                 Number(seconds(peak.time), peak.time),
+                doing[peak.device] or "—",
                 *(Number(size(value), value) for value in peak.bytes),
             ]
         )
-    head = ["Device", "Peak", "Capacity", "Share", "At", *(kind_name(kind).capitalize() for kind in KINDS)]
+    head = ["Device", "Peak", "Capacity", "Share", "At", "During", *(kind_name(kind).capitalize() for kind in KINDS)]
     peaks = table(head, rows, caption="Predicted peak of every device, by kind of bytes.", limit=_ROWS)
     steps: list[list[Cell]] = [
         [

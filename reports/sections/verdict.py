@@ -141,7 +141,8 @@ def _memory_sentence(outcome: Outcome) -> str:
 
 
 def _card(card: _Card, report: Report) -> Html:
-    rows = [_row(card, "predicted", "predicted", report.predicted)]
+    provenance = "estimated" if report.predicted.estimated else "predicted"
+    rows = [_row(card, "predicted", provenance, report.predicted)]
     if report.measured is not None:
         rows.append(_row(card, "measured", report.measured.source, report.measured))
     else:

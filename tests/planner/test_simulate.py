@@ -229,3 +229,9 @@ def test_replay_of_a_simulated_trace_is_the_trace() -> None:
     again = interpret(costs.replayed(trace), plan.devices)
     assert again == trace
     assert msgspec.json.decode(msgspec.json.encode(trace), type=type(trace)) == trace
+
+
+def test_the_peak_names_its_action() -> None:
+    """GPipe holds all micro-batches when the first backward begins."""
+    outcome = simulate(profile([1.0] * 2, message_bytes=10), pipeline("gpipe", 2, 4)[0], devices(2))
+    assert outcome.peak_actions == ("0B0", "1B0")
