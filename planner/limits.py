@@ -20,6 +20,8 @@ class Limit(NamedTuple):
 def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     """Return the losses that matter (2 % of the devices' time and more), largest first; or that there is none."""
     trace = outcome.trace
+    if not trace.events:
+        return [Limit(outcome.bubble, f"the bubble: devices stand idle for {percent(outcome.bubble)} of the step")]
     count, whole = len(trace.devices), trace.end * len(trace.devices)
     busiest = max(range(count), key=lambda d: trace.busy[d])
     found: list[Limit] = []
@@ -29,15 +31,17 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
         over = trace.busy[busiest] / mean - 1
         name = trace.devices[busiest]
         found.append(Limit(uneven, f"uneven devices: {name} works {percent(over)} more than the mean"))
-    idle = trace.makespan_bubble - uneven
+    idle = outcome.bubble - uneven
     if idle > 0.02 and count > 1:
         stages, m = len(outcome.plan.stages), outcome.plan.microbatches
-        why = f"the bubble: devices stand idle for {percent(trace.makespan_bubble)} of the step"
+        why = f"the bubble: devices stand idle for {percent(outcome.bubble)} of the step"
         if outcome.plan.schedule in ("gpipe", "1f1b") and stages > 1:
             ideal = (stages - 1) / (m + stages - 1)
             why += f"; with equal stages and free transfers it would be (K-1)/(M+K-1) = {percent(ideal)}"
-        elif stages > 1:
+        elif outcome.plan.schedule == "naive" and stages > 1:
             why += ", because one works at a time"
+        elif stages == 1:
+            why += ", waiting for parameters, gradients or each other"
         found.append(Limit(idle, why))
     by_op: dict[str, float] = {}
     for event in trace.events:
@@ -48,6 +52,9 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
         ("OPTIMIZER", "the optimizer"),
         ("LOAD", "loading input"),
         ("REDUCE_GRAD", "reducing gradients"),
+        ("REDUCE_TIED", "adding up gradients of shared parameters"),
+        ("PULL", "pulling parameters"),
+        ("PUSH", "pushing gradients"),
     ):
         share = by_op.get(op, 0.0) / whole
         if share > 0.02:
