@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from planner.codes import OPS
 from planner.compiled import kernel
-from planner.costs import Costs, Prices, TransferKind
+from planner.costs import Costs, Prices
 from planner.errors import PlanError
 from planner.linking import Linked, Numbers
+from planner.prices import TransferKind
 
 Floats = npt.NDArray[np.float64]
 

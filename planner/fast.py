@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from planner import tensor
 from planner.cluster import Cluster
-from planner.costs import costs_of, prices_of, row_devices
+from planner.costs import costs_of, prices_of
 from planner.critical_path import makespan, walk
 from planner.extrapolate import extrapolate
 from planner.linking import Linked
 from planner.lowering import asynchronous, unroll
 from planner.memory import MemoryModel
 from planner.plan import Plan
+from planner.prices import row_devices
 from planner.profile import Profile
 from planner.steady import steady_step
 

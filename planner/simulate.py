@@ -16,12 +16,13 @@ import simpy
 from planner import codes, synchronisation, tensor
 from planner.cluster import Cluster
 from planner.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
-from planner.costs import Costs, TransferKind, costs_of
+from planner.costs import Costs, costs_of
 from planner.linking import MESSAGES
 from planner.lowering import actions, asynchronous, lower
 from planner.memory import MemoryModel
 from planner.outcome import Outcome
 from planner.plan import Plan
+from planner.prices import TransferKind
 from planner.profile import Profile
 from planner.resources import Alone, FairShare, Process, Then
 from planner.steady import steady_step
