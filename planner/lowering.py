@@ -71,6 +71,8 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
         rows = recompute(rows, _forgetful(plan))
         if plan.replicas > 1 or way.server:
             rows = prefetch(tuple(way.add(row, share) for row in rows), UNSHARD_FORWARD, UNSHARD_BACKWARD)
+            if asynchronous(plan):
+                rows = tuple(send_first(row) for row in rows)
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
@@ -352,6 +354,30 @@ def recompute(rows: Order, stages: Codes) -> Order:
         )
         for row in rows
     )
+
+
+def send_first(row: Codes) -> Codes:
+    """Send a gradient on before it is reduced: the stage before may have what the other replicas are waiting for."""
+    row = row.copy()
+    _send_first(len(row), row, codes.NUMBER[REDUCE_GRAD])
+    return row
+
+
+@kernel
+def _send_first(row, reduce):  # type: ignore[no-untyped-def]
+    """Move every reduction behind the SEND_B (7) that stands between it and the next compute (0 to 4)."""
+    count = len(row)
+    for i in range(count):
+        if row[i] >> 56 == reduce:
+            action = row[i]
+            j = i + 1
+            while j < count and row[j] >> 56 >= 5 and row[j] >> 56 != 7:
+                j += 1
+            if j < count and row[j] >> 56 == 7:
+                for k in range(i, j):
+                    row[k] = row[k + 1]
+                row[j] = action
+    return 0
 
 
 def offload(row: Codes) -> Codes:

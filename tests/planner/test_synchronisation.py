@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner import collectives
@@ -285,6 +285,7 @@ def test_a_stage_of_two_devices(schedule: str) -> None:
     st.integers(1, 6),
     st.sampled_from([2, 4, 6, 12]),
 )
+@example("pipedream-replicated", [1.0, 5.0, 1.0], 5, 6)  # the first stage has what the middle one's replicas wait for
 def test_pipedreams_plans_run(strategy: str, forward: list[float], k: int, m: int) -> None:
     """Whatever replicas its optimizer chooses: the plan is proved, and both interpreters agree."""
     costs = profile(forward, message_bytes=100)
