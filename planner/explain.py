@@ -19,12 +19,20 @@ FACTORS = (1.5, 2.0, 4.0, 10.0)
 """How much faster or slower links are tried to be, or memory larger or smaller."""
 
 
-def explain(search: Search, answer: Answer, outcome: Outcome, *, changes: bool = True) -> list[str]:
-    """Return sentences about the best plan of a search, whose outcome is given; `changes` asks what would change it."""
+def explain(
+    search: Search, answer: Answer, outcome: Outcome, *, of: Found | None = None, changes: bool = True
+) -> list[str]:
+    """Return sentences about a plan that a search has found, the best if not another, whose outcome is given.
+
+    `changes` asks what would change the answer.
+    """
     best, cluster = answer.leaders[0], search.cluster
     everything = [f for f in search.state.done.values() if f.label and (search.stale or not f.stale)]
-    text = [_what(outcome, answer), *_bounds(outcome, cluster), *_next(best, answer, everything)]
-    text += _ruled_out(best, everything)
+    if of is not None and of.key != best.key:
+        behind = f"{percent(of.score / best.score - 1)} behind {best.label}, the best for {answer.objective}"
+        return [_what(outcome, of, answer, behind), *_bounds(outcome, cluster)]
+    text = [_what(outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
+    text += [*_next(best, answer, everything), *_ruled_out(best, everything)]
     if changes:
         text += _bandwidth(search, best, everything)
         text += _memory(best, everything)
@@ -32,21 +40,23 @@ def explain(search: Search, answer: Answer, outcome: Outcome, *, changes: bool =
     return text
 
 
-def _what(outcome: Outcome, answer: Answer) -> str:
+def _what(outcome: Outcome, found: Found, answer: Answer, rank: str) -> str:
     plan = outcome.plan
     devices = len(plan.device_names)
     worst = max(range(len(outcome.peak)), key=lambda d: outcome.peak[d].total / outcome.capacity_bytes[d])
     held = size(outcome.peak[worst].total)
-    words = objectives.get(answer.objective).words(answer.leaders[0].score)
+    words = objectives.get(answer.objective).words(found.score)
     on = "1 device" if devices == 1 else f"{devices} devices"
     checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, the others cannot be better"
     if not answer.complete:
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
+    if not found.exact:
+        checked += "; what its devices share has not been simulated"
     step = f"{seconds(outcome.step_s)} per step of {plan.batch} samples on {on}"
     memory = f"{outcome.trace.devices[worst]} holds most, {held} of {size(outcome.capacity_bytes[worst])}"
     if outcome.peak_actions[worst]:
         memory += f" during {outcome.peak_actions[worst]}"
-    return f"{plan} is the best for {answer.objective}: {words}, {step}; {memory} ({checked})."
+    return f"{plan} is {rank}: {words}, {step}; {memory} ({checked})."
 
 
 def _bounds(outcome: Outcome, cluster: Cluster) -> list[str]:

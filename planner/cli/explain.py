@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
 from planner.cli import output
@@ -56,13 +55,14 @@ def explain(
     answer = searched.answer
     if not answer.leaders:
         raise nothing_fits(searching, answer)
+    chosen = answer.leaders[0]
     if plan != "best":
         known = {found.label: found for found in answer.leaders}
         if plan not in known:
             raise unknown("plan", plan, ["best", *known], where="the last search", fix="plan explain best")
-        answer = msgspec.structs.replace(answer, leaders=(known[plan], *answer.leaders))
-    outcome = simulate(profile, searching.plan(answer.leaders[0]), searched.cluster)
-    text = sentences(searching, answer, outcome)
+        chosen = known[plan]
+    outcome = simulate(profile, searching.plan(chosen), searched.cluster)
+    text = sentences(searching, answer, outcome, of=chosen)
     if json:
         output.document("explain", {"plan": str(outcome.plan), "sentences": text})
     else:
