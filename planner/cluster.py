@@ -243,6 +243,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return found
 
     @cached_property
+    def _own_links(self) -> dict[str, tuple[int, ...]]:
+        """Every host's link to itself, where it has one."""
+        found = [(i, link.between) for i, link in enumerate(self.links)]
+        return {one: (i,) for i, (one, other) in reversed(found) if one == other}
+
+    @cached_property
     def _backbone(self) -> list[tuple[str, str, dict[str, object]]]:
         """The edges between hosts and switches."""
         return [(a, b, d) for a, b, d in self.graph.edges(data=True) if not {a, b} & self._host_of.keys()]
@@ -261,8 +267,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._near[one, other]
 
     def _way(self, source: str, target: str) -> tuple[int, ...]:
-        inside = (self._host_of[source],) * 2 if self._host_of[source] == self._host_of[target] else None
-        own = tuple(i for i, link in enumerate(self.links) if link.between == inside)[:1]
+        own: tuple[int, ...] = ()
+        if self._host_of[source] == self._host_of[target]:
+            own = self._own_links.get(self._host_of[source], ())
         for graph in (self._between(self._host_of[source], self._host_of[target]), self.graph):
             try:
                 nodes = nx.shortest_path(graph, source, target, weight="seconds")

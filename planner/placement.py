@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -379,7 +380,9 @@ def _plan(
         if len(homes) == width == 1:
             return tuple(names[homes[0] :: depth])
         firsts = [(replica * depth + home) * width for replica in range(q.replicas) for home in homes]
-        return tuple(name for first in firsts for name in names[first : first + width])
+        if width == 1:
+            return tuple(names[first] for first in firsts)
+        return tuple(itertools.chain.from_iterable(names[first : first + width] for first in firsts))
 
     return Plan(
         strategy=strategy,

@@ -134,6 +134,8 @@ class Search:
         self.bounds = [score for score, *_ in scored]
         self.slowing = slowing(profile, cluster)
         self.known: dict[tuple[object, ...], list[tuple[frozenset[str], Found]]] = defaultdict(list)
+        self.bare_bounds: dict[tuple[object, ...], float] = {}
+        """Of plans without savings, however their replicas are synchronised."""
         self.families: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: dict[str, str] = {}
         for candidate in self.order:
@@ -240,9 +242,12 @@ class Search:
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where its plan cannot beat the best."""
         try:
+            if self.bare_bounds.get(candidate[:6], 0.0) >= self.best:
+                return None
             plan = bare(candidate, self.profile, self.cluster, self.batch)
-            bound_s = plan_bound(plan, self.profile, self.cluster)
-            if self._score(plan, bound_s, 0.0) >= self.best:
+            bound = self._score(plan, plan_bound(plan, self.profile, self.cluster), 0.0)
+            self.bare_bounds[candidate[:6]] = bound
+            if bound >= self.best:
                 return None
             plan = make(candidate, self.profile, self.cluster, self.batch) if candidate.savings else plan
             step_s, peaks = evaluate(self.profile, plan, self.cluster)
