@@ -155,6 +155,9 @@ class _Run:
         self.waiting: dict[int, simpy.Event] = {}
         self.begun: dict[int, float] = {}
         self.free: dict[int, float] = {}
+        self.in_turn = [kind.lane >= 0 for kind in costs.kinds]
+        self.takes = [kind.seconds for kind in costs.kinds]
+        self.pushes = [kind.op == PUSH for kind in costs.kinds]
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
         self.links = _links(self.env, costs.cluster)
@@ -163,6 +166,7 @@ class _Run:
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
+        self.parts = [self._parts(kind) for kind in costs.kinds]
         self.alone = [
             kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
             for kind in costs.kinds
@@ -218,21 +222,24 @@ class _Run:
         if self.missing[transfer]:
             return
         number = self.kind_of[transfer]
-        kind = self.costs.kinds[number]
         now = begun = self.env.now
-        if kind.lane >= 0:
-            start = max(now - kind.early, self.free.get(kind.lane, 0.0))
-            self.free[kind.lane] = start + kind.busy
-            begun = start + kind.early
+        if self.in_turn[number]:
+            begun = self.turn(self.costs.kinds[number])
         self.begun[transfer] = begun
         if self.alone[number]:
-            self.env.timeout(begun - now + kind.seconds).callbacks.append(partial(self.finish, transfer))
+            self.env.timeout(begun - now + self.takes[number]).callbacks.append(partial(self.finish, transfer))
         elif begun > now:
-            self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(kind, partial(self.finish, transfer)))
-        elif kind.op == PUSH:
-            self.env.process(self.push(transfer, kind))
+            self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(number, partial(self.finish, transfer)))
+        elif self.pushes[number]:
+            self.env.process(self.push(transfer, number))
         else:
-            self.begin(kind, partial(self.finish, transfer))
+            self.begin(number, partial(self.finish, transfer))
+
+    def turn(self, kind: TransferKind) -> float:
+        """Return when a transfer begins that is done in turn with others of its lane, and take its time there."""
+        start = max(self.env.now - kind.early, self.free.get(kind.lane, 0.0))
+        self.free[kind.lane] = start + kind.busy
+        return start + kind.early
 
     def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
         """Let those go on who wait for it."""
@@ -242,16 +249,13 @@ class _Run:
         if waiting is not None:
             waiting.succeed()
 
-    def begin(self, kind: TransferKind, then: Then) -> None:
-        """Serve a transfer on its links and on its ends' cores; call `then` with the last of these parts."""
-        cores, seconds, work = self.cores, kind.seconds, kind.work
-        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
-        if seconds > 0 and not parts:
-            parts = [(self.nothing, seconds)]
-        if work > 0 and cores[kind.source] is cores[kind.target]:
-            parts.append((cores[kind.source], 2 * work))
-        elif work > 0:
-            parts += [(cores[kind.source], work), (cores[kind.target], work)]
+    def begin(self, number: int, then: Then) -> None:
+        """Serve a transfer of a kind on its links and on its ends' cores; call `then` with the last of these parts."""
+        parts = self.parts[number]
+        if len(parts) == 1:
+            part, share = parts[0]
+            part.serve(share, then)
+            return
         left = len(parts)
 
         def done() -> None:
@@ -262,13 +266,24 @@ class _Run:
 
         for part, share in parts:
             part.serve(share, done)
-        if not parts:
-            self.nothing.serve(0.0, then)
 
-    def push(self, transfer: int, kind: TransferKind) -> Process:
+    def _parts(self, kind: TransferKind) -> list[tuple[FairShare | Alone, float]]:
+        """What serves a kind of transfer, each for how long: its links, its ends' cores, or nothing that is shared."""
+        cores, seconds, work = self.cores, kind.seconds, kind.work
+        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
+        if seconds > 0 and not parts:
+            parts = [(self.nothing, seconds)]
+        if work > 0 and cores[kind.source] is cores[kind.target]:
+            parts.append((cores[kind.source], 2 * work))
+        elif work > 0:
+            parts += [(cores[kind.source], work), (cores[kind.target], work)]
+        return parts or [(self.nothing, 0.0)]
+
+    def push(self, transfer: int, number: int) -> Process:
         """Bring gradients to a server, which updates its parameters with them."""
+        kind = self.costs.kinds[number]
         brought = self.env.event()
-        self.begin(kind, brought.succeed)
+        self.begin(number, brought.succeed)
         yield brought
         self.pushed.setdefault(kind.stage, []).append(transfer)
         mine = self.pushed[kind.stage]
