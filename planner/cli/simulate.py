@@ -161,7 +161,6 @@ def as_data(ranking: Ranking) -> dict[str, Any]:
 def figures(outcome: Outcome) -> dict[str, Any]:
     """An outcome's figures, with units in the names."""
     low, high = outcome.throughput_interval
-    drawn = outcome.samples_s
     return {
         "plan": str(outcome.plan),
         "source": outcome.source,
@@ -171,9 +170,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "step_s": outcome.step_s,
         "step_low_s": outcome.interval_s[0],
         "step_high_s": outcome.interval_s[1],
-        "step_samples_s": {f"p{q}": drawn[min(len(drawn) - 1, len(drawn) * q // 100)] for q in QUANTILES}
-        if drawn
-        else {},
+        "step_samples_s": {f"p{q}": step for q, step in percentiles(outcome).items()},
         "runnable": unrunnable(outcome.plan) is None,
         "stale_gradients": asynchronous(outcome.plan),
         "staleness_updates": staleness(outcome) if asynchronous(outcome.plan) else 0.0,
@@ -185,6 +182,12 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "capacity_bytes_per_device": list(outcome.capacity_bytes),
         "fits": outcome.fits,
     }
+
+
+def percentiles(outcome: Outcome) -> dict[int, float]:
+    """Percentiles of the steps that were drawn, in seconds."""
+    drawn = outcome.samples_s
+    return {q: drawn[len(drawn) * q // 100] for q in QUANTILES} if drawn else {}
 
 
 def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) -> None:
@@ -228,8 +231,12 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) ->
     stale = next((o for o in ranking.outcomes if o.fits), best)
     if stale is not best:
         gain = percent(stale.throughput / best.throughput - 1)
-        output.results.print(f"{stale.plan} would be {gain} faster with stale gradients (--stale lets it be the best)")
+        old = f"gradients {staleness(stale):.1f} updates old on average"
+        output.results.print(f"{stale.plan} would be {gain} faster with {old} (--stale lets it be the best)")
     output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
+    if len(best.samples_s) > SAMPLES:
+        shares = "  ".join(f"{q} % {seconds(step)}" for q, step in percentiles(best).items())
+        output.results.print(f"step over {len(best.samples_s)} draws: {shares}")
     print(ascii_timeline(best.trace, width=min(90, output.results.width)))
     for limit in limits(best, where):
         output.results.print(f"limited by {limit.text}", markup=False)
