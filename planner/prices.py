@@ -71,6 +71,8 @@ class PriceList:
         self.way = synchronisation.get(plan.synchronisation)
         self.groups = plan.groups
         self.devices = row_devices(plan, cluster)
+        # Where devices share cores, a collective computes on those that it would hide behind.
+        self.overlaps = not any(device.shares_cores for device in self.devices)
 
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -131,7 +133,7 @@ class PriceList:
             gathers = [collectives.half(self.cluster, devices, bytes_) for bytes_ in per_layer]
             busy = sum(gathers)
             seconds = busy
-            if "parameters" in self.way.shards:
+            if "parameters" in self.way.shards and self.overlaps:
                 needed = self._reached(stage, forward=op == UNSHARD_FORWARD)
                 ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
                 seconds = collectives.lead(needed, ordered)
@@ -148,7 +150,7 @@ class PriceList:
         """
         whole = collectives.all_reduce if not self.way.shards else collectives.half
         sharded = "gradients" in self.way.shards
-        if not self.plan.bucket_bytes and not sharded:
+        if not self.overlaps or not (self.plan.bucket_bytes or sharded):
             at_once = whole(self.cluster, devices, sum(per_layer))
             return at_once, at_once
         times = self._reached(stage, forward=False)

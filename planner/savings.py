@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 
 import msgspec
 
-from planner import schedules, tensor
+from planner import schedules, synchronisation, tensor
 from planner.errors import PlanError, unknown
 from planner.linking import Linked
 from planner.lowering import swaps, unroll
@@ -176,4 +176,6 @@ def offload(q: Question, plan: Plan) -> Plan:
 @saving("host-optimizer")
 def host_optimizer(q: Question, plan: Plan) -> Plan:
     """Keep the optimizer's state on the host and update there (Ren et al., ZeRO-Offload, arXiv 2101.06840)."""
+    if synchronisation.get(plan.synchronisation).server and plan.replicas > 1:
+        return plan  # the servers update already
     return msgspec.structs.replace(plan, host_optimizer=True)
