@@ -10,11 +10,15 @@ from planner.errors import PlanError
 from planner.fast import evaluate
 from planner.injection import with_bandwidth
 from planner.limits import limits
+from planner.lowering import actions
 from planner.outcome import Outcome
-from planner.search import Answer, Found, Search
+from planner.plan import Plan
+from planner.search import Answer, Found, Search, shares, simulated_step
 from planner.space import Candidate
 from planner.units import percent, rate, seconds, size
 
+QUICK_ACTIONS = 20_000
+"""Programs up to so many actions go through SimPy when changes are tried."""
 FACTORS = (1.5, 2.0, 4.0, 10.0)
 """How much faster or slower links are tried to be, or memory larger or smaller."""
 
@@ -102,7 +106,7 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
         for rival in rivals:
             plan = search.plan(rival)
             try:
-                scores.append((evaluate(search.profile, plan, changed).step_s / plan.batch, rival.key, rival))
+                scores.append((_step_s(search, plan, changed) / plan.batch, rival.key, rival))
             except PlanError:
                 continue
         least, _, rival = min(scores)
@@ -112,6 +116,13 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
         _first_change(winner, best, [1 / f for f in FACTORS], "With links {:g} times slower", invert=True),
         _first_change(winner, best, list(FACTORS), "With links {:g} times faster", invert=False),
     ]
+
+
+def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
+    """Seconds per step, with what is shared as far as that can be simulated while somebody waits."""
+    if shares(plan, cluster) and actions(plan) <= QUICK_ACTIONS:
+        return simulated_step(search.profile, plan, cluster)
+    return evaluate(search.profile, plan, cluster).step_s
 
 
 def _first_change(
