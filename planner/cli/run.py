@@ -9,7 +9,8 @@ import msgspec
 import typer
 
 from planner.cli import output
-from planner.cli.simulate import figures, require_same
+from planner.cli.figures import figures
+from planner.cli.opened import require_same
 from planner.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.outcome import Comparison, Error, compare
 from planner.plan import Plan, Stage, unrunnable

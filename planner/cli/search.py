@@ -10,10 +10,11 @@ import msgspec
 import typer
 
 from planner import __version__, savings, strategies
-from planner import cluster as clusters
 from planner import synchronisation as synchronisations
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
+from planner.cli.figures import figures
+from planner.cli.opened import opened
 from planner.cluster import Cluster
 from planner.errors import NOTHING_FITS, USAGE, PlanError
 from planner.explain import cheapest_change, explain
@@ -94,16 +95,8 @@ def run(
     json: bool = False,
 ) -> None:
     """Search, save, and print; what `plan search` and `plan simulate` without K do."""
-    from planner.cli.simulate import check_fresh
-    from profiles import shipped
-
-    store = Store(catalogue=shipped)
-    path = store.profile_path(profile)
-    measured = store.load_profile(path)
-    if profile is None:
-        check_fresh(measured, path)
+    store, path, measured, hardware = opened(profile, cluster)
     store.check_writable()
-    hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
     batch = measured.batch if batch is None else batch
     for number in axes.get("ks") or (1,):
         check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=batch)
@@ -268,8 +261,6 @@ def nothing_fits(searching: Search, answer: Answer) -> PlanError:
 
 def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """A search as JSON data, with units in the names."""
-    from planner.cli.simulate import figures
-
     return {
         "objective": answer.objective,
         "cluster": searching.cluster.name,

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from planner import cluster as clusters
 from planner import strategies
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
+from planner.cli.figures import figures, percentiles
+from planner.cli.opened import opened
 from planner.cli.search import run
-from planner.errors import ARTEFACT, PlanError
+from planner.errors import PlanError
 from planner.injection import inject
 from planner.limits import limits
-from planner.lowering import asynchronous
 from planner.outcome import Outcome
 from planner.plan import unrunnable
-from planner.profile import Profile, ProfileKey
+from planner.profile import Profile
 from planner.ranking import Ranking, check, rank
 from planner.simulate import SAMPLES, SEED, Failure
 from planner.staleness import staleness
-from planner.store import Store
 from planner.units import percent, rate, seconds, size
 
 SHOWN = 15
 """Plans in the table."""
-QUANTILES = (5, 25, 50, 75, 95)
 
 
 def simulate(
@@ -80,18 +76,12 @@ def simulate(
         )
         return
     m = 8 if m is None else m
-    from profiles import shipped
-
-    store = Store(catalogue=shipped)
-    path = store.profile_path(profile)
-    measured = store.load_profile(path)
-    if profile is None:
-        check_fresh(measured, path)
-    hardware = clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
+    store, path, measured, hardware = opened(profile, cluster)
+    batch = measured.batch if batch is None else batch
     faulty = hardware
     failures: tuple[Failure, ...] = ()
     if slow_device or slow_link or fail:
-        check(measured, k=k, m=m, batch=measured.batch if batch is None else batch)
+        check(measured, k=k, m=m, batch=batch)
         whole = hardware.take(k) if hardware.elastic else hardware
         faulty, failures = inject(whole, slow_devices=slow_device or (), slow_links=slow_link or (), failing=fail or ())
     chosen = [strategies.get(name) for name in strategy] if strategy else None
@@ -100,7 +90,7 @@ def simulate(
         faulty,
         k=k,
         m=m,
-        batch=measured.batch if batch is None else batch,
+        batch=batch,
         name=path.stem,
         strategies=chosen,
         samples=samples,
@@ -116,33 +106,6 @@ def simulate(
         _print(ranking, best, measured, shown=len(ranking.outcomes) if every else SHOWN)
 
 
-def check_fresh(measured: Profile, path: Path) -> None:
-    """Raise `PlanError` (exit 4) when the model file or torch have changed since the profile, saying what."""
-    source = Path(measured.model_path.partition(":")[0])
-    current: dict[str, Any] = {"torch": importlib.metadata.version("torch")}
-    if source.is_file():
-        import hashlib
-
-        current["source_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
-    key = measured.key
-    fields = {f: current.get(f, getattr(key, f)) for f in key.__struct_fields__}
-    require_same(measured, ProfileKey(**fields), path)
-
-
-def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
-    """Raise `PlanError` (exit 4) with every field in which a profile's key differs from what it would be now."""
-    changed = measured.key.differences(now)
-    if changed:
-        again = f" --estimate {measured.key.device.partition(' ')[0]}" if measured.estimated else ""
-        raise PlanError(
-            what="the profile is stale",
-            where=str(path),
-            why="changed since it was measured: " + "; ".join(changed),
-            fix=f"plan profile {measured.model_path}" + again,
-            code=ARTEFACT,
-        )
-
-
 def as_data(ranking: Ranking) -> dict[str, Any]:
     """The ranking as JSON data, with units in the names."""
     return {
@@ -156,38 +119,6 @@ def as_data(ranking: Ranking) -> dict[str, Any]:
         "plans": [figures(outcome) for outcome in ranking.outcomes],
         "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
     }
-
-
-def figures(outcome: Outcome) -> dict[str, Any]:
-    """An outcome's figures, with units in the names."""
-    low, high = outcome.throughput_interval
-    return {
-        "plan": str(outcome.plan),
-        "source": outcome.source,
-        "throughput_samples_per_s": outcome.throughput,
-        "throughput_low_samples_per_s": low,
-        "throughput_high_samples_per_s": high,
-        "step_s": outcome.step_s,
-        "step_low_s": outcome.interval_s[0],
-        "step_high_s": outcome.interval_s[1],
-        "step_samples_s": {f"p{q}": step for q, step in percentiles(outcome).items()},
-        "runnable": unrunnable(outcome.plan) is None,
-        "stale_gradients": asynchronous(outcome.plan),
-        "staleness_updates": staleness(outcome) if asynchronous(outcome.plan) else 0.0,
-        "bubble_fraction": outcome.bubble,
-        "span_bubble_s": outcome.trace.span_bubble_s,
-        "peak_bytes": outcome.peak_bytes,
-        "peak_bytes_per_device": [point.total for point in outcome.peak],
-        "peak_action_per_device": list(outcome.peak_actions),
-        "capacity_bytes_per_device": list(outcome.capacity_bytes),
-        "fits": outcome.fits,
-    }
-
-
-def percentiles(outcome: Outcome) -> dict[int, float]:
-    """Percentiles of the steps that were drawn, in seconds."""
-    drawn = outcome.samples_s
-    return {q: drawn[len(drawn) * q // 100] for q in QUANTILES} if drawn else {}
 
 
 def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) -> None:
