@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from planner.cluster import Cluster
+from planner.kept import kept
 
 
 def all_reduce(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
@@ -46,24 +47,19 @@ def half(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
 
 def ring_ways(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Return the links from each device to the next around the ring, kept with the cluster."""
-    key = "ring", devices
-    if key not in cluster.tables:
-        cluster.tables[key] = [cluster.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
-    found = cluster.tables[key]
-    assert isinstance(found, list)
-    return found
+    pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
+    return kept(cluster, ("ring", devices), lambda: [cluster.path(a, b) for a, b in pairs])
 
 
 def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
     """Return one of each sort of hop around the ring: hops over links with the same figures take equally long."""
-    key = "hops", devices
-    if key not in cluster.tables:
+
+    def make() -> list[tuple[int, ...]]:
         figures = [(link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in cluster.links]
         sorts = {tuple(figures[i] for i in way): way for way in ring_ways(cluster, devices)}
-        cluster.tables[key] = list(sorts.values())
-    found = cluster.tables[key]
-    assert isinstance(found, list)
-    return found
+        return list(sorts.values())
+
+    return kept(cluster, ("hops", devices), make)
 
 
 def tail(ready: Sequence[float], seconds: Sequence[float], end: float) -> float:

@@ -6,13 +6,14 @@ import functools
 import itertools
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from planner import codes, collectives, partition, schedules, tensor
 from planner import synchronisation as synchronisations
 from planner.cluster import Cluster, Device
 from planner.codes import Order
 from planner.errors import PlanError
+from planner.kept import kept
 from planner.lowering import compute_order
 from planner.plan import Plan, Stage
 from planner.profile import LayerProfile, Profile, interpolate, value_bytes
@@ -222,13 +223,6 @@ def run_seconds(profile: Profile, samples: int, threads: int) -> Table:
         return partition.spans(weights)
 
     return kept(profile, ("runs", samples, threads), make)
-
-
-def kept(profile: Profile, key: tuple[object, ...], make: Callable[[], T]) -> T:
-    """Return what has been derived from a profile before, or make it now."""
-    if key not in profile.tables:
-        profile.tables[key] = make()
-    return cast("T", profile.tables[key])
 
 
 def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:

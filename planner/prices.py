@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from planner.codes import (
     UNSHARD_FORWARD,
 )
 from planner.errors import DEVICE, PlanError
+from planner.kept import kept
 from planner.linking import MESSAGES
 from planner.plan import Plan
 from planner.profile import Profile
@@ -267,9 +268,9 @@ def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
 
 def _host_ways(cluster: Cluster) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Every device's host, and the link to it where there is one; kept with the cluster."""
-    if "host ways" not in cluster.tables:
+
+    def make() -> dict[str, tuple[str, tuple[int, ...]]]:
         links = {frozenset(link.between): (i,) for i, link in reversed(list(enumerate(cluster.links)))}
-        cluster.tables["host ways"] = {
-            d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices
-        }
-    return cast("dict[str, tuple[str, tuple[int, ...]]]", cluster.tables["host ways"])
+        return {d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices}
+
+    return kept(cluster, "host ways", make)

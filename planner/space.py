@@ -6,16 +6,17 @@ A candidate is a point of it; making its plan costs milliseconds, so each has a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from planner import savings, schedules, strategies, tensor
+from planner import savings, schedules, strategies, synchronisation, tensor
 from planner.cluster import Cluster
 from planner.errors import PlanError
+from planner.kept import kept
 from planner.lowering import asynchronous
-from planner.placement import Question, kept
+from planner.placement import Question
 from planner.plan import Plan
 from planner.profile import Profile
 from planner.stage_costs import MEDIAN, LayerTable, layer_table
@@ -222,17 +223,20 @@ def _filled(passing: float, both: float, depth: int, share: int) -> float:
 
 def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
     """Speed and threads of the fastest of the first `count` devices, kept with the cluster."""
-    key = "fastest", count
-    if key not in cluster.tables:
+
+    def make() -> tuple[float, int]:
         devices = cluster.take(count).devices
-        cluster.tables[key] = max(d.speed for d in devices), max(d.threads for d in devices)
-    return cast("tuple[float, int]", cluster.tables[key])
+        return max(d.speed for d in devices), max(d.threads for d in devices)
+
+    return kept(cluster, ("fastest", count), make)
 
 
 def _asynchronous(strategy: str) -> bool:
     if strategy in schedules.names():
         return schedules.get(strategy).asynchronous
-    return strategy == "pipedream-replicated" or strategy.endswith("-async")
+    if strategy in synchronisation.names():
+        return synchronisation.get(strategy).asynchronous
+    return strategy == "pipedream-replicated"
 
 
 def _seams(profile: Profile) -> float:

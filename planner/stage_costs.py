@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from planner.cluster import Device
 from planner.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
+from planner.kept import kept
 from planner.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
 
 Quantile = Literal["low", "lower", "median", "upper", "high"]
@@ -45,11 +46,7 @@ class LayerTable:
 def layer_table(profile: Profile, samples: int, threads: int) -> LayerTable:
     """Return the table, kept with the profile."""
     key = samples, _nearest([t.threads for t in profile.layers[0].times], threads)
-    if key not in profile.tables:
-        profile.tables[key] = LayerTable(profile, samples, threads)
-    table = profile.tables[key]
-    assert isinstance(table, LayerTable)
-    return table
+    return kept(profile, ("layers", *key), lambda: LayerTable(profile, samples, threads))
 
 
 class StageCosts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from planner.kept import kept
 from planner.plan import Plan
 from planner.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
 
@@ -44,17 +45,12 @@ def of_plan(profile: Profile, plan: Plan, layers: range) -> StageMemory:
         frozenset(layers) if plan.recompute else frozenset(names[n] for n in plan.recompute_layers if n in names)
     )
     key = "memory", layers, plan.samples, plan.recompute, forgotten
-    if key not in profile.tables:
-        profile.tables[key] = stage_memory(
-            profile,
-            layers,
-            plan.samples,
-            recompute=plan.recompute,
-            forgotten=frozenset() if plan.recompute else forgotten,
-        )
-    found = profile.tables[key]
-    assert isinstance(found, StageMemory)
-    return found
+    chosen = frozenset() if plan.recompute else forgotten
+    return kept(
+        profile,
+        key,
+        lambda: stage_memory(profile, layers, plan.samples, recompute=plan.recompute, forgotten=chosen),
+    )
 
 
 def stage_memory(

@@ -12,6 +12,7 @@ import msgspec
 from planner import collectives
 from planner.cluster import Cluster
 from planner.errors import PlanError
+from planner.kept import kept
 from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, Timing
 
 _PASSES = {"forward": "forward", "recompute": "forward", "backward": "backward", "backward_input": "backward"}
@@ -31,14 +32,13 @@ def split(profile: Profile, devices: tuple[str, ...], cluster: Cluster) -> Profi
             why=f"a stage over {len(devices)} devices needs layers that split by column, row or block",
             fix="define splits(model) in the model file, which returns {'layer name': 'block'}",
         )
-    key = "split", devices, cluster.identity
-    if key not in profile.tables:
+
+    def make() -> Profile:
         layers = tuple(_layer(layer, devices, cluster) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.
-        profile.tables[key] = msgspec.structs.replace(profile, layers=layers, whole=())
-    found = profile.tables[key]
-    assert isinstance(found, Profile)
-    return found
+        return msgspec.structs.replace(profile, layers=layers, whole=())
+
+    return kept(profile, ("split", devices, cluster.identity), make)
 
 
 def _layer(layer: LayerProfile, devices: tuple[str, ...], cluster: Cluster) -> LayerProfile:
