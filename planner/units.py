@@ -44,4 +44,4 @@ def percent(fraction: float) -> str:
     >>> percent(0.12345)
     '12.3 %'
     """
-    return f"{100 * fraction:.1f} %"
+    return f"{round(100 * fraction, 1) + 0.0:.1f} %"  # adding zero: -0.0 is printed as 0.0
