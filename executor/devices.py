@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from planner.errors import DEVICE, PlanError
+from planner.basis.errors import DEVICE, PlanError
 
 
 class Backend(Protocol):

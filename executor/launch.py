@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from planner.errors import RUN_FAILED, PlanError
+from planner.basis.errors import RUN_FAILED, PlanError
 
 # Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
 _SHUTDOWN_S = "3"

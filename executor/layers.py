@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from executor.model_file import ModelFile, explained
-from planner.errors import PlanError
+from planner.basis.errors import PlanError
 
 MODEL_INPUT = -1
 
@@ -66,7 +66,7 @@ class LayeredModel:
     def crossing(self, cut: int) -> tuple[str, ...]:
         """Names of the values alive between layers `cut - 1` and `cut`, in the order they come to be.
 
-        The rule is that of `planner.profile.Profile.crossing`.
+        The rule is that of `planner.values.profile.Profile.crossing`.
         """
         if cut == 0:
             return self.inputs

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.errors import PlanError
+from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 DEFAULT_BATCH = 64

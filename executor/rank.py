@@ -17,10 +17,11 @@ from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.torch_adapter import PipeStage
-from planner.linking import completions
-from planner.lowering import lower
-from planner.plan import Plan
-from planner.program import Action, Row, needs
+from planner.orders.action import Action, Row
+from planner.programs.lowering import lower
+from planner.programs.program import needs
+from planner.programs.waits import completions
+from planner.values.plan import Plan
 
 # DDP reduces in buckets as their gradients become ready; the last one is ready when the last backward ends, where the
 # program's reduction begins. A plan without a bucket size wants one bucket that holds everything.

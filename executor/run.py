@@ -11,11 +11,11 @@ import torch
 
 from executor.launch import launch
 from executor.worker import PATIENCE_S, Job, RankMemory, RankStep, main
-from planner.codes import REDUCE_GRAD
-from planner.outcome import Outcome
-from planner.plan import Plan
-from planner.program import parse
-from planner.trace import COMPUTE, Event, MemoryPoint, Trace
+from planner.orders.action import parse
+from planner.orders.codes import REDUCE_GRAD
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan
+from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
 
 WARM_UP_STEPS = 3
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining import stage as torch_stage
 
-from planner.codes import Order
-from planner.program import actions
+from planner.orders.action import actions
+from planner.orders.codes import Order
 
 _INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.13; absent in 2.11
 _FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters

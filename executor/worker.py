@@ -23,12 +23,12 @@ from executor.devices import Backend, open_device
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.rank import Rank, Stamped
-from planner.codes import RECV_FORWARD, REDUCE_GRAD
-from planner.errors import RUN_FAILED, PlanError
-from planner.memory import KINDS
-from planner.plan import Plan
-from planner.program import RECEIVES, Action, needs
-from planner.trace import COMPUTE, LINK, Event, MemoryPoint
+from planner.basis.errors import RUN_FAILED, PlanError
+from planner.orders.action import Action
+from planner.orders.codes import RECV_FORWARD, REDUCE_GRAD
+from planner.programs.program import RECEIVES, needs
+from planner.values.plan import Plan
+from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
 
 PATIENCE_S = 60.0
 """How long a rank waits for another one, unless steps are predicted to be so long that more is needed."""

@@ -12,16 +12,16 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from planner import plan as plans
-from planner.cluster import Cluster
-from planner.errors import ARTEFACT, PlanError, unknown
-from planner.files import unwritable, write
-from planner.outcome import Outcome
-from planner.plan import Plan
-from planner.profile import Profile, decode
-from planner.ranking import Ranking
-from planner.search import Answer, Found
-from planner.space import Space
+from planner.basis.errors import ARTEFACT, PlanError, unknown
+from planner.basis.files import unwritable, write
+from planner.search.ranking import Ranking
+from planner.search.search import Answer, Found
+from planner.search.space import Space
+from planner.values import plan as plans
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan
+from planner.values.profile import Profile, decode
 
 T = TypeVar("T")
 FOLDER = ".plan"

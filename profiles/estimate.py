@@ -28,8 +28,8 @@ from torch.utils import _pytree as pytree
 from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import Loss, ModelFile, default_loss, default_optimizer, explained, load, sha256
 from executor.torch_adapter import tensors_without_data
-from planner.errors import PlanError
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
+from planner.basis.errors import PlanError
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
 from profiles import hardware as devices
 from profiles.chain import Chain
 from profiles.counting import AsOnGpu, Counter

@@ -14,8 +14,8 @@ from typing import Literal
 
 import msgspec
 
-from planner.cluster import Cluster, Device, Host, Link
-from planner.errors import unknown
+from planner.basis.errors import unknown
+from planner.values.cluster import Cluster, Device, Host, Link
 
 Kind = Literal["matmul", "convolution", "attention", "memory", "random"]
 """What bounds an operation: units that multiply, the memory, or the drawing of random numbers (dropout)."""

@@ -24,9 +24,9 @@ from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.rank import Rank
 from executor.worker import join
-from planner.cluster import Cluster, Device, Host, Link
-from planner.plan import Plan, Stage
-from planner.program import RECEIVES, SENDS
+from planner.programs.program import RECEIVES, SENDS
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.plan import Plan, Stage
 from profiles.chain import Chain
 
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)

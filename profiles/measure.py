@@ -12,8 +12,8 @@ import torch
 from executor import devices
 from executor.layers import cut
 from executor.model_file import ModelFile, load, sha256
-from planner.errors import PlanError
-from planner.profile import LayerProfile, Profile, ProfileKey, Timing
+from planner.basis.errors import PlanError
+from planner.values.profile import LayerProfile, Profile, ProfileKey, Timing
 from profiles import machine
 from profiles.chain import Chain
 from profiles.sizes import Static, measure_sizes, measure_static, values_of

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import msgspec
 
-from planner import cluster
-from planner.errors import ARTEFACT, PlanError
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
+from planner.basis.errors import ARTEFACT, PlanError
+from planner.values import cluster
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
 
 DATA = Path(__file__).parent / "data"
 MACHINE = "dgx1-v100"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
-from planner.profile import LayerSizes, Value
+from planner.values.profile import LayerSizes, Value
 from profiles.chain import Chain, Pass, update
 
 

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.model_file import explained
-from planner.errors import PlanError, unknown
-from planner.profile import Split
+from planner.basis.errors import PlanError, unknown
+from planner.values.profile import Split
 from profiles.chain import Chain
 from profiles.sizes import storage_of
 

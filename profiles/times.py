@@ -13,7 +13,7 @@ import torch
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
 from executor.model_file import explained
-from planner.profile import LayerTimes, Timing, WholeStep
+from planner.values.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 40

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner.outcome import Error, Outcome
-from planner.program import parse
-from planner.trace import COMPUTE, Event, MemoryPoint, Trace
-from planner.units import percent, rate, size
+from planner.basis.units import percent, rate, size
+from planner.orders.action import parse
+from planner.values.outcome import Error, Outcome
+from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
 
 UNKNOWN = "not known"
 OP_NAMES = {

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from planner import files
+from planner.basis import files
 from reports import sections
 from reports.markup import Html, join, tag
 from reports.plots import MARK

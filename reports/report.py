@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.outcome import Comparison, Outcome
-from planner.profile import Profile
-from planner.ranking import Ranking
+from planner.search.ranking import Ranking
+from planner.values.outcome import Comparison, Outcome
+from planner.values.profile import Profile
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

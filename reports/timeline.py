@@ -8,9 +8,9 @@ from array import array
 from collections import defaultdict
 from typing import Any
 
-from planner.codes import OPS
-from planner.program import parse
-from planner.trace import LANES, LINK, Event, Trace
+from planner.orders.action import parse
+from planner.orders.codes import OPS
+from planner.values.trace import LANES, LINK, Event, Trace
 from reports.markup import Html, tag
 
 # One column per field of an event. Starts need 64 bits to keep microseconds in a long step; durations do not.
@@ -30,7 +30,7 @@ def encode(trace: Trace) -> dict[str, object]:
     """Return the events ordered by device, lane (compute, link) and start, as base64 of little-endian columns.
 
     `offsets[2 * device + lane]` is the first event of a lane. `microbatch` is -1 where an action has none; `wait` and
-    `work` are seconds, `op` is an index into `planner.program.OPS`.
+    `work` are seconds, `op` is an index into `planner.programs.program.OPS`.
     """
     lanes: dict[tuple[int, str], list[Event]] = defaultdict(list)
     for event in trace.events:

@@ -8,13 +8,13 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from planner import schedules
-from planner.cluster import Cluster, Device, Host, Link
-from planner.lowering import lower
-from planner.plan import Plan, Stage
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
-from planner.program import Program
-from planner.schedules import Shape
+from planner.orders import schedules
+from planner.orders.schedules import Shape
+from planner.programs.lowering import lower
+from planner.programs.program import Program
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.plan import Plan, Stage
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
 
 KEY = ProfileKey(
     model="model.py", source_sha256="0" * 64, device="by hand", dtype="float32", cores=2, torch="2.13.0", python="3.11"

@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from planner import ranking
+from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, RUN_FAILED, TOLERANCE, USAGE
 from planner.cli import main
 from planner.cli.main import invoke
-from planner.cluster import Cluster, Host
-from planner.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, RUN_FAILED, TOLERANCE, USAGE
-from planner.profile import Profile
-from planner.simulate import simulate
+from planner.search import ranking
+from planner.simulate.predict import simulate
 from planner.store import Store
+from planner.values.cluster import Cluster, Host
+from planner.values.profile import Profile
 from tests import factory
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, USAGE
 from planner.cli.main import invoke
-from planner.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, USAGE
-from planner.search import Search
-from planner.space import Candidate
+from planner.search.search import Search
+from planner.search.space import Candidate
 from planner.store import Store
 from tests import factory
 from tests.test_cli import by_hand, failing

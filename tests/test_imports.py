@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +17,8 @@ ALLOWED = {
     "profiles": {"planner", "executor", "profiles"},
     "reports": {"planner", "reports"},
 }
+ROOMS = ("basis", "orders", "values", "programs", "costs", "simulate", "placement", "search", "store", "cli")
+"""Rooms of the planner, each above those that it may import."""
 HEAVY = ("torch", "plotly", "numba", "pandas", "sklearn")
 
 
@@ -41,7 +44,25 @@ def test_dependencies_run_one_way(package: str) -> None:
 
 def test_executor_does_not_see_the_simulator() -> None:
     for path in (ROOT / "executor").rglob("*.py"):
-        assert "planner.simulate" not in imports(path), path
+        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("planner.")}
+        assert rooms <= {"basis", "orders", "values", "programs"}, path
+
+
+def test_rooms_of_the_planner_stand_on_each_other() -> None:
+    """Lower rooms never import higher ones, and no file of a room takes part in a circle."""
+    folder = ROOT / "planner"
+    edges: dict[str, set[str]] = {}
+    for path in folder.rglob("*.py"):
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = {name for name in imports(path) if name.startswith("planner.")}
+        edges[own] = found
+        room = own.split(".")[1] if "." in own else ""
+        if room in ROOMS:
+            higher = set(ROOMS[ROOMS.index(room) + 1 :]) & {name.split(".")[1] for name in found}
+            assert not higher, f"{own} is below {higher}"
+    modules = nx.DiGraph([(a, b) for a, targets in edges.items() for b in targets if b in edges and a != b])
+    modules.remove_edges_from([(a, b) for a, b in modules.edges if a.startswith(f"{b}.") or b.startswith(f"{a}.")])
+    assert nx.is_directed_acyclic_graph(modules), nx.find_cycle(modules)
 
 
 def test_private_names_of_torch_live_in_one_module() -> None:

@@ -52,7 +52,7 @@ def test_messages_that_wait_for_their_receive_take_longer(zero_bubble):
 
 
 def test_both_simulators_agree_on_messages_that_begin_when_they_are_sent(zero_bubble):
-    from planner.simulate import simulate
+    from planner.simulate.predict import simulate
 
     row = next(row for row in zero_bubble.rows() if row.schedule == "1F1B")
     cluster = zero_bubble.cluster_of(row)

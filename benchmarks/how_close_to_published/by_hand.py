@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from planner import codes, schedules
-from planner.cluster import Cluster
-from planner.costs import Costs, costs_of
-from planner.critical_path import walk
-from planner.lowering import lower
-from planner.plan import Plan, Stage
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
+from planner.costs.placed import Placed
+from planner.costs.priced import Costs, costs_of
+from planner.orders import codes, schedules
+from planner.programs.lowering import lower
+from planner.programs.waits import Linked
+from planner.simulate.longest_path import walk
+from planner.values.cluster import Cluster
+from planner.values.plan import Plan, Stage
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
 
 DATA = Path(__file__).parent / "data"
 GIB = 2**30
@@ -200,7 +202,7 @@ def plan(
 
 def priced(profile: Profile, plan: Plan, cluster: Cluster) -> Costs:
     """Return what every action of a plan's step costs."""
-    return costs_of(profile, plan, lower(plan), cluster)
+    return costs_of(Placed(profile, plan, cluster), Linked(lower(plan)))
 
 
 def makespan(profile: Profile, plan: Plan, cluster: Cluster) -> float:

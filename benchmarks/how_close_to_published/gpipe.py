@@ -28,9 +28,9 @@ import msgspec
 import torch
 from by_hand import GIB, Figure, Result, Table
 
-from planner.cluster import Cluster, Device, Host, Link
-from planner.profile import LayerProfile, Profile, Value
-from planner.stage_memory import stage_memory
+from planner.costs.stage_memory import stage_memory
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.profile import LayerProfile, Profile, Value
 from profiles import hardware
 from profiles.estimate import profile_of
 

@@ -18,8 +18,8 @@ from torch import nn
 from zero_bubble import OPTIMIZER_TRAFFIC, SLOWDOWN
 
 from executor.model_file import ModelFile, default_loss, default_optimizer
-from planner.cluster import Cluster, Device, Host, Link, by_size
-from planner.profile import LayerProfile
+from planner.values.cluster import Cluster, Device, Host, Link, by_size
+from planner.values.profile import LayerProfile
 from profiles import hardware
 from profiles.estimate import Work, count
 

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from by_hand import Figure, Result, Table
 
-from planner import codes
-from planner.cluster import Cluster
-from planner.costs import costs_of
-from planner.critical_path import walk
-from planner.linking import Linked
-from planner.lowering import lower
-from planner.profile import Profile
-from planner.program import Program
+from planner.costs.placed import Placed
+from planner.costs.priced import costs_of
+from planner.orders import codes
+from planner.programs.lowering import lower
+from planner.programs.program import Program
+from planner.programs.waits import Linked
+from planner.simulate.longest_path import walk
+from planner.values.cluster import Cluster
+from planner.values.profile import Profile
 from profiles import hardware
 from profiles.estimate import profile_of
 
@@ -89,7 +90,7 @@ def throughput(row: Row) -> float:
     program = Program(order)
     linked = Linked(program)
     linked.waits = np.where(codes.has(linked.flat, codes.RECOMPUTE), -1, linked.waits)
-    return row.batch / walk(costs_of(profile, plan, program, cluster, linked)).step_s
+    return row.batch / walk(costs_of(Placed(profile, plan, cluster), linked)).step_s
 
 
 def run(*, quick: bool = False) -> Result:

@@ -17,16 +17,18 @@ import by_hand
 import numpy as np
 from by_hand import GIB, Figure, Result, Table, layer
 
-from planner import codes, schedules
-from planner.cluster import Cluster, Device, Host, Link
-from planner.codes import Order
-from planner.linking import Linked
-from planner.lowering import lower
-from planner.memory import KINDS, MemoryModel
-from planner.plan import Plan
-from planner.profile import LayerProfile, Profile
-from planner.schedules import Shape
-from planner.schedules.greedy import Rules, greedy
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.orders import codes, schedules
+from planner.orders.codes import Order
+from planner.orders.schedules import Shape
+from planner.orders.schedules.greedy import Rules, greedy
+from planner.programs.lowering import lower
+from planner.programs.waits import Linked
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.plan import Plan
+from planner.values.profile import LayerProfile, Profile
+from planner.values.trace import KINDS
 from profiles import hardware
 
 VOCABULARY = 51200
@@ -227,7 +229,7 @@ def peak(row: Row) -> float:
     cluster = cluster_of(row)
     profile, plan = planned(row, cluster)
     linked = Linked(lower(plan))
-    model = MemoryModel(profile, plan, linked)
+    model = MemoryModel(Placed(profile, plan, cluster), linked)
     activations = KINDS.index("activations")
     for stage in range(len(plan.stages)):
         i, w = (stage * len(codes.OPS) + codes.NUMBER[op] for op in (codes.BACKWARD_INPUT, codes.BACKWARD_WEIGHT))

@@ -27,21 +27,23 @@ import msgspec
 import numpy as np
 import simpy
 
-from planner import cluster as clusters
-from planner import extrapolate, schedules
-from planner.cluster import Cluster, Device, Host, Link
-from planner.costs import Costs, Prices, costs_of, prices_of
-from planner.critical_path import makespan
-from planner.fast import evaluate
-from planner.linking import Linked
-from planner.lowering import unroll
-from planner.memory import MemoryModel
-from planner.plan import Plan, Stage
-from planner.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
-from planner.search import Search
-from planner.simulate import _Run as SimPyPass
-from planner.simulate import simulate
-from planner.space import space
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import Costs, Prices, costs_of, prices_of
+from planner.orders import schedules
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
+from planner.search.search import Search
+from planner.search.space import space
+from planner.simulate import extrapolate
+from planner.simulate.contention import Run as SimPyPass
+from planner.simulate.evaluate import evaluate
+from planner.simulate.longest_path import makespan
+from planner.simulate.predict import simulate
+from planner.values import cluster as clusters
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.plan import Plan, Stage
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
 from profiles import shipped
 
 MISSED = 7
@@ -260,14 +262,14 @@ def seconds_of(work: Callable[[], object]) -> float:
 FIRST = """
 import runpy, sys, time
 plan_of, profile_of, separate = (runpy.run_path(sys.argv[1])[n] for n in ("plan_of", "profile_of", "separate"))
-from planner.fast import evaluate
-from planner.linking import Linked
-from planner.lowering import unroll
+from planner.simulate.evaluate import evaluate
+from planner.programs.waits import Linked
+from planner.programs.lowering import unroll
 plan, profile, cluster = plan_of("1f1b", 8, 2048), profile_of(8), separate(8)
 for turn in range(2):
     begin = time.perf_counter()
     import numba  # else the first small loops run as Python
-    evaluate(profile, plan, cluster, Linked(unroll(plan)))
+    evaluate(Placed(profile, plan, cluster), Linked(unroll(plan)))
     print(time.perf_counter() - begin)
 """
 """A process that evaluates a plan twice and says how long each took."""
@@ -308,8 +310,8 @@ def critical_path(quick: bool) -> Iterator[Figure]:
             def build(plan: Plan = plan) -> None:
                 Linked(unroll(plan))
 
-            prices = prices_of(profile, plan, linked.program, cluster, linked)
-            model = MemoryModel(profile, plan, linked)
+            prices = prices_of(Placed(profile, plan, cluster), linked)
+            model = MemoryModel(Placed(profile, plan, cluster), linked)
 
             def path(linked: Linked = linked, prices: Prices = prices, model: MemoryModel = model) -> None:
                 linked.__dict__.pop("answers", None)  # kept with the program, but found for the memory model
@@ -318,7 +320,7 @@ def critical_path(quick: bool) -> Iterator[Figure]:
 
             def simulated(plan: Plan = plan, linked: Linked = linked) -> None:
                 linked.__dict__.pop("answers", None)
-                evaluate(profile, plan, cluster, linked)  # noqa: B023 - called at once
+                evaluate(Placed(profile, plan, cluster), linked)  # noqa: B023 - called at once
 
             taken = medians(QUICK_ROUNDS if quick else ROUNDS, build=build, path=path, simulate=simulated)
             name = f"{schedule}, K={stages}, M={microbatches}"
@@ -340,7 +342,7 @@ def simpy_pass(quick: bool) -> Iterator[Figure]:
     profile, random = profile_of(stages, spread=0.1), np.random.default_rng(0)
 
     def costs(cluster: Cluster) -> Costs:
-        return costs_of(profile, plan, linked.program, cluster, linked).drawn(random)
+        return costs_of(Placed(profile, plan, cluster), linked).drawn(random)
 
     def one(priced: Costs) -> None:
         SimPyPass(priced, plan.devices).env.run()
@@ -369,10 +371,10 @@ def long_steps(quick: bool) -> Iterator[Figure]:
     plans = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 2), ("zb-v", 2), ("v-half", 2), ("chimera", 1)]
     for schedule, chunks in plans[:2] if quick else plans:
         plan, profile = plan_of(schedule, stages, microbatches, chunks), profile_of(stages * chunks)
-        taken = medians(QUICK_ROUNDS, work=lambda: evaluate(profile, plan, cluster))["work"]  # noqa: B023
-        continued = extrapolate.extrapolate(profile, plan, cluster)
-        found = evaluate(profile, plan, cluster)
-        full = evaluate(profile, plan, cluster, Linked(unroll(plan)))
+        taken = medians(QUICK_ROUNDS, work=lambda: evaluate(Placed(profile, plan, cluster)))["work"]  # noqa: B023
+        continued = extrapolate.extrapolate(Placed(profile, plan, cluster))
+        found = evaluate(Placed(profile, plan, cluster))
+        full = evaluate(Placed(profile, plan, cluster), Linked(unroll(plan)))
         error = max(abs(found.step_s / full.step_s - 1), float(np.abs(found.peak_bytes / full.peak_bytes - 1).max()))
         how = "" if continued is not None else " (walked in full)"
         yield Figure(question, f"{schedule}{how}", taken, "s", LONG_S)
@@ -386,7 +388,7 @@ def wide(quick: bool) -> Iterator[Figure]:
     profile, cluster = profile_of(stages), separate(stages)
     for schedule in ("1f1b",) if quick else ("gpipe", "1f1b"):
         plan = plan_of(schedule, stages, microbatches)
-        taken = seconds_of(lambda: evaluate(profile, plan, cluster))  # noqa: B023
+        taken = seconds_of(lambda: evaluate(Placed(profile, plan, cluster)))  # noqa: B023
         yield Figure(question, f"{schedule}, M={microbatches}", taken, "s", WIDE_S)
 
 
@@ -398,7 +400,7 @@ def predictions(quick: bool) -> Iterator[Figure]:
         plan, cluster = plan_of(schedule, stages, 32, chunks), processes(stages)
         profile = profile_of(stages * chunks, spread=0.1)
         linked = Linked(unroll(plan))
-        costs = costs_of(profile, plan, linked.program, cluster, linked)
+        costs = costs_of(Placed(profile, plan, cluster), linked)
         taken = medians(
             QUICK_ROUNDS if quick else ROUNDS,
             one=lambda: SimPyPass(costs, plan.devices).env.run(),  # noqa: B023

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.trace import COMPUTE, Trace
+from planner.values.trace import COMPUTE, Trace
 
 LETTERS = {"F": "F", "B": "B", "I": "I", "W": "W", "R": "R", "OPTIMIZER": "O", "LOAD": "L"}
 LETTERS |= {"REDUCE_GRAD": "A", "REDUCE_TIED": "A", "UNSHARD_F": "A", "UNSHARD_B": "A", "PULL": "P", "PUSH": "P"}

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
+from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
 from planner.cli.search import asked, nothing_fits
-from planner.errors import ARTEFACT, PlanError, unknown
-from planner.explain import explain as sentences
-from planner.search import Search, State
-from planner.simulate import simulate
+from planner.search.explain import explain as sentences
+from planner.search.search import Search, State
+from planner.simulate.predict import simulate
 from planner.store import Store
 
 

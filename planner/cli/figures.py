@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from planner.lowering import asynchronous
-from planner.outcome import Outcome
-from planner.plan import unrunnable
-from planner.staleness import staleness
+from planner.simulate.staleness import staleness
+from planner.values.outcome import Outcome
+from planner.values.plan import asynchronous, unrunnable
 
 QUANTILES = (5, 25, 50, 75, 95)
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from planner import files
+from planner.basis import files
+from planner.basis.errors import PlanError
 from planner.cli import output
-from planner.errors import PlanError
 
 
 def init(

@@ -13,10 +13,10 @@ import typer
 from typer.exceptions import TyperException
 
 from planner import __version__
+from planner.basis.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
+from planner.basis.files import write
 from planner.cli import explain, init, profile, report, run, search, simulate
 from planner.cli.output import failure
-from planner.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
-from planner.files import write
 from planner.store import FOLDER
 
 app = typer.Typer(

@@ -6,11 +6,11 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from planner import cluster as clusters
-from planner.cluster import Cluster
-from planner.errors import ARTEFACT, PlanError
-from planner.profile import Profile, ProfileKey
+from planner.basis.errors import ARTEFACT, PlanError
 from planner.store import Store
+from planner.values import cluster as clusters
+from planner.values.cluster import Cluster
+from planner.values.profile import Profile, ProfileKey
 
 
 def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profile, Cluster]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from planner.errors import INTERRUPTED, NOTHING_FITS, OK, PlanError
+from planner.basis.errors import INTERRUPTED, NOTHING_FITS, OK, PlanError
 
 SCHEMA = "foreplan.cli/1"
 

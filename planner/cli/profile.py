@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.basis.errors import PlanError
+from planner.basis.units import percent, seconds, size
 from planner.cli import output
-from planner.errors import PlanError
-from planner.profile import Profile
 from planner.store import Store
-from planner.units import percent, seconds, size
+from planner.values.profile import Profile
 
 NOISE_LIMIT = 0.05
 

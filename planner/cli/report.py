@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from planner import __version__
+from planner.basis.errors import PlanError
 from planner.cli import output
-from planner.errors import PlanError
-from planner.outcome import Outcome
-from planner.profile import Profile
-from planner.ranking import Ranking
-from planner.simulate import simulate as predict
+from planner.cli.comparison import compared
+from planner.search.ranking import Ranking
+from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store
+from planner.values.outcome import Outcome
+from planner.values.profile import Profile
 
 
 def report(
@@ -63,7 +64,6 @@ def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: P
 def _write(
     result: Run | None, predicted: Outcome, profile: Profile, ranking: Ranking | None, out: Path, command: str
 ) -> Path:
-    from planner.cli.run import compared
     from reports.page import Report, write
 
     write(

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from planner.basis.errors import ARTEFACT, TOLERANCE, PlanError
+from planner.basis.units import percent
 from planner.cli import output
-from planner.cli.figures import figures
+from planner.cli.comparison import as_data, compared, show
 from planner.cli.opened import require_same
-from planner.errors import ARTEFACT, TOLERANCE, PlanError
-from planner.outcome import Comparison, Error, compare
-from planner.plan import Plan, Stage, unrunnable
-from planner.profile import Profile
-from planner.simulate import replay
-from planner.simulate import simulate as predict
+from planner.cli.report import write_page
+from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
-from planner.units import percent, rate, seconds, size
+from planner.values.outcome import Comparison
+from planner.values.plan import Plan, Stage, unrunnable
+from planner.values.profile import Profile
 
 
 def run(
@@ -85,15 +85,13 @@ def run(
     result = Run(profile=str(path), predicted=predicted, measured=measured)
     store.save_run(folder, result)
     comparison = compared(result, measured_profile)
-    from planner.cli.report import write_page
-
     page = write_page(store, folder, result, measured_profile, folder / "report.html")
     data = {**as_data(result, comparison), "report": str(page), "weights": str(folder / "weights.pt")}
     failed = _beyond(comparison, check, data) if check is not None else None
     if json and failed is None:
         output.document("run", data)
     elif not json:
-        _print(result, comparison)
+        show(result, comparison)
         output.results.print(f"weights {folder / 'weights.pt'} (a state dict of the unsplit model)")
         output.results.print(f"report {page}: open it in a browser")
     if failed is not None:
@@ -162,73 +160,3 @@ def on_this_machine(plan: Plan, profile: Profile) -> Plan:
     threads = profile.machine.take(len(plan.devices)).devices[0].threads
     stages = tuple(Stage(layers=s.layers, devices=tuple(renamed[d] for d in s.devices)) for s in plan.stages)
     return msgspec.structs.replace(plan, stages=stages, threads=threads)
-
-
-def compared(result: Run, profile: Profile) -> Comparison:
-    """Compare a run with its prediction, and with its own durations put through the simulator."""
-    replays = tuple(replay(profile, result.measured.plan, profile.machine, trace) for trace in result.measured.steps)
-    return compare(result.predicted, result.measured, replays=replays)
-
-
-def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
-    """A run as JSON data: figures of both worlds and the errors split by cause, as fractions."""
-
-    def error(e: Error, unit: str) -> dict[str, Any]:
-        return {
-            "name": e.name,
-            f"predicted_{unit}": e.predicted,
-            f"measured_{unit}": e.measured,
-            "relative_error": e.relative,
-        }
-
-    return {
-        "plan": str(result.measured.plan),
-        "steps": len(result.measured.steps),
-        "predicted": figures(result.predicted),
-        "measured": figures(result.measured),
-        "losses": list(result.measured.losses),
-        "errors": {
-            "total": error(comparison.total, "s"),
-            "replay": error(comparison.replay, "s") if comparison.replay else None,
-            "costs": [error(e, "s") for e in comparison.costs],
-            "memory": [
-                {**error(e, "bytes"), "kinds": [error(k, "bytes") for k in kinds]}
-                for e, kinds in zip(comparison.memory, comparison.memory_kinds, strict=True)
-            ],
-        },
-        "steps_inside_interval_fraction": comparison.inside,
-        "noise_fraction": comparison.noise,
-    }
-
-
-def _print(result: Run, comparison: Comparison) -> None:
-    from rich.table import Table
-
-    predicted, measured = result.predicted, result.measured
-    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {len(measured.steps)} steps", title_justify="left")
-    table.add_column("")
-    for name in ("predicted", "measured", "error"):
-        table.add_column(name, justify="right")
-
-    def row(name: str, mine: str, theirs: str, error: float | None) -> None:
-        table.add_row(name, mine, theirs, "" if error is None else f"{100 * error:+.1f} %")
-
-    row("step", seconds(predicted.step_s), seconds(measured.step_s), comparison.total.relative)
-    row("throughput", rate(predicted.throughput), rate(measured.throughput), None)
-    row("bubble", percent(predicted.bubble), percent(measured.bubble), None)
-    if comparison.replay:
-        row(
-            "step, replayed",
-            seconds(comparison.replay.predicted),
-            seconds(comparison.replay.measured),
-            comparison.replay.relative,
-        )
-    for memory in comparison.memory:
-        row(f"peak memory {memory.name}", size(memory.predicted), size(memory.measured), memory.relative)
-    for cost in comparison.costs:
-        row(f"  {cost.name}", seconds(cost.predicted), seconds(cost.measured), cost.relative)
-    output.results.print(table)
-    inside = f"{percent(comparison.inside)} of the steps are inside the predicted interval"
-    output.results.print(f"noise of the steps {percent(comparison.noise)}; {inside}")
-    if measured.losses:
-        output.results.print(f"loss {measured.losses[0]:.4g} at first, {measured.losses[-1]:.4g} at last")

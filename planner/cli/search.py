@@ -9,25 +9,25 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from planner import __version__, savings, strategies
-from planner import synchronisation as synchronisations
+from planner import __version__
+from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
+from planner.basis.units import percent, rate, seconds, size
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.opened import opened
-from planner.cluster import Cluster
-from planner.errors import NOTHING_FITS, USAGE, PlanError
-from planner.explain import cheapest_change, explain
-from planner.lowering import asynchronous
-from planner.outcome import Outcome
-from planner.plan import unrunnable
-from planner.profile import Profile
-from planner.ranking import Ranking, check
-from planner.search import Answer, Progress, Search, State
-from planner.simulate import SAMPLES, SEED, simulate
-from planner.space import Space, space
+from planner.orders import synchronisation as synchronisations
+from planner.placement import savings, strategies
+from planner.search.explain import cheapest_change, explain
+from planner.search.ranking import Ranking, check
+from planner.search.search import Answer, Progress, Search, State
+from planner.search.space import Space, space
+from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.store import Searched, Store
-from planner.units import percent, rate, seconds, size
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.plan import asynchronous, unrunnable
+from planner.values.profile import Profile
 
 SHOWN = 8
 """Leaders that are simulated in full and shown."""
@@ -343,7 +343,7 @@ def _savings(text: str) -> tuple[str, ...]:
     names = tuple(text.split("+"))
     for name in names:
         if name not in savings.names():
-            from planner.errors import unknown
+            from planner.basis.errors import unknown
 
             raise unknown("saving", name, ("none", *savings.names()), where="--saving", fix="join names by +")
     return names

@@ -6,22 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
-from planner import strategies
+from planner.basis.errors import PlanError
+from planner.basis.units import percent, rate, seconds, size
 from planner.cli import output
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
 from planner.cli.opened import opened
 from planner.cli.search import run
-from planner.errors import PlanError
-from planner.injection import inject
-from planner.limits import limits
-from planner.outcome import Outcome
-from planner.plan import unrunnable
-from planner.profile import Profile
-from planner.ranking import Ranking, check, rank
-from planner.simulate import SAMPLES, SEED, Failure
-from planner.staleness import staleness
-from planner.units import percent, rate, seconds, size
+from planner.placement import strategies
+from planner.search.ranking import Ranking, check, rank
+from planner.simulate.contention import Failure
+from planner.simulate.injection import inject
+from planner.simulate.limits import limits
+from planner.simulate.predict import SAMPLES, SEED
+from planner.simulate.staleness import staleness
+from planner.values.outcome import Outcome
+from planner.values.plan import unrunnable
+from planner.values.profile import Profile
 
 SHOWN = 15
 """Plans in the table."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from planner.codes import OPS
-from planner.memory import KINDS
-from planner.outcome import Comparison, Error
-from planner.plan import Plan
-from planner.program import parse
-from planner.units import percent, seconds, size
+from planner.basis.units import percent, seconds, size
+from planner.orders.action import parse
+from planner.orders.codes import OPS
+from planner.values.outcome import Comparison, Error
+from planner.values.plan import Plan
+from planner.values.trace import KINDS
 from reports.figures import action_name, relative, signed
 from reports.markup import Cell, Html, Number, figure, join, table, tag
 from reports.plots import line, plot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from planner.units import percent, seconds, size
+from planner.basis.units import percent, seconds, size
 from reports.markup import Cell, Html, join, table, tag
 from reports.registry import section
 from reports.report import Report

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from planner.memory import KINDS
-from planner.outcome import Outcome
-from planner.trace import MemoryPoint
-from planner.units import seconds, size
+from planner.basis.units import seconds, size
+from planner.values.outcome import Outcome
+from planner.values.trace import KINDS, MemoryPoint
 from reports.figures import capacity, of_capacity, share, worst
 from reports.markup import Cell, Html, Number, figure, join, table, tag, unbroken
 from reports.plots import line, plot

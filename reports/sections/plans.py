@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planner.outcome import Outcome
-from planner.units import percent, rate, seconds
+from planner.basis.units import percent, rate, seconds
+from planner.values.outcome import Outcome
 from reports.figures import figures, interval_text, known, of_capacity, throughput_interval, worst
 from reports.markup import Cell, Number, join, table, tag
 from reports.registry import section

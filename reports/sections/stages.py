@@ -6,10 +6,10 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
-from planner.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE
-from planner.plan import Stage
-from planner.trace import Trace
-from planner.units import percent, seconds, size
+from planner.basis.units import percent, seconds, size
+from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE
+from planner.values.plan import Stage
+from planner.values.trace import Trace
 from reports.figures import OP_NAMES, signed
 from reports.markup import Cell, Html, Number, figure, join, table, tag, unbroken
 from reports.registry import section

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from planner.codes import OPS
-from planner.outcome import Outcome
-from planner.trace import LINK, Trace
-from planner.units import percent, seconds, size
+from planner.basis.units import percent, seconds, size
+from planner.orders.codes import OPS
+from planner.values.outcome import Outcome
+from planner.values.trace import LINK, Trace
 from reports import timeline as encoding
 from reports.figures import OP_NAMES, device_times, longest_wait
 from reports.markup import Cell, Html, Number, data_script, figure, join, table, tag

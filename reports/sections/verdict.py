@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from planner.limits import limits
-from planner.outcome import Error, Outcome
-from planner.plan import Plan
-from planner.units import percent, rate, seconds, size
+from planner.basis.units import percent, rate, seconds, size
+from planner.simulate.limits import limits
+from planner.values.outcome import Error, Outcome
+from planner.values.plan import Plan
 from reports.figures import (
     Figures,
     capacity,

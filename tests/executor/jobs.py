@@ -15,10 +15,10 @@ from executor.model_file import load
 from executor.rank import Rank
 from executor.torch_adapter import oracle
 from executor.worker import join
-from planner import schedules
-from planner.codes import OPTIMIZER
-from planner.plan import Plan
-from planner.program import Action
+from planner.orders import schedules
+from planner.orders.action import Action
+from planner.orders.codes import OPTIMIZER
+from planner.values.plan import Plan
 
 SEED = 3
 

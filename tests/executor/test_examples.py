@@ -10,12 +10,12 @@ import torch
 from executor.layers import cut
 from executor.model_file import load
 from executor.run import run
-from planner import partition
-from planner.codes import FORWARD, REDUCE_GRAD
-from planner.errors import PlanError
-from planner.plan import Plan, Stage
-from planner.program import parse
-from planner.trace import COMPUTE
+from planner.basis.errors import PlanError
+from planner.orders.action import parse
+from planner.orders.codes import FORWARD, REDUCE_GRAD
+from planner.placement import partition
+from planner.values.plan import Plan, Stage
+from planner.values.trace import COMPUTE
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 

@@ -13,8 +13,8 @@ from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import split
-from planner import partition
-from planner.plan import Plan, Stage
+from planner.placement import partition
+from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import torch
 
 from executor.layers import LayeredModel, cut
 from executor.model_file import load
-from planner.errors import PlanError
+from planner.basis.errors import PlanError
 
 HERE = Path(__file__).parent
 MODELS = HERE / "small_models.py"

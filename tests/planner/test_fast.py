@@ -9,18 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import schedules
-from planner.costs import costs_of
-from planner.critical_path import walk
-from planner.extrapolate import extrapolate
-from planner.fast import evaluate
-from planner.linking import Linked
-from planner.lowering import unroll
-from planner.memory import MemoryModel
-from planner.plan import Plan
-from planner.profile import Profile
-from planner.schedules import Shape
-from planner.simulate import simulate
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import costs_of
+from planner.orders import schedules
+from planner.orders.schedules import Shape
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
+from planner.simulate.evaluate import evaluate
+from planner.simulate.extrapolate import extrapolate
+from planner.simulate.longest_path import walk
+from planner.simulate.predict import simulate
+from planner.values.plan import Plan
+from planner.values.profile import Profile
 from tests.factory import devices, pipeline, profile, shapes
 
 COST = st.one_of(st.integers(1, 9).map(float), st.floats(0.1, 9.0))
@@ -28,8 +29,8 @@ COST = st.one_of(st.integers(1, 9).map(float), st.floats(0.1, 9.0))
 
 def walked(costs_profile: Profile, plan: Plan, latency_s: float, linked: Linked) -> tuple[float, Any]:
     cluster = devices(linked.devices, latency_s=latency_s, bandwidth=1e3)
-    costs = costs_of(costs_profile, plan, linked.program, cluster, linked)
-    return walk(costs).step_s, MemoryModel(costs_profile, plan, linked).peaks()
+    costs = costs_of(Placed(costs_profile, plan, cluster), linked)
+    return walk(costs).step_s, MemoryModel(Placed(costs_profile, plan, cluster), linked).peaks()
 
 
 def long(name: str, shape: Shape, microbatches: int, *, replicas: int, **fields: Any) -> tuple[Plan, Linked]:
@@ -49,7 +50,10 @@ def test_evaluation_is_the_simulation(drawn: tuple[str, Shape], latency: int, da
     plan, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks)
     cluster = devices(shape.devices, latency_s=float(latency), bandwidth=1e3)
     outcome = simulate(costs_profile, plan, cluster)
-    for found in (evaluate(costs_profile, plan, cluster), evaluate(costs_profile, plan, cluster, Linked(program))):
+    for found in (
+        evaluate(Placed(costs_profile, plan, cluster)),
+        evaluate(Placed(costs_profile, plan, cluster), Linked(program)),
+    ):
         assert found.step_s == pytest.approx(outcome.step_s, rel=1e-12)
         assert found.peak_bytes == pytest.approx([point.total for point in outcome.peak], rel=1e-12)
 
@@ -73,8 +77,8 @@ def test_a_long_step_is_continued_as_it_is_walked(
     plan, linked = long(name, shape, share * replicas, replicas=replicas, **fields)
     cluster = devices(linked.devices, latency_s=float(latency), bandwidth=1e3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planner.extrapolate.WORTH_IT", 4)
-        found = extrapolate(costs_profile, plan, cluster)
+        patch.setattr("planner.simulate.extrapolate.WORTH_IT", 4)
+        found = extrapolate(Placed(costs_profile, plan, cluster))
     if found is not None:
         step_s, peaks = walked(costs_profile, plan, float(latency), linked)
         assert found[0] == pytest.approx(step_s, rel=1e-9)

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.errors import USAGE, PlanError
-from planner.injection import inject, slow_device, slow_link, with_bandwidth
-from planner.outcome import Outcome
-from planner.placement import Question
-from planner.profile import Split
-from planner.simulate import Failure, simulate
-from planner.strategies import get
-from planner.trace import COMPUTE, LINK
+from planner.basis.errors import USAGE, PlanError
+from planner.placement.pipeline import Question
+from planner.placement.strategies import get
+from planner.simulate.contention import Failure
+from planner.simulate.injection import inject, slow_device, slow_link, with_bandwidth
+from planner.simulate.predict import simulate
+from planner.values.outcome import Outcome
+from planner.values.profile import Split
+from planner.values.trace import COMPUTE, LINK
 from tests.factory import devices, pipeline, profile, shapes
 
 

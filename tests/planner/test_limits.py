@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from planner.cluster import Cluster, Host
-from planner.limits import limits
-from planner.lowering import asynchronous
-from planner.ranking import rank
-from planner.simulate import simulate
+from planner.search.ranking import rank
+from planner.simulate.limits import limits
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster, Host
+from planner.values.plan import asynchronous
 from tests.factory import devices, pipeline, profile
 
 

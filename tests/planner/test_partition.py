@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from planner import partition
+from planner.placement import partition
 
 Table = NDArray[np.float64]
 

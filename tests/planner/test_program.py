@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import schedules
-from planner.codes import OPS
-from planner.errors import PlanError
-from planner.linking import completions
-from planner.lowering import communicate
-from planner.program import SENDS, Action, Program, actions, needs, parse, prove
-from planner.schedules import Shape
+from planner.basis.errors import PlanError
+from planner.orders import schedules
+from planner.orders.action import Action, actions, parse
+from planner.orders.codes import OPS
+from planner.orders.schedules import Shape
+from planner.programs.lowering import communicate
+from planner.programs.program import SENDS, Program, needs, prove
+from planner.programs.waits import completions
 from tests.factory import pipeline, shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -9,18 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.cluster import Cluster
-from planner.errors import DEVICE, USAGE, PlanError
-from planner.linking import Linked
-from planner.lowering import lower, unroll
-from planner.memory import KINDS, MemoryModel
-from planner.outcome import Outcome
-from planner.placement import Question
-from planner.plan import Plan
-from planner.profile import Profile
-from planner.savings import COMBINATIONS, apply, names
-from planner.simulate import simulate
-from planner.strategies import get
+from planner.basis.errors import DEVICE, USAGE, PlanError
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.placement.pipeline import Question
+from planner.placement.savings import COMBINATIONS, apply, names
+from planner.placement.strategies import get
+from planner.programs.lowering import lower, unroll
+from planner.programs.waits import Linked
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan
+from planner.values.profile import Profile
+from planner.values.trace import KINDS
 from tests.factory import devices, profile
 
 
@@ -39,7 +41,9 @@ def kinds(outcome: Outcome, device: int) -> dict[str, float]:
 
 
 def peaks(costs: Profile, plan: Plan) -> list[float]:
-    found: list[float] = MemoryModel(costs, plan, Linked(unroll(plan))).peaks().tolist()
+    found: list[float] = (
+        MemoryModel(Placed(costs, plan, devices(len(plan.device_names))), Linked(unroll(plan))).peaks().tolist()
+    )
     return found
 
 

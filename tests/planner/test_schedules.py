@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import schedules
-from planner.codes import FORWARD
-from planner.lowering import lower, windows
-from planner.schedules import Shape
-from planner.simulate import simulate
-from planner.trace import in_flight
+from planner.orders import schedules
+from planner.orders.codes import FORWARD
+from planner.orders.schedules import Shape
+from planner.programs.lowering import lower
+from planner.simulate.predict import simulate
+from planner.values.plan import windows
+from planner.values.trace import in_flight
 from tests.factory import devices, pipeline, profile, shapes
 
 P = st.integers(1, 8)
@@ -97,8 +98,8 @@ def test_recompute_costs_one_more_forward(p: int, m: int) -> None:
 
 
 def test_data_parallel_splits_the_microbatches() -> None:
-    from planner.placement import Question
-    from planner.strategies import get
+    from planner.placement.pipeline import Question
+    from planner.placement.strategies import get
 
     plan = get("data-parallel").spread(Question(profile([1.0] * 3), devices(4), 4, 8, 8))
     program = lower(plan)

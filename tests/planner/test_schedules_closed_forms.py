@@ -14,10 +14,11 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from planner import compiled
-from planner.codes import stages
-from planner.program import Program, actions
-from planner.schedules import Shape, get, greedy, names, why_not
+from planner.basis import compiled
+from planner.orders.action import actions
+from planner.orders.codes import stages
+from planner.orders.schedules import Shape, get, greedy, names, why_not
+from planner.programs.program import Program
 
 
 class Times(NamedTuple):

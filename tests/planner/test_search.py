@@ -11,22 +11,23 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner import savings as all_savings
-from planner.cluster import Cluster, Device, Host, Link
-from planner.errors import PlanError
-from planner.explain import cheapest_change, explain
-from planner.lowering import asynchronous
-from planner.objective import Reckoned
-from planner.objective import get as objective_of
-from planner.placement import Question
-from planner.plan import Plan
-from planner.profile import Profile
-from planner.savings import apply
-from planner.search import Answer, Found, Search, State, pareto, simulated_step, slowing
-from planner.simulate import capacities, simulate
-from planner.space import Candidate, Space, candidates, make, plan_bound, space
-from planner.strategies import all_strategies
-from planner.units import percent
+from planner.basis.errors import PlanError
+from planner.basis.units import percent
+from planner.costs.placed import Placed
+from planner.placement import savings as all_savings
+from planner.placement.pipeline import Question
+from planner.placement.savings import apply
+from planner.placement.strategies import all_strategies
+from planner.search.explain import cheapest_change, explain
+from planner.search.objective import Reckoned
+from planner.search.objective import get as objective_of
+from planner.search.search import Answer, Found, Search, State, pareto, slowing
+from planner.search.space import Candidate, Space, candidates, make, plan_bound, space
+from planner.simulate.contention import simulated_step
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.plan import Plan, asynchronous
+from planner.values.profile import Profile
 from tests.factory import devices, profile
 
 NAMES = tuple(s.name for s in all_strategies())
@@ -118,7 +119,7 @@ def made(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[
     for candidate in candidates(of, costs, cluster, batch):
         try:
             plan = make(candidate, costs, cluster, batch)
-            simulated_step(costs, plan, cluster)
+            simulated_step(Placed(costs, plan, cluster))
         except PlanError:
             continue
         found.append((candidate, plan))
@@ -134,9 +135,9 @@ def brute_force(costs: Profile, cluster: Cluster, batch: int, of: Space, objecti
     best = math.inf
     for _, plan in made(costs, cluster, batch, of):
         held = peaks(costs, plan, cluster)
-        fits = all(peak <= room for peak, room in zip(held, capacities(plan, cluster), strict=True))
+        fits = all(peak <= room for peak, room in zip(held, Placed(costs, plan, cluster).capacities, strict=True))
         if fits and (stale or not asynchronous(plan)):
-            step = simulated_step(costs, plan, cluster)
+            step = simulated_step(Placed(costs, plan, cluster))
             reckoned = Reckoned(step, max(held), len(plan.device_names), batch)
             best = min(best, objective_of(objective).score(reckoned, cluster, 10))
     return best
@@ -193,9 +194,9 @@ def test_repeating_spares_swapping() -> None:
 def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, int, Space]) -> None:
     costs, cluster, batch, of = question
     for candidate, plan in made(costs, cluster, batch, of):
-        step = simulated_step(costs, plan, cluster) * (1 + 1e-9)
+        step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
         assert candidate.bound_s <= step, candidate
-        assert plan_bound(plan, costs, cluster) <= step, plan
+        assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
 
 
 @settings(max_examples=40)
@@ -211,10 +212,10 @@ def test_savings_that_slow_make_no_plan_quicker(
         asked = Question(costs, cluster, candidate.k, candidate.m, batch, *candidate[3:7])
         try:
             saved = apply(asked, plan, tuple(names))
-            step = simulated_step(costs, saved, cluster)
+            step = simulated_step(Placed(costs, saved, cluster))
         except (PlanError, ValueError):
             continue
-        assert step >= simulated_step(costs, plan, cluster) * (1 - 1e-9), saved
+        assert step >= simulated_step(Placed(costs, plan, cluster)) * (1 - 1e-9), saved
 
 
 def example(**changes: Any) -> tuple[Profile, Cluster, int, Space]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from planner import selection
-from planner.selection import Selection, cheapest
+from planner.placement import selection
+from planner.placement.selection import Selection, cheapest
 
 BYTES = st.integers(0, 30)
 SECONDS = st.one_of(st.floats(0, 1e-3), st.integers(0, 5).map(float), st.just(inf))

@@ -11,21 +11,25 @@ import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import schedules
-from planner.cluster import Cluster, Host
-from planner.codes import REDUCE_GRAD
-from planner.costs import Costs, costs_of
-from planner.critical_path import walk
-from planner.lowering import lower
-from planner.memory import KINDS, MemoryModel
-from planner.placement import Question
-from planner.plan import Plan, Stage
-from planner.profile import Profile
-from planner.program import Program, needs
-from planner.resources import FairShare
-from planner.schedules import Shape
-from planner.simulate import interpret, simulate
-from planner.strategies import all_strategies
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import Costs, costs_of
+from planner.orders import schedules
+from planner.orders.codes import REDUCE_GRAD
+from planner.orders.schedules import Shape
+from planner.placement.pipeline import Question
+from planner.placement.strategies import all_strategies
+from planner.programs.lowering import lower
+from planner.programs.program import Program, needs
+from planner.programs.waits import Linked
+from planner.simulate.contention import interpret
+from planner.simulate.longest_path import walk
+from planner.simulate.predict import simulate
+from planner.simulate.resources import FairShare
+from planner.values.cluster import Cluster, Host
+from planner.values.plan import Plan, Stage
+from planner.values.profile import Profile
+from planner.values.trace import KINDS
 from tests.factory import devices, pipeline, profile, shapes
 
 COST = st.integers(1, 9).map(float)
@@ -67,7 +71,7 @@ def test_simulation_is_the_longest_path(
     costs_profile = profile(forward, backward, message_bytes=1)
     plan, program = pipeline(name, shape.devices, shape.microbatches, chunks=shape.chunks, recompute=recompute)
     cluster = devices(shape.devices, latency_s=float(latency), bandwidth=1e300)
-    costs = costs_of(costs_profile, plan, program, cluster)
+    costs = costs_of(Placed(costs_profile, plan, cluster), Linked(program))
     assert interpret(costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
 
 
@@ -87,7 +91,7 @@ def test_the_fast_interpreter_equals_simpy(
         name, shape.devices, **({"microbatches": shape.microbatches, "chunks": shape.chunks} | fields)
     )
     cluster = devices(rows, latency_s=float(latency), bandwidth=1e3)
-    costs = costs_of(costs_profile, plan, program, cluster)
+    costs = costs_of(Placed(costs_profile, plan, cluster), Linked(program))
     outcome = simulate(costs_profile, plan, cluster)
     walked = walk(costs)
     events = [e for e in outcome.trace.events if e.lane == "compute"]
@@ -95,7 +99,7 @@ def test_the_fast_interpreter_equals_simpy(
     fast = zip(costs.linked.row.tolist(), costs.linked.actions, walked.ready, walked.end, strict=True)
     for row, action, ready, end in fast:
         assert (ready, end) == pytest.approx(ends[row, str(action)], rel=1e-12)
-    peaks = MemoryModel(costs_profile, plan, costs.linked).peaks()
+    peaks = MemoryModel(Placed(costs_profile, plan, cluster), costs.linked).peaks()
     assert peaks == pytest.approx([point.total for point in outcome.peak], rel=1e-12)
 
 
@@ -105,7 +109,7 @@ def test_data_parallel_is_the_longest_path(k: int, share: int, f: float) -> None
     question = Question(profile([f, 2 * f]), cluster, k, k * share, k * share)
     plan = next(s for s in all_strategies() if s.name == "data-parallel").spread(question)
     program = lower(plan)
-    costs = costs_of(question.profile, plan, program, cluster)
+    costs = costs_of(Placed(question.profile, plan, cluster), Linked(program))
     assert interpret(costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
 
 
@@ -224,7 +228,7 @@ def test_replay_of_a_simulated_trace_is_the_trace() -> None:
     plan, program = pipeline("1f1b", 3, 5)
     costs_profile = profile([1.0, 2.0, 3.0])
     cluster = devices(3)
-    costs = costs_of(costs_profile, plan, program, cluster)
+    costs = costs_of(Placed(costs_profile, plan, cluster), Linked(program))
     trace = interpret(costs, plan.devices)
     again = interpret(costs.replayed(trace), plan.devices)
     assert again == trace

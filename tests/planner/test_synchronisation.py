@@ -10,21 +10,23 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from planner import collectives
-from planner.errors import USAGE, PlanError
-from planner.fast import evaluate
-from planner.linking import Linked
-from planner.lowering import lower, unroll, windows
-from planner.memory import KINDS, MemoryModel
-from planner.outcome import Outcome
-from planner.placement import Question
-from planner.plan import Plan, Stage
-from planner.profile import Profile, Split, Value
-from planner.program import parse
-from planner.search import simulated_step
-from planner.simulate import simulate
-from planner.staleness import staleness
-from planner.strategies import get
+from planner.basis.errors import USAGE, PlanError
+from planner.costs import collectives
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.orders.action import parse
+from planner.placement.pipeline import Question
+from planner.placement.strategies import get
+from planner.programs.lowering import lower, unroll
+from planner.programs.waits import Linked
+from planner.simulate.contention import simulated_step
+from planner.simulate.evaluate import evaluate
+from planner.simulate.predict import simulate
+from planner.simulate.staleness import staleness
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan, Stage, windows
+from planner.values.profile import Profile, Split, Value
+from planner.values.trace import KINDS
 from tests.factory import SIZES, devices, pipeline, profile
 
 
@@ -34,7 +36,8 @@ def spread(strategy: str, costs: Profile, k: int, m: int, *, batch: int | None =
 
 def static(costs: Profile, plan: Plan, row: int = 0) -> dict[str, float]:
     """Bytes by kind on a device before the first action."""
-    return dict(zip(KINDS, MemoryModel(costs, plan, Linked(unroll(plan))).static[row].tolist(), strict=True))
+    placed = Placed(costs, plan, devices(len(plan.device_names)))
+    return dict(zip(KINDS, MemoryModel(placed, Linked(unroll(plan))).static[row].tolist(), strict=True))
 
 
 # Gradients that are reduced.
@@ -128,7 +131,7 @@ def test_replicated_pipelines_are_proved(schedule: str, way: str) -> None:
     plan = spread(schedule, costs, 4, 8, replicas=2, synchronisation=way)
     lower(plan)
     cluster = devices(4, bandwidth=1e3)
-    assert evaluate(costs, plan, cluster).step_s == pytest.approx(simulated_step(costs, plan, cluster))
+    assert evaluate(Placed(costs, plan, cluster)).step_s == pytest.approx(simulated_step(Placed(costs, plan, cluster)))
 
 
 def test_shards_are_gathered_for_the_next_forward() -> None:
@@ -137,7 +140,7 @@ def test_shards_are_gathered_for_the_next_forward() -> None:
     plan = spread("pipedream", costs, 4, 8, replicas=2, synchronisation="zero-1")
     row = [str(action) for action in lower(plan).rows[1] if action.op in ("F", "OPTIMIZER", "UNSHARD_F")]
     assert row[:7] == ["1F0", "1OPTIMIZER0", "1UNSHARD_F1", "1F1", "1OPTIMIZER1", "1UNSHARD_F2", "1F2"]
-    slow, quick = (simulated_step(costs, plan, devices(4, bandwidth=b)) for b in (1000.0, 1e15))
+    slow, quick = (simulated_step(Placed(costs, plan, devices(4, bandwidth=b))) for b in (1000.0, 1e15))
     # Per micro-batch, of which each replica has four: a reduce-scatter and a gather of half a second each.
     assert slow - quick == pytest.approx(4 * (0.5 + 0.5))
 
@@ -295,7 +298,7 @@ def test_pipedreams_plans_run(strategy: str, forward: list[float], k: int, m: in
     program = lower(plan)
     forwards = [a for row in program.rows for a in row if a.op == "F"]
     assert len(forwards) == len(set(forwards)) == len(plan.stages) * m * windows(plan)
-    assert evaluate(costs, plan, cluster).step_s == pytest.approx(simulated_step(costs, plan, cluster))
+    assert evaluate(Placed(costs, plan, cluster)).step_s == pytest.approx(simulated_step(Placed(costs, plan, cluster)))
 
 
 # Values and parameters that cross stages.

@@ -13,9 +13,9 @@ from torch import nn
 from executor import devices
 from executor.layers import cut
 from executor.model_file import ModelFile, default_loss, default_optimizer, load
+from planner.basis.errors import PlanError
 from planner.cli.main import invoke
-from planner.errors import PlanError
-from planner.profile import Profile, Split, decode
+from planner.values.profile import Profile, Split, decode
 from profiles import estimate as estimates
 from profiles import hardware
 from profiles.chain import Chain

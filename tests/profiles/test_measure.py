@@ -115,7 +115,7 @@ def test_chain_computes_the_gradients_of_the_model() -> None:
 
 
 def test_a_profile_needs_three_sizes() -> None:
-    from planner.errors import PlanError
+    from planner.basis.errors import PlanError
     from profiles.measure import measure
 
     with pytest.raises(PlanError, match="three"):

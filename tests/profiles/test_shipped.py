@@ -10,10 +10,12 @@ import msgspec
 import networkx as nx
 import pytest
 
-from planner import cluster, ranking, strategies
+from planner.basis.errors import ARTEFACT, USAGE, PlanError
 from planner.cli.main import invoke
-from planner.errors import ARTEFACT, USAGE, PlanError
-from planner.profile import Profile, decode
+from planner.placement import strategies
+from planner.search import ranking
+from planner.values import cluster
+from planner.values.profile import Profile, decode
 from profiles import shipped
 from tests import factory
 

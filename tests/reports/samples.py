@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.cluster import Cluster
-from planner.outcome import Outcome, compare
-from planner.plan import Plan, Stage
-from planner.profile import Profile
-from planner.ranking import Ranking, Rejected
-from planner.simulate import simulate
-from planner.trace import Event, Trace
+from planner.search.ranking import Ranking, Rejected
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome, compare
+from planner.values.plan import Plan, Stage
+from planner.values.profile import Profile
+from planner.values.trace import Event, Trace
 from reports.page import Report
 from tests import factory
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from planner.units import seconds
+from planner.basis.units import seconds
 from reports.page import Report, write
 from tests.reports import samples
 

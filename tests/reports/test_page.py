@@ -15,12 +15,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from planner.errors import ARTEFACT, PlanError
-from planner.limits import limits
-from planner.outcome import Comparison, Error, Outcome
-from planner.plan import Stage
-from planner.simulate import simulate
-from planner.trace import MemoryPoint
+from planner.basis.errors import ARTEFACT, PlanError
+from planner.simulate.limits import limits
+from planner.simulate.predict import simulate
+from planner.values.outcome import Comparison, Error, Outcome
+from planner.values.plan import Stage
+from planner.values.trace import MemoryPoint
 from reports import registry
 from reports.figures import figures
 from reports.markup import Html, Number, json_text, table, tag

@@ -1,0 +1,1 @@
+"""What every action and transfer of a plan costs: seconds and bytes."""

@@ -1,0 +1,84 @@
+"""One plan of one profile on one cluster, and what follows from the three together: made once, at the door.
+
+Everything that prices, interprets or bounds a plan takes this value, so nobody else splits tensors, takes devices from
+a cluster or asks which rows hold a stage.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from planner.costs import tensor
+from planner.orders import schedules, synchronisation
+from planner.orders.schedules import Schedule
+from planner.orders.synchronisation import Synchronisation
+from planner.values.cluster import Cluster, Device
+from planner.values.plan import Plan
+from planner.values.profile import Profile
+
+
+class Placed:
+    """A plan with its own devices and the model as each of them sees it.
+
+    `whole` is the profile of the unsplit model, `profile` what one of the devices that split a stage's tensors sees;
+    `cluster` has exactly the plan's devices. Raises `PlanError` when the cluster has too few, or no layer says how it
+    splits where the plan splits tensors.
+    """
+
+    def __init__(self, profile: Profile, plan: Plan, cluster: Cluster) -> None:
+        self.whole, self.plan = profile, plan
+        self.cluster = cluster.take(len(plan.device_names))
+        self.profile = tensor.split(profile, plan.groups[0], self.cluster)
+
+    def with_plan(self, plan: Plan) -> Placed:
+        """Return another plan for the same devices in the same place."""
+        return Placed(self.whole, plan, self.cluster)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The plan's schedule."""
+        return schedules.get(self.plan.schedule)
+
+    @property
+    def synchronisation(self) -> Synchronisation:
+        """How the plan's replicas agree on parameters."""
+        return synchronisation.get(self.plan.synchronisation)
+
+    @cached_property
+    def ranges(self) -> tuple[range, ...]:
+        """Each stage's layers. Raises `PlanError` (exit 4) when the plan is for other layers."""
+        return self.plan.layer_ranges([layer.name for layer in self.profile.layers])
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of every row of the plan's program, of a group its first."""
+        by_name = {device.name: device for device in self.cluster.devices}
+        return tuple(by_name[group[0]] for group in self.plan.groups)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of `devices`."""
+        return tuple(group[0] for group in self.plan.groups)
+
+    @cached_property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """The rows that hold each stage: those that reduce its gradients together."""
+        return self.plan.holders
+
+    @cached_property
+    def capacities(self) -> tuple[float, ...]:
+        """Each row's memory in bytes: that of the smallest device in its group."""
+        memory = {device.name: float(device.memory_bytes) for device in self.cluster.devices}
+        return tuple(min(memory[name] for name in group) for group in self.plan.groups)
+
+    @cached_property
+    def alike(self) -> bool:
+        """Whether one replica of the pipeline stands for all, as far as their devices go."""
+        if self.plan.uneven:
+            return False
+        return len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) == 1
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether collectives hide behind computing: where devices share cores, they compute on the same ones."""
+        return not any(device.shares_cores for device in self.devices)

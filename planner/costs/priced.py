@@ -1,0 +1,231 @@
+"""What every action and every transfer of a program costs: the price list of its plan, written beside them.
+
+How they disturb each other (shared cores and links) is the simulator's matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.basis.compiled import kernel
+from planner.costs.placed import Placed
+from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
+from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
+from planner.orders import codes
+from planner.orders.codes import (
+    REDUCE_GRAD,
+)
+from planner.programs.waits import Linked, Numbers
+from planner.values.cluster import Cluster, Device
+from planner.values.trace import Trace
+
+Floats = npt.NDArray[np.float64]
+_SHARES = tuple(QUANTILES.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """The price list of one program, whose rows are performed by `devices`, of a group of them the first.
+
+    `seconds` holds what each action (of `linked.flat`) computes when it has its cores for itself, posting time for
+    sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
+    the transfers' prices, `transfer_kind` which one each transfer has (-1 where there is none). `applying` is what a
+    parameter server needs to update each stage. `contended` is off when the seconds were measured under contention.
+    """
+
+    cluster: Cluster
+    devices: tuple[Device, ...]
+    linked: Linked
+    seconds: Floats
+    spread: Floats
+    kind: Numbers
+    kinds: tuple[TransferKind, ...]
+    transfer_kind: Numbers
+    applying: dict[int, float]
+    contended: bool = True
+
+    def replayed(self, trace: Trace) -> Costs:
+        """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
+
+        What the simulator then still gets wrong is the schedule and communication model alone.
+        """
+        reducing = codes.has(self.linked.flat, REDUCE_GRAD)
+        seconds = [
+            seconds if reduces else trace.work[row].get(action, seconds)
+            for action, row, seconds, reduces in zip(
+                self.linked.actions, self.linked.row.tolist(), self.seconds.tolist(), reducing.tolist(), strict=True
+            )
+        ]
+        return dataclasses.replace(self, seconds=np.array(seconds), contended=False)
+
+    @property
+    def by_operation(self) -> dict[str, float]:
+        """Median seconds of each operation per stage, as "1B"; the devices of a stage are alike."""
+        first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
+        found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
+        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op == REDUCE_GRAD}
+
+    @property
+    def certain(self) -> bool:
+        """Whether no operation has any spread."""
+        return bool((self.spread[:, 0] == self.spread[:, -1]).all())
+
+    def at(self, quantile: Quantile) -> Costs:
+        """Return the same costs with every operation at one quantile."""
+        index = list(QUANTILES).index(quantile)
+        return dataclasses.replace(self, seconds=self.spread[self.kind, index])
+
+    def drawn(self, random: np.random.Generator) -> Costs:
+        """Draw every action's seconds from its own spread, independently.
+
+        The quantile function is linear between the measured percentiles and constant beyond them: no draw is outside
+        of what was seen.
+        """
+        share = random.random(len(self.kind))
+        right = np.clip(np.searchsorted(_SHARES, share), 1, len(_SHARES) - 1)
+        low, high = np.array(_SHARES)[right - 1], np.array(_SHARES)[right]
+        part = np.clip((share - low) / (high - low), 0.0, 1.0)
+        below, above = self.spread[self.kind, right - 1], self.spread[self.kind, right]
+        return dataclasses.replace(self, seconds=below + part * (above - below))
+
+
+class Prices(NamedTuple):
+    """The price list of a plan before it is written beside every action.
+
+    An action's kind is a number made of its device's class, stage and operation: `shift[row] + stage x ops + op`.
+    `place` says where each kind stands in `spread` (kinds, quantiles), the rest is as in `Costs`.
+    """
+
+    shift: npt.NDArray[np.int64]
+    place: Numbers
+    spread: Floats
+    kinds: tuple[TransferKind, ...]
+    transfer_kind: Numbers
+    applying: dict[int, float]
+
+    @property
+    def by_number(self) -> Floats:
+        """Median seconds of every kind's number."""
+        return np.ascontiguousarray(self.spread[:, MEDIAN])[self.place]
+
+
+def prices_of(placed: Placed, linked: Linked) -> Prices:
+    """Price every kind of action and transfer; as `costs_of`."""
+    devices = placed.devices[: linked.devices]
+    prices = PriceList(placed)
+    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
+    examples = {classes[_class(device)]: device for device in reversed(devices)}
+    width = linked.stages * len(codes.OPS)
+    shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
+    place = np.full(width * len(classes), -1, np.int32)
+    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), place)
+    found = np.flatnonzero(place >= 0)
+    place = np.zeros(len(place), np.int32)
+    place[found] = np.arange(len(found))
+    spread = np.array(
+        [
+            prices.action(codes.OPS[n % len(codes.OPS)], n % width // len(codes.OPS), examples[n // width])
+            for n in found.tolist()
+        ]
+    )
+    kinds, transfer_kind = _transfers(linked, prices)
+    applying = {s: prices.applying(s) for s in range(linked.stages)} if placed.synchronisation.server else {}
+    return Prices(shift, place, spread, kinds, transfer_kind, applying)
+
+
+def costs_of(placed: Placed, linked: Linked) -> Costs:
+    """Price every action and transfer of a plan's program, or of that of its first replicas.
+
+    Raises `PlanError` when the plan is for other layers, two neighbours have no link, or a device none to its host.
+    """
+    if placed.cluster.buffered:
+        linked = linked.buffered()
+    prices = prices_of(placed, linked)
+    kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
+    _price(
+        len(linked.flat),
+        *(linked.flat, linked.offsets, prices.shift, len(codes.OPS), prices.place),
+        *(np.ascontiguousarray(prices.spread[:, MEDIAN]), kind, seconds),
+    )
+    return Costs(
+        cluster=placed.cluster,
+        devices=placed.devices[: linked.devices],
+        linked=linked,
+        seconds=seconds,
+        spread=prices.spread,
+        kind=kind,
+        kinds=prices.kinds,
+        transfer_kind=prices.transfer_kind,
+        applying=prices.applying,
+    )
+
+
+@kernel
+def _occurring(flat, offsets, shift, ops, place):  # type: ignore[no-untyped-def]
+    """Mark the kinds of actions that occur."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)] = 0
+    return 0
+
+
+@kernel
+def _price(flat, offsets, shift, ops, place, medians, kind, seconds):  # type: ignore[no-untyped-def]
+    """Write every action's kind and its median beside it."""
+    for d in range(len(offsets) - 1):
+        for i in range(offsets[d], offsets[d + 1]):
+            own = place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
+            kind[i] = own
+            seconds[i] = medians[own]
+    return 0
+
+
+def _class(device: Device) -> tuple[float, int]:
+    return device.speed, device.threads
+
+
+def _transfers(linked: Linked, prices: PriceList) -> tuple[tuple[TransferKind, ...], Numbers]:
+    """Price transfers kind by kind: those of one stage between the same two devices cost the same."""
+    numbers, firsts = np.full(linked.transfers, -1, np.int32), np.empty(linked.transfers, np.int32)
+    kinds: list[TransferKind] = []
+    for op, base in linked.planes:
+        count = _group(
+            linked.slots,
+            *(base, linked.stages, linked.microbatches, op in BY_DEVICE, len(kinds)),
+            *(linked.parties, linked.source, linked.target, firsts, numbers),
+        )
+        for first in firsts[len(kinds) : count].tolist():
+            ends = (int(linked.source[first]), int(linked.target[first])) if op in BY_DEVICE else (-1, -1)
+            kinds.append(prices.transfer(op, (first - base) // linked.microbatches, *ends))
+    return tuple(kinds), numbers
+
+
+@kernel
+def _group(base, stages, last, messages, count, parties, source, target, firsts, numbers):  # type: ignore[no-untyped-def]
+    """Number the kinds of one plane from `count` on; `firsts` are the first transfers of each. Returns the new count.
+
+    Of messages the devices count; those of a stage come in runs, so that the last one's kind is looked at first.
+    """
+    for stage in range(stages):
+        begin = count
+        latest = -1
+        for t in range(base + stage * last, base + (stage + 1) * last):
+            if parties[t] == 0:
+                continue
+            if latest < 0 or (
+                messages and (source[t] != source[firsts[latest]] or target[t] != target[firsts[latest]])
+            ):
+                latest = count
+                for known in range(begin, count):
+                    if source[t] == source[firsts[known]] and target[t] == target[firsts[known]]:
+                        latest = known
+                        break
+                if latest == count:
+                    firsts[count] = t
+                    count += 1
+            numbers[t] = latest
+    return count

@@ -1,0 +1,257 @@
+"""What each kind of action and of transfer of a plan costs on a cluster: seconds and bytes, asked for once per kind."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.basis.errors import DEVICE, PlanError
+from planner.basis.memo import memoised
+from planner.costs import collectives
+from planner.costs.placed import Placed
+from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
+from planner.costs.stage_memory import of_plan
+from planner.orders.codes import (
+    FETCH,
+    LOAD,
+    OFFLOAD,
+    OPTIMIZER,
+    PULL,
+    PUSH,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UNSHARD_FORWARD,
+)
+from planner.programs.waits import MESSAGES
+from planner.values.cluster import Cluster, Device, by_size
+
+BY_DEVICE = (*MESSAGES, OFFLOAD, FETCH, PULL, PUSH)
+"""Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
+
+
+class TransferKind(NamedTuple):
+    """Transfers that cost the same: which, between which devices, how much.
+
+    `seconds` until it is done when it has its links for itself; `work` the core seconds it takes from each end's host;
+    `ways` the links that each of its parts passes, at the same time.
+
+    What a device hands to one engine (its network, a copy engine each way) is done in turn: `lane` numbers it, -1 for
+    none, and `busy` is how long the transfer keeps it. Of a reduction that overlaps a backward, `early` seconds
+    of that lie before its begin; a gather that overlaps a forward keeps its lane after its `seconds`.
+    """
+
+    op: str
+    stage: int
+    source: int
+    target: int
+    bytes: float
+    seconds: float
+    work: float
+    ways: tuple[tuple[int, ...], ...]
+    lane: int = -1
+    busy: float = 0.0
+    early: float = 0.0
+
+
+class PriceList:
+    """Prices of one plan's operations, asked for once per kind."""
+
+    def __init__(self, placed: Placed) -> None:
+        self.placed = placed
+        self.profile, self.plan, self.cluster = placed.profile, placed.plan, placed.cluster
+        self.ranges, self.holders, self.devices = placed.ranges, placed.holders, placed.devices
+        self.groups, self.way, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
+        names = {layer.name: i for i, layer in enumerate(self.profile.layers)}
+        forgotten = self.plan.recompute_layers
+        chosen = frozenset(names[name] for name in forgotten) if forgotten else None
+        self.stages = [StageCosts(self.profile, layers, self.plan.samples, chosen) for layers in self.ranges]
+
+    def action(self, op: str, stage: int, device: Device) -> Spread:
+        """Seconds that an action keeps its device from computing, at every quantile."""
+        if op == LOAD:
+            return np.array([at(self.profile.load, self.plan.batch, quantile) for quantile in QUANTILES])
+        posts = {SEND_FORWARD: (stage + 1, True), RECV_FORWARD: (stage, True)}
+        posts |= {SEND_BACKWARD: (stage - 1, False), RECV_BACKWARD: (stage, False)}
+        if op in posts:
+            target, forward = posts[op]
+            return np.full(len(QUANTILES), self.cluster.post_seconds(self.message_bytes(target, forward=forward)))
+        seconds = self.stages[stage].spread(op, device)
+        if op == OPTIMIZER:
+            if "optimizer" in self.way.shards:
+                seconds = seconds / len(self.holders[stage])
+            if self.plan.host_optimizer:
+                seconds = np.full(len(QUANTILES), self.on_host(stage, device))
+        return seconds
+
+    def message_bytes(self, stage: int, *, forward: bool) -> float:
+        """Bytes of the message that `stage` receives."""
+        cut = self.ranges[stage].start if forward else self.ranges[stage].stop
+        return self.profile.crossing_bytes(cut, self.plan.samples, gradients=not forward)
+
+    def transfer(self, op: str, stage: int, source: int, target: int) -> TransferKind:
+        """Price one kind of transfer."""
+        if op in MESSAGES:
+            size = self.message_bytes(stage, forward=op == RECV_FORWARD)
+            way = self.cluster.path(self.groups[source][0], self.groups[target][0])
+            seconds = self.cluster.transfer_seconds(way, size)
+            work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
+            return TransferKind(op, stage, source, target, size, seconds, work, (way,))
+        if op in (OFFLOAD, FETCH):
+            size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
+            way = host_way(self.cluster, self.groups[source][0])
+            seconds = self.cluster.transfer_seconds(way, size)
+            lane = 3 * source + (1 if op == OFFLOAD else 2)
+            return TransferKind(op, stage, source, source, size, seconds, 0.0, (way,), lane, seconds)
+        if op in (PULL, PUSH):
+            return self._served(op, stage, source)
+        return self._collective(op, stage)
+
+    def _collective(self, op: str, stage: int) -> TransferKind:
+        layers = self.ranges[stage]
+        devices = tuple(self.groups[row][0] for row in self.holders[stage])
+        if op == REDUCE_TIED:
+            group = next(group for group in self.plan.tied if group[0] == stage)
+            rows = dict.fromkeys(row for s in group for row in self.holders[s])
+            devices = tuple(self.groups[row][0] for row in rows)
+            size = self.tied_bytes(group)
+            busy = seconds = collectives.all_reduce(self.cluster, devices, size)
+        elif op == REDUCE_GRAD:
+            per_layer = [float(self.profile.layers[i].gradient_bytes) for i in layers]
+            size = sum(per_layer)
+            busy, seconds = self._reduced(stage, devices, per_layer)
+        else:
+            per_layer = [float(self.profile.layers[i].parameter_bytes) for i in layers]
+            size = sum(per_layer)
+            gathers = [collectives.half(self.cluster, devices, bytes_) for bytes_ in per_layer]
+            busy = sum(gathers)
+            seconds = busy
+            if "parameters" in self.way.shards and self.overlaps:
+                needed = self._reached(stage, forward=op == UNSHARD_FORWARD)
+                ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
+                seconds = collectives.lead(needed, ordered)
+        ways = tuple(dict.fromkeys(collectives.ring_ways(self.cluster, devices))) if len(devices) > 1 else ()
+        early = busy - seconds if op == REDUCE_GRAD else 0.0
+        lane = 3 * self.holders[stage][0] if len(devices) > 1 else -1
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, lane, busy, early)
+
+    def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
+        """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
+
+        Gradients become ready from the last layer to the first. DDP reduces them in buckets as they fill, sharded
+        gradients layer by layer.
+        """
+        whole = collectives.all_reduce if not self.way.shards else collectives.half
+        sharded = "gradients" in self.way.shards
+        if not self.overlaps or not (self.plan.bucket_bytes or sharded):
+            at_once = whole(self.cluster, devices, sum(per_layer))
+            return at_once, at_once
+        times = self._reached(stage, forward=False)
+        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+        op = table.backward_weight if self._splits else table.backward
+        layers = self.ranges[stage]
+        end = float(op[MEDIAN, layers.stop] - op[MEDIAN, layers.start])
+        ready: list[float] = []
+        sizes: list[float] = []
+        for index, size in enumerate(reversed(per_layer)):
+            done = times[index + 1] if index + 1 < len(times) else end
+            if sizes and not sharded and sizes[-1] < self.plan.bucket_bytes:
+                sizes[-1] += size
+                ready[-1] = done
+            else:
+                sizes.append(size)
+                ready.append(done)
+        seconds = [whole(self.cluster, devices, size) for size in sizes]
+        return sum(seconds), collectives.tail(ready, seconds, end)
+
+    @property
+    def _splits(self) -> bool:
+        return self.placed.schedule.splits
+
+    def _reached(self, stage: int, *, forward: bool) -> list[float]:
+        """Seconds after a pass's begin at which it reaches each of the stage's layers, in its own direction."""
+        layers = self.ranges[stage]
+        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+        sums = table.forward if forward else table.backward_weight if self._splits else table.backward
+        reached = sums[MEDIAN, layers.start : layers.stop]
+        if forward:
+            return [float(r) for r in reached - reached[0]]
+        ends = sums[MEDIAN, layers.start + 1 : layers.stop + 1]
+        return [float(e) for e in (ends[-1] - ends)[::-1]]
+
+    def tied_bytes(self, group: tuple[int, ...]) -> float:
+        """Bytes of the parameters that a group of stages shares: at most those of the smallest layer that has them."""
+        homes = {self.profile.layers[i].name: s for s, layers in enumerate(self.ranges) for i in layers}
+        size = {layer.name: layer.gradient_bytes for layer in self.profile.layers}
+        shared = [names for _, *names in self.profile.tied if {homes[n] for n in names} == set(group)]
+        return float(sum(min(size[name] for name in names) for names in shared))
+
+    def _served(self, op: str, stage: int, row: int) -> TransferKind:
+        """A pull or push: every server's shard at the same time, all workers through the servers' own links."""
+        size = float(sum(self.profile.layers[i].parameter_bytes for i in self.ranges[stage]))
+        if self.way.server == "host":
+            ways = [host_way(self.cluster, self.groups[row][0])]
+        else:
+            mine = self.groups[row][0]
+            ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
+        each = size / max(1, len(self.plan.servers))
+        seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(ways))
+
+    def applying(self, stage: int) -> float:
+        """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
+        device = self.devices[self.holders[stage][0]]
+        if self.way.server == "host":
+            return self.on_host(stage, device, copies=False)
+        return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
+
+    def on_host(self, stage: int, device: Device, *, copies: bool = True) -> float:
+        """Seconds of an update on the host: gradients down, memory-bound arithmetic, parameters up.
+
+        The update reads parameters, gradients and state and writes parameters and state (ZeRO-Offload, arXiv
+        2101.06840, finds the CPU's Adam bound by memory).
+        """
+        layers = [self.profile.layers[i] for i in self.ranges[stage]]
+        parameters = float(sum(layer.parameter_bytes for layer in layers))
+        gradients = float(sum(layer.gradient_bytes for layer in layers))
+        state = float(sum(layer.optimizer_bytes for layer in layers))
+        host = next(host for host in self.cluster.hosts if host.name == device.host)
+        shards = len(self.holders[stage]) if "optimizer" in self.way.shards else 1
+        moved = (2 * parameters + gradients + 2 * state) / shards
+        seconds = moved / host.memory_bytes_per_s
+        if copies:
+            way = host_way(self.cluster, device.name)
+            seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
+        return seconds
+
+
+def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
+    """Return the link from a device to its host's memory.
+
+    Raises `PlanError` (exit 5) where there is none: a CPU's memory is its host's already.
+    """
+    ways = _host_ways(cluster)
+    host, way = ways.get(device, ("its host", ()))
+    if not way:
+        raise PlanError(
+            what=f"{device} has no link to its host's memory",
+            where=f"cluster '{cluster.name}'",
+            why="swapping, a host's optimizer and central storage copy between a device and its host",
+            fix=f'add a [[links]] entry with between = ["{device}", "{host}"], or plan without them',
+            code=DEVICE,
+        )
+    return way
+
+
+def _host_ways(cluster: Cluster) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every device's host, and the link to it where there is one; kept with the cluster."""
+
+    def make() -> dict[str, tuple[str, tuple[int, ...]]]:
+        links = {frozenset(link.between): (i,) for i, link in reversed(list(enumerate(cluster.links)))}
+        return {d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices}
+
+    return memoised(cluster, "host ways", make)

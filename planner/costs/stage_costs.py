@@ -1,0 +1,141 @@
+"""What a stage's operations cost on one device: sums over its layers, at every measured quantile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.basis.memo import memoised
+from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
+from planner.values.cluster import Device
+from planner.values.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
+
+Quantile = Literal["low", "lower", "median", "upper", "high"]
+QUANTILES: dict[Quantile, float] = {"low": 0.1, "lower": 0.25, "median": 0.5, "upper": 0.75, "high": 0.9}
+"""The percentiles that a profile's `Timing` holds, by the first part of the field's name."""
+MEDIAN = list(QUANTILES).index("median")
+Spread = npt.NDArray[np.float64]
+"""Seconds at each of `QUANTILES`."""
+
+
+class LayerTable:
+    """Seconds of every layer (and, last, the loss) at one micro-batch size and number of threads.
+
+    Each field is an array (quantiles, layers + 1) of sums up to a layer, so that a stage is a difference.
+    """
+
+    def __init__(self, profile: Profile, samples: int, threads: int) -> None:
+        parts = (*profile.layers, profile.loss)
+        of = [times(part, threads) for part in parts]
+
+        def sums(kind: str) -> Spread:
+            seconds = np.array([[at(getattr(t, kind), samples, q) for t in of] for q in QUANTILES])
+            return np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(seconds, axis=1)], axis=1)
+
+        self.forward, self.backward = sums("forward"), sums("backward")
+        self.backward_input, self.backward_weight = sums("backward_input"), sums("backward_weight")
+        self.recompute = sums("recompute")
+        optimizer = np.array([[float(getattr(t.optimizer, f"{q}_s")) for t in of[:-1]] for q in QUANTILES])
+        self.optimizer = np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(optimizer, axis=1)], axis=1)
+
+
+def layer_table(profile: Profile, samples: int, threads: int) -> LayerTable:
+    """Return the table, kept with the profile."""
+    key = samples, _nearest([t.threads for t in profile.layers[0].times], threads)
+    return memoised(profile, ("layers", *key), lambda: LayerTable(profile, samples, threads))
+
+
+class StageCosts:
+    """Seconds of one stage's operations at one micro-batch size. `recomputed` are layers whose forward is repeated.
+
+    A stage runs its layers without the seams that the profiler had to cut between them. The whole model, measured
+    beside its layers, says what a seam costs: (sum of the layers - whole) / (number of seams).
+    """
+
+    def __init__(self, profile: Profile, layers: range, samples: int, recomputed: frozenset[int] | None = None) -> None:
+        self.profile, self.layers, self.samples = profile, layers, samples
+        self.recomputed = recomputed
+        self.is_last = layers.stop == len(profile.layers)
+
+    def spread(self, op: str, device: Device) -> Spread:
+        """Seconds of an operation on a device, at every quantile. Operations that do not compute take none."""
+        price = {
+            FORWARD: self.forward,
+            BACKWARD: self.backward,
+            BACKWARD_INPUT: self.backward_input,
+            BACKWARD_WEIGHT: self.backward_weight,
+            RECOMPUTE: self.recompute,
+            OPTIMIZER: self.optimizer,
+        }.get(op)
+        return price(device.threads) / device.speed if price else np.zeros(len(QUANTILES))
+
+    def forward(self, threads: int) -> Spread:
+        """Seconds of one micro-batch's forward, with the loss on the last stage."""
+        return self._run("forward", threads, "forward")
+
+    def backward(self, threads: int) -> Spread:
+        """Seconds of one micro-batch's whole backward."""
+        return self._run("backward", threads, "backward")
+
+    def backward_input(self, threads: int) -> Spread:
+        """Seconds of the gradient of one micro-batch's input."""
+        return self._run("backward_input", threads, "backward", share=0.5)
+
+    def backward_weight(self, threads: int) -> Spread:
+        """Seconds of the gradient of the parameters from one micro-batch."""
+        return self._run("backward_weight", threads, "backward", share=0.5)
+
+    def recompute(self, threads: int) -> Spread:
+        """Seconds of repeating the forward: the layers without the loss, the last one only as far as it is needed."""
+        table = layer_table(self.profile, self.samples, threads)
+        if self.recomputed is not None:
+            chosen = [i for i in self.layers if i in self.recomputed]
+            none = np.zeros(len(QUANTILES))
+            return sum((table.forward[:, i + 1] - table.forward[:, i] for i in chosen), none)
+        last = self.layers.stop - 1
+        seconds = table.forward[:, last] - table.forward[:, self.layers.start]
+        seconds = seconds + table.recompute[:, last + 1] - table.recompute[:, last]
+        return np.maximum(0.0, seconds - self._seams("forward", threads, len(self.layers) - 1))
+
+    def optimizer(self, threads: int) -> Spread:
+        """Seconds of updating the stage's parameters."""
+        table = layer_table(self.profile, self.samples, threads)
+        alone = table.optimizer[:, self.layers.stop] - table.optimizer[:, self.layers.start]
+        whole = [w for w in self.profile.whole if w.layers_optimizer_s > 0]
+        scaled: Spread = alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
+        return scaled
+
+    def _run(self, kind: str, threads: int, seams: str, share: float = 1.0) -> Spread:
+        """A pass over all layers, and the loss on the last stage, plus the executor's own time."""
+        sums: Spread = getattr(layer_table(self.profile, self.samples, threads), kind)
+        stop = self.layers.stop + self.is_last
+        seconds = sums[:, stop] - sums[:, self.layers.start]
+        joints = len(self.layers) + self.is_last - 1
+        return np.maximum(0.0, seconds - share * self._seams(seams, threads, joints)) + self.profile.action_s
+
+    def _seams(self, kind: str, threads: int, joints: int) -> float:
+        if not self.profile.whole:
+            return 0.0
+        near = _nearest([w.threads for w in self.profile.whole], threads)
+        whole = [w for w in self.profile.whole if w.threads == near]
+        nearest = min(whole, key=lambda w: abs(math.log(w.samples / self.samples)))
+        all_seams = float(getattr(nearest, f"layers_{kind}_s") - getattr(nearest, f"{kind}_s"))
+        return all_seams * joints / len(self.profile.layers)
+
+
+def times(layer: LayerProfile, threads: int) -> LayerTimes:
+    """Return the layer's times at the measured number of threads nearest to `threads`."""
+    return next(t for t in layer.times if t.threads == _nearest([t.threads for t in layer.times], threads))
+
+
+def _nearest(known: Sequence[int], threads: int) -> int:
+    return min(known, key=lambda t: (abs(math.log(t / threads)), t), default=threads)
+
+
+def at(timings: Sequence[Timing], samples: int, quantile: Quantile = "median") -> float:
+    """Interpolate measured seconds to a micro-batch of `samples`."""
+    return interpolate([(float(t.samples), getattr(t, f"{quantile}_s")) for t in timings], samples)

@@ -1,0 +1,1 @@
+"""What a device can do and in which order: operations, schedules, ways of synchronising."""

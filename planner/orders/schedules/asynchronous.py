@@ -1,0 +1,42 @@
+"""Schedules that never flush: parameters change while micro-batches are in the pipeline.
+
+They arrange as many micro-batches as they are given; how many of them are one step, and when the optimizer runs, is
+the plan's and `planner.programs.lowering`'s matter.
+"""
+
+from __future__ import annotations
+
+from planner.orders.codes import Order
+from planner.orders.schedules.registry import Shape, schedule
+from planner.orders.schedules.straight import one_forward_one_backward
+
+
+@schedule("pipedream", updates="microbatch", versions=lambda stage, stages: stages - stage, uneven=True)
+def pipedream(shape: Shape) -> Order:
+    """1F1B without end, an update after every backward (Narayanan et al., SOSP 2019).
+
+    Weight stashing: a micro-batch's backward uses the parameters of its forward, so stage s of p keeps p - s versions.
+    """
+    return one_forward_one_backward(shape)
+
+
+@schedule("pipedream-vertical", updates="microbatch", versions=lambda stage, stages: stages, uneven=True)
+def pipedream_vertical(shape: Shape) -> Order:
+    """PipeDream with vertical sync: all stages use the version that the input stage saw.
+
+    A micro-batch takes p - s more updates to come back to stage s than to leave stage 0, and s updates to get there,
+    so every stage keeps p versions (Harlap et al., arXiv 1806.03377, section 3.3).
+    """
+    return one_forward_one_backward(shape)
+
+
+def _short(shape: Shape) -> str | None:
+    if shape.microbatches < shape.devices:
+        return f"double buffering needs M >= p: {shape.microbatches} micro-batches, {shape.devices} stages"
+    return None
+
+
+@schedule("pipedream-2bw", updates="window", versions=lambda stage, stages: 2, impossible=_short)
+def pipedream_2bw(shape: Shape) -> Order:
+    """PipeDream with gradients accumulated over M micro-batches and two versions (arXiv 2006.09503)."""
+    return one_forward_one_backward(shape)

@@ -1,0 +1,1 @@
+"""Where a model is cut and where its stages go: the strategies, and what saves memory."""

@@ -1,0 +1,267 @@
+"""Where to cut the layers into stages, and over how many devices to spread each: exact, over numbers.
+
+It knows weights only: seconds, bytes, or anything else. A stage of layers `start` to `stop - 1` is the entry
+`[start, stop]` of a table with one row and one column more than there are layers; entries with `stop <= start` are not
+looked at. Nothing is assumed about a table: a longer stage may take less time, because another value crosses its cut.
+
+    table = spans([3.0, 1.0, 2.0], entering=[0.0, 5.0, 1.0, 0.0])   seconds of every run of layers
+    cut(table, 2)                                                   the fastest two of them that make up the model
+    cut(lambda stage: table / speed[stage], 2)                      the same on unequal devices, placed in their order
+    cut(table, 2, filled)                                           the same where memory suffices
+    lightest(filled, 2)                                             the nearest to fitting, when that found none
+    replicated(lambda replicas: table / replicas, 8)                as many stages as is best, over at most 8 devices
+
+Layers may be recomputed to fit, too: `planner.placement.selection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:  # numpy is imported where it is used: `plan --help` does not wait for it
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Table: TypeAlias = NDArray[np.float64]
+    Tables: TypeAlias = Table | Callable[[int], Table]
+    """One table for every stage (two dimensions), one per stage (three), or a function of the stage's index."""
+
+
+def equal(layers: int, stages: int) -> tuple[range, ...]:
+    """Cut so that the numbers of layers differ by at most one.
+
+    >>> equal(5, 2)
+    (range(0, 2), range(2, 5))
+    """
+    cuts = [i * layers // stages for i in range(stages + 1)]
+    return tuple(range(a, b) for a, b in pairwise(cuts))
+
+
+def balanced(weights: Sequence[float], stages: int) -> tuple[range, ...]:
+    """Cut so that the heaviest stage is as light as any contiguous cut allows, exactly.
+
+    `cut` for equal devices and cuts that cost nothing. Raises `ValueError` for more stages than layers.
+
+    >>> balanced([1, 1, 1, 5, 1], 2)
+    (range(0, 3), range(3, 5))
+    """
+    found = cut(spans(weights), stages)
+    if found is None:
+        raise ValueError(f"{len(weights)} layers cannot make {stages} stages: each needs a layer")
+    return found
+
+
+def spans(
+    weights: Sequence[float], entering: Sequence[float] | None = None, leaving: Sequence[float] | None = None
+) -> Table:
+    """Tabulate the weight of every run of layers: its layers', and those of the cuts before and behind it.
+
+    `entering` and `leaving` have one number per cut position, the two ends of the model included: what a stage pays
+    that begins, or ends, there. A value that jumps over the cut crosses it as well and is to be counted in.
+
+    >>> spans([3, 1], entering=[0, 5, 0])[1, 2]
+    np.float64(6.0)
+    """
+    import numpy as np
+
+    before = np.array([0.0, *accumulate(map(float, weights))])
+    table: Table = before[None, :] - before[:, None]
+    if entering is not None:
+        table += np.asarray(entering, dtype=float)[:, None]
+    if leaving is not None:
+        table += np.asarray(leaving, dtype=float)[None, :]
+    return table
+
+
+def cut(seconds: Tables, stages: int, filled: Tables | None = None) -> tuple[range, ...] | None:
+    """Cut so that the slowest stage is as fast as any contiguous cut allows, exactly, or return None if none fits.
+
+    `seconds` of a stage include its transfers, and may be infinite: not here. `filled` is the share of its device's
+    memory that a stage takes (it fits up to 1, that included). Both may differ from stage to stage: devices are
+    unequal, and under 1F1B stage s of p holds p - s micro-batches. Every stage gets at least one layer.
+
+    Of equal optima: the one whose last stage begins first; the stages before it are cut by the same rule.
+    Dynamic programming over (stages, layers), O(stages x layers^2): the best cut of the first layers into s stages
+    is the best of them into s - 1, and one more stage.
+
+    >>> cut(spans([1, 1, 1, 1], entering=[0, 9, 1, 9, 0]), 2)
+    (range(0, 2), range(2, 4))
+    >>> cut(lambda stage: spans([1, 1, 1, 1]) / (1, 3)[stage], 2)
+    (range(0, 1), range(1, 4))
+    """
+    import numpy as np
+
+    best = np.zeros(0)
+    starts: list[NDArray[np.intp]] = []
+    for stage in range(stages):
+        table = _at(seconds, stage)
+        allowed = ~np.tri(len(table), dtype=bool)
+        if filled is not None:
+            allowed &= _at(filled, stage) <= 1
+        ends = np.arange(len(table))
+        if not stage:
+            best = np.where(ends > 0, np.inf, -np.inf)
+        slowest = np.maximum(best[:, None], np.where(allowed, table, np.inf))
+        starts.append(slowest.argmin(axis=0))
+        best = slowest[starts[-1], ends]
+    if not best[-1] < np.inf:
+        return None
+    edges = [len(best) - 1]
+    for start in reversed(starts):
+        edges.append(int(start[edges[-1]]))
+    return tuple(range(a, b) for a, b in pairwise(reversed(edges)))
+
+
+def lightest(filled: Tables, stages: int) -> tuple[range, ...] | None:
+    """Cut so that the fullest device is as empty as any contiguous cut allows: the nearest to fitting.
+
+    `filled` as in `cut`; how far from fitting it is, is the largest share of its stages. None if there are more
+    stages than layers.
+
+    >>> lightest(spans([40, 40, 40]) / 60, 2)
+    (range(0, 1), range(1, 3))
+    """
+    return cut(filled, stages)
+
+
+def evened(ranges: tuple[range, ...], homes: Sequence[int], seconds: Tables, filled: Tables) -> tuple[range, ...]:
+    """Shift boundaries while the busiest device gets less to do, where devices hold several stages each.
+
+    `homes` is every stage's device. Stages as equal as `cut` makes them need not add up to equal devices. Of all shifts
+    of one boundary by one layer the best is taken, as long as there is one that lowers the largest sum, or as many such
+    sums, without filling a device beyond 1; so this ends in a local optimum.
+
+    >>> import numpy as np
+    >>> table = spans([1, 1, 1, 5, 1, 1, 1, 1])
+    >>> before = cut(table, 4)
+    >>> evened(before, [0, 1, 1, 0], table, table * 0)
+    (range(0, 2), range(2, 3), range(3, 4), range(4, 8))
+    """
+    stops = [r.stop for r in ranges]
+    times, shares = ([_at(tables, stage) for stage in range(len(ranges))] for tables in (seconds, filled))
+
+    def time(stage: int) -> float:
+        return float(times[stage][stops[stage - 1] if stage else 0, stops[stage]])
+
+    load = [0.0] * (max(homes) + 1)
+    for stage, home in enumerate(homes):
+        load[home] += time(stage)
+    while True:
+        worst = max(load)
+        best: tuple[float, int, int] | None = None
+        for left in range(len(stops) - 1):
+            pair = {homes[left], homes[left + 1]}
+            if len(pair) == 1 or max(load[d] for d in pair) < worst:
+                continue
+            before = [time(left), time(left + 1)]
+            for step in (-1, 1):
+                at = stops[left] + step
+                if not (stops[left - 1] if left else 0) < at < stops[left + 1]:
+                    continue
+                stops[left] = at
+                after = [time(left), time(left + 1)]
+                fits = all(shares[s][stops[s - 1] if s else 0, stops[s]] <= 1 for s in (left, left + 1))
+                stops[left] = at - step
+                loads = {homes[left + i]: load[homes[left + i]] + after[i] - before[i] for i in range(2)}
+                most = max(loads.values())
+                if fits and most < worst * (1 - 1e-12) and (best is None or most < best[0]):
+                    best = (most, left, step)
+        if best is None:
+            starts = [0, *stops[:-1]]
+            return tuple(range(a, b) for a, b in zip(starts, stops, strict=True))
+        _, left, step = best
+        for stage in (left, left + 1):
+            load[homes[stage]] -= time(stage)
+        stops[left] += step
+        for stage in (left, left + 1):
+            load[homes[stage]] += time(stage)
+
+
+def replicated(
+    seconds: Callable[[int], Table],
+    devices: int,
+    *,
+    stages: int | None = None,
+    filled: Callable[[int, int], Table] | None = None,
+    counts: Iterable[int] | None = None,
+) -> tuple[tuple[range, ...], tuple[int, ...]] | None:
+    """Choose cuts and replicas per stage so that the slowest stage is as fast as at most `devices` allow, exactly.
+
+    `seconds(r)` are those between two micro-batches that leave a stage of r replicas. PipeDream's (Narayanan et al.,
+    SOSP 2019, section 3.1; replicas take turns, and synchronise gradients beside the computing) are the larger one of
+    `compute / r` and the gradients' synchronisation, and of the transfers where those overlap as well; where they do
+    not, add them. `filled(behind, r)` is the share of its device's memory that a stage takes with `behind` stages from
+    it to the last one, it included (1F1B holds that many micro-batches). `stages` fixes their number; `counts`
+    restricts the numbers of replicas (powers of two, say), as is needed where devices x layers^2 numbers are too many.
+
+    Returns the stages and their replicas, or None if nothing fits. Of equal optima: the fewest devices, then the
+    fewest stages, then the shortest first stage, the shortest second one, and so on.
+
+    The answer is a time that some stage takes, so they are searched by halving: for a given limit, every run of
+    layers needs a number of replicas, and the least devices for the last layers as k stages are the least sum of a
+    first stage's and those behind it. O(log(layers^2 x counts) x (counts + stages) x layers^2), with `filled` times
+    stages instead of the sum; a byte per stage, count and run of layers is kept for it.
+
+    >>> import numpy as np
+    >>> compute, gradient_seconds = spans([8, 8, 1]), spans([0, 0, 9])
+    >>> replicated(lambda r: np.maximum(compute / r, 2 * (r - 1) / r * gradient_seconds), 5)
+    ((range(0, 2), range(2, 3)), (4, 1))
+    """
+    import numpy as np
+
+    choices = sorted({r for r in counts or range(1, devices + 1) if 1 <= r <= devices})
+    if not choices:
+        return None
+    tables = [seconds(r) for r in choices]
+    layers = len(tables[0]) - 1
+    runs = ~np.tri(layers + 1, dtype=bool)
+    # The last entry along the axis of counts is the way out: within every limit, and infinitely many replicas.
+    table = np.stack([*(np.where(runs, t, np.inf) for t in tables), np.full(runs.shape, -np.inf)], axis=-1)
+    replicas = np.array([*choices, np.inf])
+    most = min(layers, devices) if stages is None else stages
+    fits: list[NDArray[np.bool_]] = []
+    if filled is not None:
+        for behind in range(1, most + 1):
+            fits.append(np.stack([*(filled(behind, r) <= 1 for r in choices), np.ones_like(runs)], axis=-1))
+
+    def place(limit: float) -> tuple[list[Table], list[Table]]:
+        """The replicas that every run of layers needs, by stages behind; the devices that the last layers need."""
+        within = table <= limit
+        needs = [replicas[(within & fit).argmax(axis=-1)] for fit in fits] or [replicas[within.argmax(axis=-1)]] * most
+        least = [np.where(np.arange(layers + 1) < layers, np.inf, 0.0)]
+        for need in needs:
+            least.append((need + least[-1][None, :]).min(axis=1))
+        return needs, least
+
+    def used(least: list[Table]) -> tuple[float, int]:
+        return min((float(least[k][0]), k) for k in range(1 if stages is None else stages, most + 1))
+
+    limits = np.unique(table[np.isfinite(table)])
+    low, high = 0, len(limits)
+    while low < high:
+        middle = (low + high) // 2
+        if used(place(limits[middle])[1])[0] <= devices:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(limits):
+        return None
+    needs, least = place(limits[low])
+    ranges: list[range] = []
+    spread: list[int] = []
+    start = 0
+    for behind in range(used(least)[1], 0, -1):
+        need = needs[behind - 1][start]
+        stop = int((need + least[behind - 1]).argmin())
+        ranges.append(range(start, stop))
+        spread.append(int(need[stop]))
+        start = stop
+    return tuple(ranges), tuple(spread)
+
+
+def _at(tables: Tables, stage: int) -> Table:
+    if callable(tables):
+        return tables(stage)
+    return tables if tables.ndim == 2 else tables[stage]

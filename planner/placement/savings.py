@@ -1,0 +1,181 @@
+"""What a plan can do to need less memory. The registry is the only list; each is a function from plan to plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import msgspec
+
+from planner.basis.errors import PlanError, unknown
+from planner.basis.units import size
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.stage_costs import MEDIAN, layer_table
+from planner.orders import schedules, synchronisation
+from planner.placement.pipeline import Question, in_flight, layer_bytes
+from planner.placement.selection import cheapest
+from planner.programs.lowering import swaps, unroll
+from planner.programs.waits import Linked
+from planner.values.plan import Plan
+
+Saving = Callable[[Question, Plan], Plan]
+_REGISTRY: dict[str, Saving] = {}
+
+COMBINATIONS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("recompute",),
+    ("recompute-layers",),
+    ("offload",),
+    ("host-optimizer",),
+    ("recompute", "offload"),
+    ("recompute", "host-optimizer"),
+    ("offload", "host-optimizer"),
+)
+"""Which savings a search tries together."""
+
+
+def saving(name: str) -> Callable[[Saving], Saving]:
+    """Register `(question, plan) -> plan` under `name`."""
+
+    def register(function: Saving) -> Saving:
+        _REGISTRY[name] = function
+        return function
+
+    return register
+
+
+def names() -> tuple[str, ...]:
+    """List the registered savings."""
+    return tuple(_REGISTRY)
+
+
+def apply(q: Question, plan: Plan, wanted: tuple[str, ...]) -> Plan:
+    """Return the plan with the savings called `wanted`.
+
+    Raises `PlanError` (exit 2) for an unknown name, or where one of them is not possible or changes nothing.
+    """
+    for name in wanted:
+        if name not in _REGISTRY:
+            raise unknown("saving", name, _REGISTRY, where="--saving", fix="choose one of the known savings")
+        changed = _REGISTRY[name](q, plan)
+        if changed == plan:
+            raise PlanError(
+                what=f"{name} changes nothing", where=f"plan {plan}", why="it has nothing to save", fix="leave it out"
+            )
+        plan = changed
+    return plan
+
+
+@saving("recompute")
+def recompute(q: Question, plan: Plan) -> Plan:
+    """Keep only what stages exchange; repeat a stage's forward before its backward (Chen et al., arXiv 1604.06174)."""
+    if not schedules.get(plan.schedule).trains:
+        return plan
+    return msgspec.structs.replace(plan, recompute=True)
+
+
+@saving("recompute-layers")
+def recompute_layers(q: Question, plan: Plan) -> Plan:
+    """Repeat the cheapest layers whose activations make every device fit; nothing where all fit already.
+
+    A layer frees what it saves of each micro-batch in flight. Devices decide by themselves, each asking the memory
+    model what its choice still lacks; all ask at once. Raises `PlanError` (exit 2) where no choice is enough.
+    """
+    placed = Placed(q.profile, plan, q.cluster)
+    profile, ranges = placed.profile, placed.ranges
+    held = in_flight(plan)
+    table = layer_table(profile, q.samples, plan.threads)
+    capacity = placed.capacities
+    sizes = layer_bytes(profile, q.samples)
+    programs: dict[frozenset[int], Linked] = {}
+
+    def lacks(chosen: set[int]) -> dict[tuple[int, ...], float]:
+        """Bytes that the worst device with the same stages lacks; below 0 where it fits."""
+        trial = msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in sorted(chosen)))
+        stages = frozenset(s for s, own in enumerate(ranges) if chosen & set(own))
+        if stages not in programs:
+            programs[stages] = Linked(unroll(trial, replicas=None if plan.uneven else 1))  # replicas need alike
+        found: dict[tuple[int, ...], float] = {}
+        peaks = MemoryModel(placed.with_plan(trial), programs[stages]).peaks().tolist()
+        for held_by, peak, room in zip(plan.stages_of, peaks, capacity, strict=False):
+            found[held_by] = max(found.get(held_by, -room), peak - room)
+        return found
+
+    missing = {stages: lack for stages, lack in lacks(set()).items() if lack > 0}
+    asking, chosen = {}, dict[tuple[int, ...], set[int]]()
+    for stages, lack in missing.items():
+        layers = [(i, held[s], sizes[i].saved - sizes[i].output) for s in stages for i in ranges[s]]
+        seconds = [float(table.forward[MEDIAN, i + 1] - table.forward[MEDIAN, i]) for i, _, _ in layers]
+        choice = _choose(seconds, [saved * n for _, n, saved in layers], [saved for *_, saved in layers], lack)
+        asking[stages] = choice, [i for i, _, _ in layers]
+    left: dict[tuple[int, ...], float] = {}
+    while asking:
+        for stages, (choice, names) in list(asking.items()):
+            try:
+                chosen[stages] = {names[i] for i in (choice.send(left[stages]) if left else next(choice))}
+            except StopIteration as done:
+                if done.value is None:
+                    raise _not_enough(plan, missing[stages]) from None
+                chosen[stages] = {names[i] for i in done.value}
+                del asking[stages]
+        left = lacks(set().union(*chosen.values())) if asking else {}
+    every = sorted(set().union(*chosen.values()))
+    return msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in every))
+
+
+_Choice = Generator[tuple[int, ...], float, tuple[int, ...] | None]
+GOOD_ENOUGH = 1.005
+"""A choice that costs less than this times what it must cost at least is not improved."""
+TRIALS = 60
+"""Most choices that one device's peak is computed for."""
+
+
+def _choose(seconds: list[float], freed: list[float], saved: list[float], lack: float) -> _Choice:
+    """Yield choices, are told what each still lacks, and return the cheapest that lacks nothing, or None.
+
+    What is repeated is live for a moment, one layer after the other: a choice needs as many bytes more as its largest
+    layer saves. So the cheapest is looked for among all layers, then without the largest, and so on.
+    """
+    least = cheapest(seconds, freed, lack)
+    best, cost = None, float("inf")
+    trials = 0
+    for limit in sorted(set(saved), reverse=True):
+        usable = [own if size <= limit else float("inf") for own, size in zip(seconds, saved, strict=True)]
+        needed = lack
+        while trials < TRIALS and (found := cheapest(usable, freed, needed)) is not None and found.seconds < cost:
+            trials += 1
+            left = yield found.layers
+            if left <= 0:
+                best, cost = found.layers, found.seconds
+            needed = found.freed + left
+        if least is not None and cost <= GOOD_ENOUGH * least.seconds:
+            break
+    return best
+
+
+def _not_enough(plan: Plan, lack: float) -> PlanError:
+    return PlanError(
+        what="recomputing single layers is not enough",
+        where=f"plan {plan}",
+        why=f"a device lacks {size(lack)}, and no choice of layers frees them",
+        fix="recompute whole stages (recompute), or take more devices",
+    )
+
+
+@saving("offload")
+def offload(q: Question, plan: Plan) -> Plan:
+    """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124).
+
+    Nothing where every micro-batch's backward comes too soon behind its forward.
+    """
+    if not schedules.get(plan.schedule).trains or not swaps(plan):
+        return plan
+    return msgspec.structs.replace(plan, offload=True)
+
+
+@saving("host-optimizer")
+def host_optimizer(q: Question, plan: Plan) -> Plan:
+    """Keep the optimizer's state on the host and update there (Ren et al., ZeRO-Offload, arXiv 2101.06840)."""
+    if synchronisation.get(plan.synchronisation).server and plan.replicas > 1:
+        return plan  # the servers update already
+    return msgspec.structs.replace(plan, host_optimizer=True)

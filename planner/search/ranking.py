@@ -1,0 +1,161 @@
+"""All strategies asked the same question, simulated and ranked: the answer to `plan simulate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from planner.basis.errors import NOTHING_FITS, PlanError
+from planner.basis.units import size
+from planner.placement.pipeline import Question
+from planner.placement.strategies import Strategy, all_strategies
+from planner.simulate.contention import Failure
+from planner.simulate.predict import SAMPLES, SEED, simulate
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan, asynchronous, unrunnable
+from planner.values.profile import Profile
+
+
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
+    """A strategy that gives no plan here, and why."""
+
+    strategy: str
+    why: str
+
+
+class Ranking(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcomes, best first: those that fit by throughput, then those that do not by how much they lack."""
+
+    k: int
+    m: int
+    batch: int
+    profile: str
+    cluster: Cluster
+    outcomes: tuple[Outcome, ...]
+    stale: bool = False
+    rejected: tuple[Rejected, ...] = ()
+
+    @property
+    def best(self) -> Outcome:
+        """The fastest plan that fits and whose gradients are not stale, or, if `stale`, whatever they are.
+
+        Raises `PlanError` (exit 3) with the nearest plans when none does.
+        """
+        for outcome in self.outcomes:
+            if outcome.fits and (self.stale or not asynchronous(outcome.plan)):
+                return outcome
+        raise self._nothing_fits()
+
+    @property
+    def runnable(self) -> Outcome:
+        """The best plan that the executor can run yet. Raises as `best`."""
+        best = self.best
+        able = (o for o in self.outcomes if o.fits and not asynchronous(o.plan) and unrunnable(o.plan) is None)
+        return best if unrunnable(best.plan) is None else next(able, best)
+
+    def _nothing_fits(self) -> PlanError:
+        nearest = self.outcomes[:3]
+        lines = [
+            f"{o.plan} needs {size(o.peak_bytes)} on its worst device, has {size(min(o.capacity_bytes))}"
+            for o in nearest
+        ]
+        need = min((o.peak_bytes for o in nearest), default=0.0)
+        return PlanError(
+            what="no plan fits into memory",
+            where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
+            why="; ".join(lines) or "; ".join(f"{r.strategy}: {r.why}" for r in self.rejected),
+            fix=f"devices with {size(need)} would hold {nearest[0].plan}" if nearest else "change K or M",
+            code=NOTHING_FITS,
+            details=[
+                {"plan": str(o.plan), "peak_bytes": o.peak_bytes, "capacity_bytes": min(o.capacity_bytes)}
+                for o in nearest
+            ],
+        )
+
+
+def rank(
+    profile: Profile,
+    cluster: Cluster,
+    *,
+    k: int,
+    m: int,
+    batch: int,
+    name: str,
+    strategies: Sequence[Strategy] | None = None,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    stale: bool = False,
+    failures: tuple[Failure, ...] = (),
+    progress: Callable[[str], None] = lambda label: None,
+) -> Ranking:
+    """Simulate every strategy, with and without recompute, for K devices and M micro-batches.
+
+    Raises `PlanError` (exit 2) when K, M or the batch are not positive, M does not divide the batch, or K is larger
+    than the number of layers.
+    """
+    check(profile, k=k, m=m, batch=batch)
+    outcomes: list[Outcome] = []
+    rejected: list[Rejected] = []
+    for entry, plan in _plans(Question(profile, cluster, k, m, batch), strategies or all_strategies()):
+        if isinstance(plan, PlanError):
+            rejected.append(Rejected(strategy=entry.name, why=f"{plan.what}: {plan.why}"))
+            continue
+        progress(str(plan))
+        try:
+            outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
+        except PlanError as error:
+            rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
+    distinct = {str(outcome.plan): outcome for outcome in outcomes}  # with one stage many strategies are one plan
+    outcomes = list(distinct.values())
+    outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else _lack(o)))
+    return Ranking(
+        k=k,
+        m=m,
+        batch=batch,
+        profile=name,
+        cluster=cluster,
+        outcomes=tuple(outcomes),
+        stale=stale,
+        rejected=tuple(rejected),
+    )
+
+
+def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
+    """Raise `PlanError` (exit 2) for a question that has no answer."""
+    for flag, value in (("--k", k), ("--m", m), ("--batch", batch)):
+        if value < 1:
+            raise PlanError(
+                what=f"{flag} must be positive", where=flag, why=f"it is {value}", fix=f"give a number from 1: {flag} 1"
+            )
+    if batch % m:
+        raise PlanError(
+            what=f"M={m} micro-batches do not divide a batch of {batch} samples",
+            where="--m and --batch",
+            why=f"{batch} / {m} = {batch / m:.3g} is not a whole number of samples",
+            fix=f"plan simulate --k {k} --m {m} --batch {(batch // m + 1) * m}",
+        )
+    if k > len(profile.layers):
+        raise PlanError(
+            what=f"K={k} is larger than the number of layers, {len(profile.layers)}",
+            where="--k",
+            why="every stage needs at least one layer",
+            fix=f"plan simulate --k {len(profile.layers)} --m {m}",
+        )
+
+
+def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple[Strategy, Plan | PlanError]]:
+    for entry in strategies:
+        try:
+            plan = entry.spread(question)
+        except PlanError as error:
+            yield entry, error
+            continue
+        yield entry, plan
+        if plan.schedule != "forward-only":
+            yield entry, msgspec.structs.replace(plan, recompute=True)
+
+
+def _lack(outcome: Outcome) -> float:
+    return max(p.total / c for p, c in zip(outcome.peak, outcome.capacity_bytes, strict=True))

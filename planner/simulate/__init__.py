@@ -1,0 +1,1 @@
+"""Programs played with costs: step times, memory, and what bounds them."""

@@ -1,0 +1,264 @@
+"""The interpreter with contention: a SimPy process per device walks its row of the program.
+
+It means what the executor does. Receives are posted where they stand; a transfer starts when all of its parties have
+posted (rendezvous) and shares its links with others; a compute waits for its message, then for its share of the cores.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import simpy
+
+from planner.costs.placed import Placed
+from planner.costs.priced import Costs, costs_of
+from planner.costs.prices import TransferKind
+from planner.orders import codes
+from planner.orders.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
+from planner.programs.lowering import unroll
+from planner.programs.waits import MESSAGES, Linked
+from planner.simulate.resources import Alone, FairShare, Process, Then
+from planner.simulate.steady import steady_step
+from planner.values.cluster import Cluster
+from planner.values.plan import asynchronous
+from planner.values.trace import COMPUTE, LINK, Event, Trace
+
+
+class Failure(NamedTuple):
+    """A device that stops at a moment and is back, its stage restored, some seconds later; its action starts anew.
+
+    Where it would only have waited meanwhile, nothing is lost.
+    """
+
+    device: str
+    at_s: float
+    down_s: float
+
+
+def simulated_step(placed: Placed) -> float:
+    """Return the seconds per step of one walk through a plan's program, at the median costs."""
+    plan = placed.plan
+    costs = costs_of(placed, Linked(unroll(plan)))
+    run = Run(costs, plan.devices, together=not placed.synchronisation.asynchronous)
+    run.env.run()
+    return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
+
+
+def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
+    """Walk the program with the costs from time 0 and return what happened."""
+    run = Run(costs, devices)
+    run.env.run()
+    return run.trace()
+
+
+_BESIDE = (OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD)
+"""Transfers that run beside a device's computes, besides messages: drawn on its link lane."""
+
+
+class Run:
+    """One walk of all devices through their rows; `env.run()` plays it."""
+
+    def __init__(
+        self, costs: Costs, devices: tuple[str, ...], *, together: bool = True, failures: tuple[Failure, ...] = ()
+    ) -> None:
+        self.costs, self.devices, self.together = costs, devices, together
+        linked = self.linked = costs.linked
+        self.env = simpy.Environment()
+        self.seconds: list[float] = costs.seconds.tolist()
+        self.posts, self.waits, self.copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
+        self.missing: list[int] = linked.parties.tolist()
+        self.kind_of: list[int] = costs.transfer_kind.tolist()
+        self.done = bytearray(linked.transfers)
+        self.waiting: dict[int, simpy.Event] = {}
+        self.begun: dict[int, float] = {}
+        self.free: dict[int, float] = {}
+        self.in_turn = [kind.lane >= 0 for kind in costs.kinds]
+        self.takes = [kind.seconds for kind in costs.kinds]
+        self.pushes = [kind.op == PUSH for kind in costs.kinds]
+        self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
+        self.moved: list[tuple[int, float, float]] = []
+        self.links = _links(self.env, costs.cluster)
+        self.cores = _cores(self.env, costs)
+        self.nothing = Alone(self.env)
+        self.server = simpy.Resource(self.env)
+        self.pushed: dict[int, list[int]] = {}
+        self.failures = sorted(failures, key=lambda failure: failure.at_s)
+        self.parts = [self._parts(kind) for kind in costs.kinds]
+        self.alone = [
+            kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
+            for kind in costs.kinds
+        ]
+        for device in range(linked.devices):
+            self.env.process(self.device(device))
+
+    def _shared(self, way: tuple[int, ...]) -> bool:
+        return any(isinstance(self.links[i], FairShare) for i in way)
+
+    @property
+    def last(self) -> float:
+        """When the last action was done."""
+        return max(self.end, default=0.0)
+
+    def device(self, device: int) -> Process:
+        """Walk one row."""
+        env, use = self.env, self.cores[device].use
+        posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
+        start, ready, end = self.start, self.ready, self.end
+        failures = [failure for failure in self.failures if failure.device == self.devices[device]]
+        now = env.now
+        for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
+            start[i] = now
+            post, wait, copy = posts[i], waits[i], copies[i]
+            if post >= 0:
+                self.post(post)
+            if wait >= 0 and not done[wait]:
+                yield self.wait(wait)
+                now = env.now
+            if copy >= 0 and not done[copy]:
+                yield self.wait(copy)
+                now = env.now
+            ready[i] = now if wait < 0 or wait != post else self.begun[wait]
+            own = seconds[i]
+            while failures and failures[0].at_s <= now + own:
+                failure = failures.pop(0)
+                yield env.timeout(max(0.0, failure.at_s + failure.down_s - now))
+                now = env.now
+            if own > 0:
+                yield use(own)
+                now = env.now
+            end[i] = now
+
+    def wait(self, transfer: int) -> simpy.Event:
+        """Return the event of a transfer's end; several devices may wait for one."""
+        if transfer not in self.waiting:
+            self.waiting[transfer] = self.env.event()
+        return self.waiting[transfer]
+
+    def post(self, transfer: int) -> None:
+        """Begin the transfer when its last party has come."""
+        self.missing[transfer] -= 1
+        if self.missing[transfer]:
+            return
+        number = self.kind_of[transfer]
+        now = begun = self.env.now
+        if self.in_turn[number]:
+            begun = self.turn(self.costs.kinds[number])
+        self.begun[transfer] = begun
+        if self.alone[number]:
+            self.env.timeout(begun - now + self.takes[number]).callbacks.append(partial(self.finish, transfer))
+        elif begun > now:
+            self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(number, partial(self.finish, transfer)))
+        elif self.pushes[number]:
+            self.env.process(self.push(transfer, number))
+        else:
+            self.begin(number, partial(self.finish, transfer))
+
+    def turn(self, kind: TransferKind) -> float:
+        """Return when a transfer begins that is done in turn with others of its lane, and take its time there."""
+        start = max(self.env.now - kind.early, self.free.get(kind.lane, 0.0))
+        self.free[kind.lane] = start + kind.busy
+        return start + kind.early
+
+    def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
+        """Let those go on who wait for it."""
+        self.moved.append((transfer, self.begun[transfer], self.env.now))
+        self.done[transfer] = True
+        waiting = self.waiting.get(transfer)
+        if waiting is not None:
+            waiting.succeed()
+
+    def begin(self, number: int, then: Then) -> None:
+        """Serve a transfer of a kind on its links and on its ends' cores; call `then` with the last of these parts."""
+        parts = self.parts[number]
+        if len(parts) == 1:
+            part, share = parts[0]
+            part.serve(share, then)
+            return
+        left = len(parts)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                then()
+
+        for part, share in parts:
+            part.serve(share, done)
+
+    def _parts(self, kind: TransferKind) -> list[tuple[FairShare | Alone, float]]:
+        """What serves a kind of transfer, each for how long: its links, its ends' cores, or nothing that is shared."""
+        cores, seconds, work = self.cores, kind.seconds, kind.work
+        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
+        if seconds > 0 and not parts:
+            parts = [(self.nothing, seconds)]
+        if work > 0 and cores[kind.source] is cores[kind.target]:
+            parts.append((cores[kind.source], 2 * work))
+        elif work > 0:
+            parts += [(cores[kind.source], work), (cores[kind.target], work)]
+        return parts or [(self.nothing, 0.0)]
+
+    def push(self, transfer: int, number: int) -> Process:
+        """Bring gradients to a server, which updates its parameters with them."""
+        kind = self.costs.kinds[number]
+        brought = self.env.event()
+        self.begin(number, brought.succeed)
+        yield brought
+        self.pushed.setdefault(kind.stage, []).append(transfer)
+        mine = self.pushed[kind.stage]
+        if self.together and len(mine) % self._workers(kind.stage):
+            return  # the last one updates
+        pushed = mine[-self._workers(kind.stage) :] if self.together else [transfer]
+        with self.server.request() as turn:
+            yield turn
+            yield self.env.timeout(self.costs.applying[kind.stage])
+        for each in pushed:
+            self.finish(each)
+
+    def _workers(self, stage: int) -> int:
+        pushes = self.linked.flat >> codes.STAGE == codes.code(PUSH, stage) >> codes.STAGE
+        return len(np.unique(self.linked.row[pushes]))
+
+    def trace(self) -> Trace:
+        """Everything that happened, device by device."""
+        rows = self.linked.row.tolist()
+        events = [
+            Event(rows[i], COMPUTE, str(action), self.start[i], self.ready[i], self.end[i])
+            for i, action in enumerate(self.linked.actions)
+        ]
+        posted = dict(zip(self.posts, range(len(self.posts)), strict=True))
+        for transfer, begin, end in self.moved:
+            kind = self.costs.kinds[self.kind_of[transfer]]
+            if kind.op in MESSAGES:
+                base = int(self.linked.base[codes.NUMBER[kind.op]])
+                action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
+                events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
+            elif kind.op in _BESIDE:
+                i = posted[transfer]
+                events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
+        events.sort(key=lambda event: (event.device, event.start, event.end))
+        return Trace(devices=self.devices, events=tuple(events))
+
+
+def _links(env: simpy.Environment, cluster: Cluster) -> list[FairShare | Alone]:
+    return [FairShare(env, lambda active: 1.0 / active) if link.shared else Alone(env) for link in cluster.links]
+
+
+def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
+    """One pool per host whose CPU devices share cores; everything else computes alone."""
+    pools: dict[tuple[str, int], FairShare] = {}
+    sharing: list[FairShare | Alone] = []
+    hosts = {host.name: host for host in costs.cluster.hosts}
+    count: dict[str, int] = {}
+    for device in costs.devices:
+        count[device.host] = count.get(device.host, 0) + device.shares_cores
+    for device in costs.devices:
+        if not (costs.contended and device.shares_cores and count[device.host] > 1):
+            sharing.append(Alone(env))
+            continue
+        key = (device.host, device.threads)
+        if key not in pools:
+            pools[key] = FairShare(env, partial(hosts[device.host].speed, threads=device.threads))
+        sharing.append(pools[key])
+    return sharing

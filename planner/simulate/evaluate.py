@@ -1,0 +1,55 @@
+"""A plan's step time and peak memory, as fast as they can be had: what a search asks thousands of times.
+
+Nothing is shared and nothing drawn (`planner.simulate.longest_path`), and no times of single actions are written down.
+A step of many micro-batches is not walked to its end: its steady state is continued (`planner.simulate.extrapolate`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import costs_of, prices_of
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
+from planner.simulate.extrapolate import extrapolate
+from planner.simulate.longest_path import makespan, walk
+from planner.simulate.steady import steady_step
+from planner.values.plan import asynchronous
+
+Floats = npt.NDArray[np.float64]
+
+
+class Evaluation(NamedTuple):
+    """Seconds of one step, and the most bytes live on each row of the program."""
+
+    step_s: float
+    peak_bytes: Floats
+
+
+def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
+    """Return a plan's step time and peaks, as `walk` and `MemoryModel.peaks` have them.
+
+    Of a plan without flush the step is the one in the middle. With `linked`, the plan's own program, that program is
+    walked; without, one is built, and a large plan's steady state is continued where it has one. Of replicas on equal
+    devices one stands for all, as nothing that they share is simulated here: `peak_bytes` are its rows'.
+
+    Raises `PlanError` when the schedule or the cluster cannot do what the plan asks, or the program waits for ever.
+    """
+    plan = placed.plan
+    if linked is None:
+        replicas = 1 if placed.alike else None
+        continued = extrapolate(placed, replicas)
+        if continued is not None:
+            return Evaluation(*continued)
+        linked = Linked(unroll(plan, replicas=replicas))
+    if asynchronous(plan):
+        step_s = steady_step(plan, linked, walk(costs_of(placed, linked)).end)
+    else:
+        walked = linked.buffered() if placed.cluster.buffered else linked
+        step_s = makespan(walked, prices_of(placed, walked))
+    return Evaluation(float(step_s), MemoryModel(placed, linked).peaks())

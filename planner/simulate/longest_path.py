@@ -1,0 +1,140 @@
+"""The fast interpreter: a program's times where nothing is shared, as the longest path through its actions.
+
+It means what `planner.simulate.contention` does, to the last digit where no link and no core has two users; where
+something is shared, sharing only ever makes a step longer, so this is a lower bound. Search stands on both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.basis.compiled import kernel
+from planner.basis.errors import PlanError
+from planner.costs.priced import Costs, Prices
+from planner.costs.prices import TransferKind
+from planner.orders.codes import OPS
+from planner.programs.waits import Linked, Numbers
+
+Floats = npt.NDArray[np.float64]
+
+
+class Walked(NamedTuple):
+    """Seconds at which every action (of `linked.flat`) had what it waited for, and was done."""
+
+    ready: Floats
+    end: Floats
+
+    @property
+    def step_s(self) -> float:
+        """When the last action is done."""
+        return float(self.end.max(initial=0.0))
+
+
+def walk(costs: Costs) -> Walked:
+    """Return when everything happens. Raises `PlanError` when actions wait for each other for ever."""
+    ready, end = np.zeros(len(costs.linked.flat)), np.zeros(len(costs.linked.flat))
+    shift = np.zeros(costs.linked.devices, np.int64)
+    _run(costs.linked, shift, costs.seconds, costs.kinds, costs.transfer_kind, ready, end)
+    return Walked(ready, end)
+
+
+def makespan(linked: Linked, prices: Prices) -> float:
+    """Return `walk(...).step_s` of a program at its medians, without writing down when everything happens."""
+    none = np.zeros(0)
+    return _run(linked, prices.shift, prices.by_number, prices.kinds, prices.transfer_kind, none, none)
+
+
+def _run(
+    linked: Linked,
+    shift: npt.NDArray[np.int64],
+    seconds: Floats,
+    kinds: tuple[TransferKind, ...],
+    transfer_kind: Numbers,
+    ready: Floats,
+    end: Floats,
+) -> float:
+    now = np.zeros(linked.devices)
+    stuck = _walk(
+        len(linked.flat),
+        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, len(OPS), shift, seconds),
+        *(np.array([kind.seconds for kind in kinds]), np.array([kind.lane for kind in kinds], np.int64)),
+        *(np.array([kind.busy for kind in kinds]), np.array([kind.early for kind in kinds])),
+        *(transfer_kind, linked.parties.copy(), np.zeros(linked.transfers), np.zeros(3 * linked.devices)),
+        *(linked.offsets[:-1].copy(), linked.offsets[:-1].copy(), now, ready, end),
+    )
+    if stuck >= 0:
+        raise PlanError(
+            what="the program is not a valid step",
+            where=f"device {linked.row[stuck]}",
+            why=f"{linked.actions[stuck]} waits for ever",
+            fix="correct the schedule that generated it (planner/schedules)",
+        )
+    return float(now.max(initial=0.0))
+
+
+@kernel
+def _walk(  # type: ignore[no-untyped-def]
+    flat, offsets, posts, waits, copies, ops, shift, seconds, price, lane, busy, early, kind, missing, begun, free,
+    at, posted, now, ready, end,
+):  # fmt: skip
+    """Let every device go on until it waits for a transfer whose last party has not posted; again until none moves.
+
+    `seconds` are those of every action if `ready` and `end` are to be written, else of every kind of action: writing
+    times costs as much as finding them. `begun` is when a transfer's last party has posted, `missing` how many parties
+    have not. Of every device, `at` is the action it is at, `posted` the first that has not posted, `now` its clock.
+    Devices are visited there and back, because forwards run down the pipeline and backwards up. Returns an action that
+    waits for ever, or -1. `lane`, `busy` and `early` are as in `TransferKind`, `free` is when each lane is free again.
+    """
+    rows = len(offsets) - 1
+    timed = len(end) > 0
+    moved = True
+    down = True
+    while moved:
+        moved = False
+        for turn in range(rows):
+            d = turn if down else rows - 1 - turn
+            first = i = at[d]
+            clock = now[d]
+            stop = offsets[d + 1]
+            after = posted[d]
+            while i < stop:
+                post = posts[i]
+                if post >= 0 and i >= after:
+                    missing[post] -= 1
+                    begun[post] = max(begun[post], clock)
+                    after = i + 1
+                    if missing[post] == 0 and lane[kind[post]] >= 0:  # in turn with what the device sent this way
+                        own = kind[post]
+                        start = max(begun[post] - early[own], free[lane[own]])
+                        free[lane[own]] = start + busy[own]
+                        begun[post] = start + early[own]
+                wait = waits[i]
+                if wait >= 0:
+                    if missing[wait] > 0:
+                        break
+                    clock = max(clock, begun[wait] + price[kind[wait]])
+                copy = copies[i]
+                if copy >= 0:
+                    if missing[copy] > 0:
+                        break
+                    clock = max(clock, begun[copy] + price[kind[copy]])
+                if timed:
+                    ready[i] = begun[wait] if wait >= 0 and wait == post else clock
+                    clock += seconds[i]
+                    end[i] = clock
+                else:
+                    clock += seconds[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
+                i += 1
+            posted[d] = after
+            if i > first:
+                at[d] = i
+                now[d] = clock
+                moved = True
+        down = not down
+    for d in range(rows):
+        if at[d] < offsets[d + 1]:
+            return at[d]
+    return -1

@@ -1,0 +1,58 @@
+"""A prediction of a step too large for SimPy: its time, peaks and idle share, and a timeline if it can be drawn."""
+
+from __future__ import annotations
+
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import costs_of
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
+from planner.simulate.evaluate import evaluate
+from planner.simulate.longest_path import walk
+from planner.values.outcome import Outcome
+from planner.values.plan import asynchronous, windows
+from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
+
+DRAWN = 100_000
+"""Actions up to which the first replica's timeline and memory curve are kept."""
+
+
+def outline(placed: Placed) -> Outcome:
+    """Predict a step as `planner.simulate.evaluate` does: nothing is shared, every duration is the median.
+
+    The trace is the first replica's, where replicas are alike. Where even that is too long to be drawn, it has no
+    events, and of the memory only every device's peak.
+    """
+    plan = placed.plan
+    step_s, peaks = evaluate(placed)
+    rows = len(peaks)
+    linked = Linked(unroll(plan, replicas=1 if rows < len(plan.groups) else None))
+    costs = costs_of(placed, linked)
+    names = plan.devices[:rows]
+    if len(linked.flat) <= DRAWN:
+        walked = walk(costs)
+        where, every = linked.row.tolist(), zip(linked.actions, walked.ready.tolist(), walked.end.tolist(), strict=True)
+        events = tuple(
+            Event(row, COMPUTE, str(action), ready, ready, end)
+            for row, (action, ready, end) in zip(where, every, strict=True)
+        )
+        memory = MemoryModel(placed, linked).curve(walked.ready.tolist(), walked.end.tolist())
+    else:
+        events = ()
+        memory = tuple(
+            MemoryPoint(row, 0.0, (*[0.0] * (len(KINDS) - 1), float(peak))) for row, peak in enumerate(peaks)
+        )
+    worked = float(costs.seconds.sum()) / windows(plan)
+    trace = Trace(devices=names, events=events, memory=memory)
+    return Outcome(
+        plan=plan,
+        source="simulated",
+        steps=(trace,),
+        profiled_s=costs.by_operation if events else {},
+        interval_s=(step_s, step_s),
+        capacity_bytes=placed.capacities[:rows],
+        step_times_s=(step_s,) if asynchronous(plan) or not events else (),
+        idle=max(0.0, 1.0 - worked / (rows * step_s)) if step_s else 0.0,
+        samples_s=(step_s,),
+        estimated=placed.profile.estimated,
+    )

@@ -1,0 +1,90 @@
+"""A prediction: one plan's step on a cluster, its memory curve, and how sure its time is."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.costs.priced import Costs, costs_of
+from planner.programs.lowering import lower
+from planner.programs.waits import Linked
+from planner.simulate.contention import Failure, Run, interpret
+from planner.simulate.outline import outline
+from planner.simulate.steady import steady_step
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.plan import Plan, actions, asynchronous
+from planner.values.profile import Profile
+from planner.values.trace import Trace
+
+SAMPLES = 3
+"""Steps drawn per prediction: a step has dozens of draws, so few steps are enough."""
+SEED = 0
+
+
+LARGE = 150_000
+"""Actions beyond which SimPy would need many seconds for each pass."""
+
+
+def simulate(
+    profile: Profile,
+    plan: Plan,
+    cluster: Cluster,
+    *,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    failures: tuple[Failure, ...] = (),
+) -> Outcome:
+    """Predict one step of `plan` on `cluster`: its trace, its memory curve and the interval of its step time.
+
+    A step waits again and again for the slower of its devices, so jitter costs time even where no median changes.
+    Therefore every action's duration is drawn from its measured spread, for `samples` steps, and the median step is the
+    prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once. A program
+    of more than `LARGE` actions is outlined instead (`planner.simulate.outline`): nothing shared, nothing drawn.
+    """
+    placed = Placed(profile, plan, cluster)
+    if actions(plan) > LARGE and not failures:
+        return outline(placed)
+    costs = costs_of(placed, Linked(lower(plan)))
+    rows = {name: row for row, group in zip(plan.devices, plan.groups, strict=True) for name in group}
+    failures = tuple(failure._replace(device=rows.get(failure.device, "")) for failure in failures)
+
+    def step(prices: Costs) -> Run:
+        run = Run(prices, plan.devices, together=not placed.synchronisation.asynchronous, failures=failures)
+        run.env.run()
+        return run
+
+    if costs.certain:
+        steps = [step(costs)]
+        low = high = steps[0]
+    else:
+        random = np.random.default_rng(seed)
+        steps = [step(costs.drawn(random)) for _ in range(samples)]
+        low, high = step(costs.at("low")), step(costs.at("high"))
+
+    def seconds(run: Run) -> float:
+        return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
+
+    middle = sorted(steps, key=seconds)[len(steps) // 2]
+    memory = MemoryModel(placed, costs.linked).curve(middle.ready, middle.end)
+    trace = msgspec.structs.replace(middle.trace(), memory=memory)
+    ends = (seconds(low), seconds(high), seconds(middle))
+    return Outcome(
+        plan=plan,
+        source="simulated",
+        steps=(trace,),
+        profiled_s=costs.by_operation,
+        interval_s=(min(ends), max(ends)),
+        capacity_bytes=placed.capacities,
+        step_times_s=(seconds(middle),) if asynchronous(plan) else (),
+        samples_s=tuple(sorted(map(seconds, steps))),
+        estimated=profile.estimated,
+    )
+
+
+def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> Trace:
+    """Put the measured computing times of one step through the simulator."""
+    costs = costs_of(Placed(profile, plan, cluster), Linked(lower(plan)))
+    return interpret(costs.replayed(measured), plan.devices)

@@ -1,0 +1,303 @@
+"""A plan: which layers form which stage, on which devices, under which schedule. A value that a person can edit.
+
+It knows no costs. `planner.programs.lowering` turns it into a program.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import msgspec
+
+from planner.basis.errors import ARTEFACT, PlanError
+from planner.orders import schedules, synchronisation
+from planner.orders.schedules import Schedule
+
+STEADY_WINDOWS, LONG_WINDOW = 3, 64
+"""Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
+has so many times more micro-batches than stages."""
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A run of consecutive layers, by name, and the devices that hold it.
+
+    Replica by replica; within a replica the devices that split the stage's tensors, and for a schedule that keeps two
+    copies of every stage (Chimera) one such group per copy.
+    """
+
+    layers: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """How one step is trained.
+
+    `microbatches` (M) counts the whole step: with R replicas each takes M / R of them. `batch` is samples per step,
+    so a micro-batch has `batch / microbatches`. `threads` are each device's.
+
+    `chunks` (v) is the number of stages per device, `tensor` the number of devices over which each stage's tensors are
+    split. `synchronisation` says how replicas agree on parameters (`planner.orders.synchronisation`); `servers` are the
+    devices or hosts that keep the parameters where it needs them. Gradients are reduced in buckets of `bucket_bytes`
+    as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter.
+
+    Memory savings: with `recompute` a stage keeps only its inputs and outputs between forward and backward,
+    `recompute_layers` forgets single layers; `offload` swaps saved activations to the host and back;
+    `host_optimizer` keeps the optimizer's state on the host and updates there.
+
+    `stage_seconds` are forward, backward-input and backward-weight of each stage per micro-batch, kept with the plan
+    when its schedule orders by them, so that a plan alone says what is run.
+
+    `str(plan)` is safe as a file name:
+
+    >>> stage = Stage(layers=("a",), devices=("d0",))
+    >>> str(Plan(strategy="gpipe", schedule="gpipe", stages=(stage,), microbatches=32, batch=64, recompute=True))
+    'gpipe-k1-m32-recompute'
+    """
+
+    strategy: str
+    schedule: str
+    stages: tuple[Stage, ...]
+    microbatches: int
+    batch: int
+    chunks: int = 1
+    tensor: int = 1
+    synchronisation: str = "all-reduce"
+    servers: tuple[str, ...] = ()
+    bucket_bytes: int = 0
+    tied: tuple[tuple[int, ...], ...] = ()
+    recompute: bool = False
+    recompute_layers: tuple[str, ...] = ()
+    offload: bool = False
+    host_optimizer: bool = False
+    stage_seconds: tuple[tuple[float, float, float], ...] = ()
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.stages or any(not stage.layers or not stage.devices for stage in self.stages):
+            raise ValueError("stages: every stage needs layers and devices")
+        if min(self.microbatches, self.batch, self.threads, self.chunks, self.tensor) < 1:
+            raise ValueError("microbatches, batch, threads, chunks and tensor must be positive")
+        if len(self.stages) % self.chunks:
+            raise ValueError(f"chunks: {len(self.stages)} stages cannot be dealt {self.chunks} to each device")
+        if any(len(stage.devices) % (self.tensor * self._schedule.copies) for stage in self.stages):
+            raise ValueError(f"stages: devices come in groups of {self.tensor * self._schedule.copies} per replica")
+        if self.uneven and (self.chunks > 1 or self._schedule.copies > 1):
+            raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
+        if synchronisation.get(self.synchronisation).server and not self.servers and self.replicas > 1:
+            raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
+        if len(set(self.device_names)) != len(self.device_names):
+            raise ValueError("stages: a device holds more than its share of the stages")
+        strangers = set(self.servers) - set(self.device_names)
+        if synchronisation.get(self.synchronisation).server == "devices" and strangers:
+            raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
+        if self.recompute and self.recompute_layers:
+            raise ValueError("recompute_layers: recompute forgets all layers already")
+        if self.batch % self.microbatches:
+            raise ValueError(f"microbatches: {self.microbatches} do not divide a batch of {self.batch}")
+        if not self.uneven and self.microbatches % self.replicas:
+            raise ValueError(f"microbatches: {self.microbatches} cannot be dealt to {self.replicas} replicas")
+
+    def __str__(self) -> str:
+        parts = [self.strategy, f"k{len(self.device_names)}", f"m{self.microbatches}"]
+        if (self.chunks > 1 and self.strategy == "interleaved") or self.chunks > 2:
+            parts.append(f"v{self.chunks}")
+        if self.tensor > 1 and self.strategy != "tensor-parallel":
+            parts.append(f"t{self.tensor}")
+        if self.uneven:
+            parts.append("r" + ".".join(str(len(s.devices) // self.tensor) for s in self.stages))
+        elif self.replicas > 1 and len(self.stages) > 1:
+            parts.append(f"r{self.replicas}")
+        if self.synchronisation not in ("all-reduce", self.strategy):
+            parts.append(self.synchronisation)
+        parts += [name for name in ("recompute", "offload") if getattr(self, name)]
+        if self.recompute_layers:
+            parts.append(f"recompute{len(self.recompute_layers)}")
+        if self.host_optimizer:
+            parts.append("host")
+        return "-".join(parts)
+
+    @property
+    def _schedule(self) -> Schedule:
+        return schedules.get(self.schedule)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether stages have different numbers of replicas."""
+        return len({len(stage.devices) for stage in self.stages}) > 1
+
+    @property
+    def depth(self) -> int:
+        """Devices (or tensor groups) of one pipeline."""
+        return len(self.stages) // self.chunks
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the pipeline, each with its share of the micro-batches; the most of any stage where uneven."""
+        return max(len(stage.devices) for stage in self.stages) // (self.tensor * self._schedule.copies)
+
+    @functools.cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The devices behind each row of the program: one, or as many as split its tensors.
+
+        Replica by replica, device by device of the pipeline; stage by stage where replicas are uneven.
+        Raises `ValueError` when a device's stages are not those that the schedule places there.
+        """
+        if self.uneven:
+            return tuple(group for stage in self.stages for group in self._cut(stage))
+        depth, schedule = self.depth, self._schedule
+        if schedule.copies == 1:  # device d's first stage is stage d, wherever its others come from
+            for s, stage in enumerate(self.stages[depth:], depth):
+                (home,) = schedule.homes(s, depth)
+                if stage.devices != self.stages[home].devices:
+                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with stage {home}")
+            return tuple(group for row in zip(*map(self._cut, self.stages[:depth]), strict=True) for group in row)
+        rows: dict[int, tuple[str, ...]] = {}
+        for s, stage in enumerate(self.stages):
+            homes = schedule.homes(s, depth)
+            for index, group in enumerate(self._cut(stage)):
+                replica, copy = divmod(index, len(homes))
+                row = replica * depth + homes[copy]
+                if rows.setdefault(row, group) != group:
+                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with {rows[row]}")
+        return tuple(rows[row] for row in sorted(rows))
+
+    def _cut(self, stage: Stage) -> list[tuple[str, ...]]:
+        if self.tensor == 1:
+            return [(name,) for name in stage.devices]
+        return [stage.devices[i : i + self.tensor] for i in range(0, len(stage.devices), self.tensor)]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """A name for every row of the program: its device, or the first and the last of its group."""
+        return tuple(group[0] if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in self.groups)
+
+    @functools.cached_property
+    def device_names(self) -> tuple[str, ...]:
+        """All devices, group by group."""
+        return tuple(itertools.chain.from_iterable(self.groups))
+
+    @property
+    def samples(self) -> int:
+        """Samples per micro-batch."""
+        return self.batch // self.microbatches
+
+    @functools.cached_property
+    def stages_of(self) -> tuple[tuple[int, ...], ...]:
+        """Stages that every row holds."""
+        if not self.uneven and self._schedule.copies == 1:
+            first: list[list[int]] = [[] for _ in range(self.depth)]
+            for s in range(len(self.stages)):
+                first[self._schedule.homes(s, self.depth)[0]].append(s)
+            return tuple(map(tuple, first)) * self.replicas
+        rows = {group: row for row, group in enumerate(self.groups)}
+        held: list[list[int]] = [[] for _ in self.groups]
+        for s, stage in enumerate(self.stages):
+            for group in self._cut(stage):
+                held[rows[group]].append(s)
+        return tuple(map(tuple, held))
+
+    @functools.cached_property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """Rows that hold each stage: those that reduce its gradients together."""
+        found: list[list[int]] = [[] for _ in self.stages]
+        for row, held in enumerate(self.stages_of):
+            for stage in held:
+                found[stage].append(row)
+        return tuple(map(tuple, found))
+
+    def layer_ranges(self, layers: Sequence[str]) -> tuple[range, ...]:
+        """Return each stage's layers as indices into `layers`.
+
+        Raises `PlanError` (exit 4) unless the stages are exactly those layers in that order.
+        """
+        mine = [name for stage in self.stages for name in stage.layers]
+        if mine != list(layers):
+            odd = next((m for m, n in zip(mine, layers, strict=False) if m != n), f"{len(mine)} layers")
+            raise PlanError(
+                what="the plan is for another model",
+                where=f"plan {self}, layer '{odd}'",
+                why=f"the profile's layers are {', '.join(layers)}",
+                fix="plan simulate   (plans the model of the profile)",
+                code=ARTEFACT,
+            )
+        ends = accumulate(len(stage.layers) for stage in self.stages)
+        return tuple(range(end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
+
+
+def windows(plan: Plan) -> int:
+    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on.
+
+    Workers of a server that begin together need a step more until they come one after the other.
+    """
+    if not asynchronous(plan):
+        return 1
+    spread = bool(synchronisation.get(plan.synchronisation).server)
+    return steady_windows(plan) + 2 * (math.ceil(plan.depth / plan.microbatches) + spread)
+
+
+def steady_windows(plan: Plan) -> int:
+    """Return how many of the unrolled steps neither fill nor drain the pipeline."""
+    return 1 if plan.microbatches >= LONG_WINDOW * plan.depth else STEADY_WINDOWS
+
+
+def actions(plan: Plan) -> int:
+    """Return about how many actions a plan's program has: a compute, a send and a receive, each way."""
+    return 6 * len(plan.stages) * plan.microbatches * windows(plan)
+
+
+def asynchronous(plan: Plan) -> bool:
+    """Whether steps overlap: no flush, or a parameter server that nobody waits for."""
+    return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
+
+
+def unrunnable(plan: Plan) -> str | None:
+    """Return why the executor cannot run a plan yet, or None when it can."""
+    reasons = {
+        f"the schedule {plan.schedule}": plan.schedule not in ("naive", "gpipe", "1f1b"),
+        f"synchronisation by {plan.synchronisation}": plan.replicas > 1 and plan.synchronisation != "all-reduce",
+        "several stages per device": plan.chunks > 1,
+        "tensors split over devices": plan.tensor > 1,
+        "different numbers of replicas per stage": plan.uneven,
+        "recomputing single layers": bool(plan.recompute_layers),
+        "swapping activations": plan.offload,
+        "an optimizer on the host": plan.host_optimizer,
+        "parameters shared by several stages": bool(plan.tied),
+    }
+    missing = [name for name, found in reasons.items() if found]
+    return ", ".join(missing) or None
+
+
+def read(path: Path) -> Plan:
+    """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
+    try:
+        plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
+        _check_shape(plan)
+        return plan
+    except OSError as error:
+        why, fix = error.strerror or str(error), "plan simulate   (writes the plans it compares)"
+        raise PlanError(what="the plan cannot be read", where=str(path), why=why, fix=fix, code=ARTEFACT) from error
+    except (msgspec.DecodeError, ValueError) as error:
+        fix = "correct that field, or run plan simulate to write the plan again"
+        raise PlanError(
+            what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT
+        ) from error
+
+
+def _check_shape(plan: Plan) -> None:
+    """Raise `ValueError` when the schedule cannot arrange the plan's stages, or does not place them where they are."""
+    replicas = tuple(len(stage.devices) // plan.tensor for stage in plan.stages) if plan.uneven else ()
+    share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
+    shape = schedules.Shape(plan.depth, share, plan.chunks, replicas)
+    reason = schedules.why_not(schedules.get(plan.schedule), shape)
+    if reason is not None:
+        raise ValueError(f"schedule: {plan.schedule} cannot arrange {shape.stages} stages, M={share}: {reason}")
+
+
+def to_toml(plan: Plan) -> str:
+    """Return the plan as TOML, the form `read` takes."""
+    return msgspec.toml.encode(plan).decode()

@@ -1,0 +1,313 @@
+"""What a model costs, layer by layer: the profile, as measured, and questions about it between measured points.
+
+A profile knows one device kind and dtype. Times are not linear in the micro-batch size, so they are kept at several
+sizes and interpolated. It does not know how layers are grouped: that is a `Plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import msgspec
+import networkx as nx
+
+from planner.basis.errors import ARTEFACT, PlanError
+from planner.values.cluster import Cluster
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of one operation at one micro-batch size: median, 10th, 25th, 75th and 90th percentile."""
+
+    samples: int
+    low_s: float
+    lower_s: float
+    median_s: float
+    upper_s: float
+    high_s: float
+
+    @classmethod
+    def of(cls, samples: int, seconds: Sequence[float]) -> Timing:
+        """Summarise measured seconds; none at all count as zero.
+
+        >>> Timing.of(1, [1.0, 2.0, 3.0]).upper_s
+        2.5
+        """
+        found = sorted(seconds) or [0.0]
+
+        def quantile(share: float) -> float:
+            at = share * (len(found) - 1)
+            below = int(at)
+            above = min(below + 1, len(found) - 1)
+            return max(0.0, found[below] + (found[above] - found[below]) * (at - below))
+
+        low, lower, median, upper, high = (quantile(share) for share in (0.1, 0.25, 0.5, 0.75, 0.9))
+        return cls(samples=samples, low_s=low, lower_s=lower, median_s=median, upper_s=upper, high_s=high)
+
+
+def _sound(timings: Sequence[Timing]) -> bool:
+    """Whether all seconds are finite and not negative."""
+    return all(0 <= n < math.inf for t in timings for n in (t.low_s, t.lower_s, t.median_s, t.upper_s, t.high_s))
+
+
+class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's times with a given number of threads, one `Timing` per measured micro-batch size.
+
+    `backward` is the whole backward as autograd runs it; `backward_input` and `backward_weight` are its two halves
+    run apart (zero-bubble schedules), whose sum is usually larger. `recompute` is the forward as
+    `torch.utils.checkpoint` repeats it when this layer is a stage's last: it stops at the last tensor backward needs.
+    """
+
+    threads: int
+    forward: tuple[Timing, ...]
+    backward: tuple[Timing, ...]
+    backward_input: tuple[Timing, ...]
+    backward_weight: tuple[Timing, ...]
+    recompute: tuple[Timing, ...]
+    optimizer: Timing
+
+
+class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer's bytes and FLOP at one micro-batch size.
+
+    `saved_bytes` is kept from forward to backward, deduplicated by storage, without parameters, inputs and outputs;
+    `output_bytes` is sent onward, and kept as well where `output_saved`. The peaks are transient bytes above what was
+    live when the layer's forward or backward started: `backward_first_peak_bytes` while gradients are allocated,
+    `backward_peak_bytes` while they are accumulated into.
+    """
+
+    samples: int
+    saved_bytes: int
+    output_bytes: int
+    output_saved: bool
+    forward_peak_bytes: int
+    backward_first_peak_bytes: int
+    backward_peak_bytes: int
+    flop: int
+
+
+class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """How a layer divides over t devices (tensor parallelism).
+
+    `forward` and `backward` are the all-reduces of its output's bytes that it needs per micro-batch in each direction
+    (a column-split followed by a row-split linear needs 1 and 1, a transformer block 2 and 2), `whole` is the share of
+    its saved bytes that every device holds in full (0 with sequence parallelism).
+    """
+
+    forward: int
+    backward: int
+    whole: float = 0.0
+
+
+class LayerProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer: its static bytes, and its times and sizes at the measured micro-batch sizes.
+
+    `split` says how it divides over devices, where the model file says that it does.
+    """
+
+    name: str
+    parameter_bytes: int
+    buffer_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    optimizer_peak_bytes: int
+    times: tuple[LayerTimes, ...]
+    sizes: tuple[LayerSizes, ...]
+    split: Split | None = None
+
+    @property
+    def output_saved(self) -> bool:
+        """Whether some layer keeps this one's output for its backward."""
+        return self.sizes[-1].output_saved
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor that one layer makes and later layers read: an edge of the graph, or several when many read it.
+
+    `source` is -1 for a model input. `bytes_at` pairs micro-batch sizes with bytes. `gradient` says whether a
+    gradient of the same size flows back.
+    """
+
+    name: str
+    source: int
+    targets: tuple[int, ...]
+    bytes_at: tuple[tuple[int, int], ...]
+    gradient: bool
+
+
+class WholeStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The unsplit model measured beside its layers, at one number of threads and one micro-batch size.
+
+    `layers_*` are the sums over the layers measured in the same interleaved passes.
+    """
+
+    threads: int
+    samples: int
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    layers_forward_s: float
+    layers_backward_s: float
+    layers_optimizer_s: float
+
+
+class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profile is valid for. A difference in any field makes it stale."""
+
+    model: str
+    source_sha256: str
+    device: str
+    dtype: str
+    cores: int
+    torch: str
+    python: str
+    schema: int = 1
+
+    def differences(self, other: ProfileKey) -> list[str]:
+        """List the fields that differ, as `name: mine -> theirs`."""
+        return [
+            f"{field}: {getattr(self, field)} -> {getattr(other, field)}"
+            for field in self.__struct_fields__
+            if getattr(self, field) != getattr(other, field)
+        ]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """Everything measured about one model on one machine.
+
+    `layers` are in execution order; `loss` is what the last stage does after its last layer. `action_s` is the
+    executor's own time per forward or backward action, on top of the layers. `tied` names parameters shared by
+    several layers. `load` is the time to produce one batch. `machine` is where all of it was measured, or, of an
+    `estimated` profile, the hardware it was computed for from counted operations.
+    """
+
+    key: ProfileKey
+    created: str
+    model_path: str
+    layers: tuple[LayerProfile, ...]
+    loss: LayerProfile
+    values: tuple[Value, ...]
+    tied: tuple[tuple[str, ...], ...]
+    whole: tuple[WholeStep, ...]
+    load: tuple[Timing, ...]
+    batch_bytes: tuple[tuple[int, int, int], ...]
+    """(samples, bytes of the inputs, bytes of the targets) of one batch."""
+    batch: int
+    action_s: float
+    noise: float
+    machine: Cluster
+    estimated: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers: a profile needs at least one layer")
+        for index, layer in enumerate((*self.layers, self.loss)):
+            if not layer.times or not layer.sizes:
+                raise ValueError(f"layers[{index}] '{layer.name}': no measured times or sizes")
+            timings = [
+                timing
+                for t in layer.times
+                for timing in (
+                    *(*t.forward, *t.backward, *t.backward_input, *t.backward_weight, *t.recompute),
+                    t.optimizer,
+                )
+            ]
+            if not _sound(timings):
+                raise ValueError(f"layers[{index}] '{layer.name}': times must be finite and not negative")
+        if not _sound(self.load) or not all(0 <= n < math.inf for n in (self.action_s, self.noise)):
+            raise ValueError("load, action_s and noise must be finite and not negative")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Raise `ValueError` unless every value flows forward and every layer is between the first and the last."""
+        for value in self.values:
+            if value.source < -1 or not all(value.source < t < len(self.layers) for t in value.targets):
+                raise ValueError(f"values '{value.name}': layer {value.source} cannot feed layers {value.targets}")
+            if any(size < 0 for _, size in value.bytes_at) or not value.bytes_at:
+                raise ValueError(f"values '{value.name}': the bytes must be known and not negative")
+        reading = {target for value in self.values for target in value.targets}
+        read = {value.source for value in self.values if value.targets}
+        for index, layer in enumerate(self.layers):
+            if index > 0 and index not in reading:
+                raise ValueError(f"layers[{index}] '{layer.name}': it reads no value")
+            if index < len(self.layers) - 1 and index not in read:
+                raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
+
+    @cached_property
+    def graph(self) -> nx.DiGraph[int]:
+        """The layers as a networkx graph: nodes are layer indices, edges carry `bytes` at the largest measured size."""
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        graph.add_nodes_from((i, {"name": layer.name}) for i, layer in enumerate(self.layers))
+        for value in self.values:
+            for target in value.targets:
+                if value.source >= 0:
+                    graph.add_edge(value.source, target, bytes=value.bytes_at[-1][1], value=value.name)
+        return graph
+
+    @cached_property
+    def tables(self) -> dict[object, object]:
+        """What others have derived from this profile and keep with it (`planner.basis.memo`)."""
+        return {}
+
+    def crossing(self, cut: int) -> list[Value]:
+        """Return the values alive between layer `cut - 1` and layer `cut`: what a stage boundary there must carry.
+
+        A skip connection over several stages is alive at every boundary in between and is relayed by the stages there.
+        """
+        return self._crossings[cut] if 0 <= cut < len(self._crossings) else []
+
+    @cached_property
+    def _crossings(self) -> list[list[Value]]:
+        """The values alive in front of every layer."""
+        alive: list[list[Value]] = [[] for _ in self.layers]
+        for value in self.values:
+            for cut in range(value.source + 1, max(value.targets, default=value.source) + 1):
+                alive[cut].append(value)
+        return alive
+
+    def crossing_bytes(self, cut: int, samples: int, *, gradients: bool = False) -> float:
+        """Bytes that cross `cut` per micro-batch of `samples`, forward or (only values with gradients) backward."""
+        key = "crossing", cut, samples, gradients
+        found = self.tables.get(key)
+        if not isinstance(found, (int, float)):
+            found = sum(value_bytes(v, samples) for v in self.crossing(cut) if v.gradient or not gradients)
+            self.tables[key] = found
+        return found
+
+
+def value_bytes(value: Value, samples: int) -> float:
+    """Bytes of a value at a micro-batch of `samples`."""
+    return interpolate([(float(n), float(b)) for n, b in value.bytes_at], samples)
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate linearly between measured points; beyond them continue the last segment, but never below zero.
+
+    One point alone scales in proportion.
+
+    >>> interpolate([(1, 2.0), (3, 4.0)], 2), interpolate([(1, 2.0), (3, 4.0)], 5), interpolate([(2, 1.0)], 4)
+    (3.0, 6.0, 2.0)
+    """
+    if len(points) == 1:
+        return points[0][1] * x / points[0][0]
+    right = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def decode(data: bytes, where: str) -> Profile:
+    """Read a profile from JSON.
+
+    Raises `PlanError` (exit 4) that names the field when the file is damaged or from another version.
+    """
+    try:
+        return msgspec.json.decode(data, type=Profile)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise PlanError(
+            what="the profile cannot be read",
+            where=where,
+            why=str(error),
+            fix="plan profile model.py   (measures it again and replaces the file)",
+            code=ARTEFACT,
+        ) from error

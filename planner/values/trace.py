@@ -1,0 +1,148 @@
+"""A trace: what every device did when, simulated or measured. Nobody who reads one can tell which."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from planner.orders.action import Action, parse
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COMPUTE, LINK = "compute", "link"
+LANES = (COMPUTE, LINK)
+KINDS = (
+    *("parameters", "versions", "buffers", "gradients", "optimizer", "activations", "communication", "input"),
+    "transient",
+)
+"""Kinds of bytes, in the order of a memory point."""
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """One action on one lane of a device, in seconds since the step began.
+
+    From `start` to `ready` it waited for a message (or, in a reduction, for the other replicas); from `ready` to
+    `end` it worked. On the link lane `action` is the receive that the transfer completes, and `bytes` its size.
+    """
+
+    device: int
+    lane: str
+    action: str
+    start: float
+    ready: float
+    end: float
+    bytes: float = 0.0
+
+    @property
+    def op(self) -> str:
+        """The operation, without stage and micro-batch."""
+        return parse(self.action).op
+
+    @property
+    def work(self) -> float:
+        """Seconds that the action worked rather than waited."""
+        return self.end - self.ready
+
+
+class MemoryPoint(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes live on a device from `time` on, by kind (one entry per kind of `KINDS`)."""
+
+    device: int
+    time: float
+    bytes: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return sum(self.bytes)
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """The events of one step on all devices, in the order of their start per device, and the memory curve.
+
+    `end` is when the step was over: its makespan, since it began at 0.
+    """
+
+    devices: tuple[str, ...]
+    events: tuple[Event, ...]
+    memory: tuple[MemoryPoint, ...] = ()
+
+    @cached_property
+    def end(self) -> float:
+        """The step's makespan in seconds."""
+        return max((event.end for event in self.events if event.lane == COMPUTE), default=0.0)
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """Seconds that each device worked."""
+        busy = [0.0] * len(self.devices)
+        for event in self.events:
+            if event.lane == COMPUTE:
+                busy[event.device] += event.work
+        return tuple(busy)
+
+    @cached_property
+    def span(self) -> tuple[float, ...]:
+        """Seconds from each device's first work to its last."""
+        first = [float("inf")] * len(self.devices)
+        last = [0.0] * len(self.devices)
+        for event in self.events:
+            if event.lane == COMPUTE and event.work > 0:
+                first[event.device] = min(first[event.device], event.ready)
+                last[event.device] = max(last[event.device], event.end)
+        return tuple(max(0.0, b - a) if a < b else 0.0 for a, b in zip(first, last, strict=True))
+
+    @property
+    def makespan_bubble(self) -> float:
+        """Idle share of the devices' time from the step's begin to its end."""
+        return 1.0 - sum(self.busy) / (len(self.devices) * self.end) if self.end else 0.0
+
+    @property
+    def span_bubble_s(self) -> float:
+        """Longest idle time inside a device's own span, in seconds (the zero-bubble papers' convention)."""
+        return max((s - b for s, b in zip(self.span, self.busy, strict=True)), default=0.0)
+
+    @cached_property
+    def work(self) -> tuple[dict[Action, float], ...]:
+        """Seconds that each device worked on each action."""
+        table: tuple[dict[Action, float], ...] = tuple({} for _ in self.devices)
+        for event in self.events:
+            if event.lane == COMPUTE:
+                table[event.device][parse(event.action)] = event.work
+        return table
+
+    @cached_property
+    def peak(self) -> tuple[MemoryPoint, ...]:
+        """Each device's memory point with the most bytes; empty without a memory curve."""
+        points: dict[int, MemoryPoint] = {}
+        for point in self.memory:
+            if point.device not in points or point.total > points[point.device].total:
+                points[point.device] = point
+        return tuple(points[d] for d in sorted(points))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the events as a pandas frame, one row per event."""
+        import pandas as pd
+
+        columns = Event.__struct_fields__
+        return pd.DataFrame([msgspec.structs.astuple(event) for event in self.events], columns=list(columns))
+
+
+def in_flight(trace: Trace) -> tuple[int, ...]:
+    """Most micro-batches that each device holds at once, from forward's start to backward's end."""
+    changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for event in trace.events:
+        if event.lane == COMPUTE and event.op in ("F", "B"):
+            changes[event.device].append((event.ready, 1) if event.op == "F" else (event.end, -1))
+    peaks = []
+    for device in range(len(trace.devices)):
+        level = peak = 0
+        for _, change in sorted(changes[device]):
+            level += change
+            peak = max(peak, level)
+        peaks.append(peak)
+    return tuple(peaks)
