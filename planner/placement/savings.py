@@ -12,8 +12,9 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
-from planner.placement.pipeline import Question, in_flight, layer_bytes
+from planner.placement.question import Question
 from planner.placement.selection import cheapest
+from planner.placement.tables import in_flight, layer_bytes
 from planner.programs.lowering import swaps, unroll
 from planner.programs.waits import Linked
 from planner.values.plan import Plan

@@ -7,33 +7,62 @@ way of synchronising replicas is a strategy under its own name; those that are m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from planner.basis.errors import unknown
 from planner.orders import schedules, synchronisation
 from planner.placement import pipeline as placement
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
+from planner.placement.replicated import replicated
 from planner.values.plan import Plan
 
 Spread = Callable[[Question], Plan]
+Devices = Literal["one", "stages", "replicas", "tensor", "chosen"]
+Axis = Literal["k", "replicas", "chunks", "tensor", "synchronisation"]
+EVERY: tuple[Axis, ...] = ("k", "replicas", "chunks", "tensor", "synchronisation")
 
 
 class Strategy(NamedTuple):
-    """A registered strategy: its name, what it does in a few words, and how."""
+    """A registered strategy: its name, what it does in a few words, and how.
+
+    `schedule` is the one its plans run. `devices` is what K devices are to it: it takes `one` of them; they are the
+    `stages` of a pipeline (or of several, where the question asks for replicas), `replicas` of the whole model, or
+    split its `tensor`s; or it has `chosen` by itself which stage gets how many. `takes` are the axes of a question that
+    it heeds; it decides about the others itself. `synchronisation` is how its replicas agree, "" where the question
+    says so.
+    """
 
     name: str
     summary: str
     spread: Spread
+    schedule: str
+    devices: Devices
+    takes: tuple[Axis, ...]
+    synchronisation: str
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether its steps overlap, whatever the question."""
+        served = bool(self.synchronisation) and synchronisation.get(self.synchronisation).asynchronous
+        return served or schedules.get(self.schedule).asynchronous
 
 
 _REGISTRY: dict[str, Strategy] = {}
 
 
-def strategy(name: str, summary: str) -> Callable[[Spread], Spread]:
-    """Register `Question -> Plan` under `name`."""
+def strategy(
+    name: str,
+    summary: str,
+    *,
+    schedule: str,
+    devices: Devices = "stages",
+    takes: tuple[Axis, ...] = EVERY,
+    synchronisation: str = "",
+) -> Callable[[Spread], Spread]:
+    """Register `Question -> Plan` under `name`; see `Strategy` for the rest."""
 
     def register(function: Spread) -> Spread:
-        _REGISTRY[name] = Strategy(name, summary, function)
+        _REGISTRY[name] = Strategy(name, summary, function, schedule, devices, takes, synchronisation)
         return function
 
     return register
@@ -51,62 +80,104 @@ def get(name: str) -> Strategy:
     return _REGISTRY[name]
 
 
-@strategy("single", "one device, gradients accumulated over the micro-batches")
+@strategy(
+    "single",
+    "one device, gradients accumulated over the micro-batches",
+    schedule="1f1b",
+    devices="one",
+    takes=(),
+)
 def single(q: Question) -> Plan:
     """Everything on one device; on a CPU host one process with all its cores."""
-    return placement.pipeline(q._replace(k=1, replicas=1, tensor=1), "single", "1f1b")
+    return placement.pipeline(q._replace(k=1, replicas=1, tensor=1, chunks=1), "single", "1f1b")
 
 
-@strategy("naive", "N/K layers per device, one device works at a time")
+@strategy("naive", "N/K layers per device, one device works at a time", schedule="naive", takes=("k", "tensor"))
 def naive(q: Question) -> Plan:
     """Model parallelism without a pipeline."""
     return placement.pipeline(q, "naive", "naive", cut="equal")
 
 
-@strategy("balanced", "as naive, cut where the slowest stage is fastest")
+@strategy("balanced", "as naive, cut where the slowest stage is fastest", schedule="naive", takes=("k", "tensor"))
 def balanced(q: Question) -> Plan:
     """Model parallelism without a pipeline, balanced by cost."""
     return placement.pipeline(q, "balanced", "naive")
 
 
-@strategy("data-parallel", "the whole model on every device, gradients all-reduced")
+@strategy(
+    "data-parallel",
+    "the whole model on every device, gradients all-reduced",
+    schedule="1f1b",
+    devices="replicas",
+    takes=("k", "tensor"),
+    synchronisation="all-reduce",
+)
 def data_parallel(q: Question) -> Plan:
     """K replicas; each accumulates over its M / K micro-batches, then all reduce their gradients."""
     return replicas(q, "data-parallel", "all-reduce")
 
 
-@strategy("tensor-parallel", "every layer's tensors split over all devices")
+@strategy(
+    "tensor-parallel",
+    "every layer's tensors split over all devices",
+    schedule="1f1b",
+    devices="tensor",
+    takes=("k",),
+)
 def tensor_parallel(q: Question) -> Plan:
     """Column and row split (Shoeybi et al., arXiv 1909.08053) of the layers that declare how they split."""
-    return placement.pipeline(q._replace(tensor=q.k, replicas=1), "tensor-parallel", "1f1b")
+    return placement.pipeline(q._replace(tensor=q.k, replicas=1, chunks=1), "tensor-parallel", "1f1b")
 
 
-@strategy("1f1b-replicated", "1F1B, each stage with as many replicas as PipeDream's optimizer gives it")
+@strategy(
+    "1f1b-replicated",
+    "1F1B, each stage with as many replicas as PipeDream's optimizer gives it",
+    schedule="1f1b",
+    devices="chosen",
+    takes=("k",),
+)
 def one_forward_one_backward_replicated(q: Question) -> Plan:
     """Synchronous training on PipeDream's partition."""
-    return placement.replicated(q, "1f1b-replicated", "1f1b")
+    return replicated(q, "1f1b-replicated", "1f1b")
 
 
-@strategy("pipedream-replicated", "PipeDream as published: its partition, its replicas, no flush")
+@strategy(
+    "pipedream-replicated",
+    "PipeDream as published: its partition, its replicas, no flush",
+    schedule="pipedream",
+    devices="chosen",
+    takes=("k",),
+)
 def pipedream_replicated(q: Question) -> Plan:
     """Asynchronous 1F1B-RR with weight stashing."""
-    return placement.replicated(q, "pipedream-replicated", "pipedream")
+    return replicated(q, "pipedream-replicated", "pipedream")
 
 
-def replicas(q: Question, name: str, way: str) -> Plan:
-    """One replica of the whole model per device, synchronised as `way` says."""
-    return placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=way)
+def replicas(q: Question, name: str, by: str) -> Plan:
+    """One replica of the whole model per device, synchronised `by` that name."""
+    return placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=by)
 
 
 def _register_the_rest() -> None:
     for name in schedules.names():
-        if name not in (*_REGISTRY, "forward-only"):
-            summary = (schedules.get(name).order.__doc__ or name).partition("\n")[0].partition(" (")[0].rstrip(".")
-            strategy(name, summary)(lambda q, name=name: placement.pipeline(q, name, name))  # type: ignore[misc]
+        chosen = schedules.get(name)
+        if name not in _REGISTRY and chosen.trains:
+            summary = (chosen.order.__doc__ or name).partition("\n")[0].partition(" (")[0].rstrip(".")
+            free = chosen.chunks[0] != chosen.chunks[1]
+            takes = EVERY if free else tuple(axis for axis in EVERY if axis != "chunks")
+            strategy(name, summary, schedule=name, takes=takes)(
+                lambda q, name=name: placement.pipeline(q, name, name)  # type: ignore[misc]
+            )
     for name in synchronisation.names():
         if name != "all-reduce":
-            summary = synchronisation.get(name).summary
-            strategy(name, summary)(lambda q, name=name: replicas(q, name, name))  # type: ignore[misc]
+            strategy(
+                name,
+                synchronisation.get(name).summary,
+                schedule="1f1b",
+                devices="replicas",
+                takes=("k", "tensor"),
+                synchronisation=name,
+            )(lambda q, name=name: replicas(q, name, name))  # type: ignore[misc]
 
 
 _register_the_rest()

@@ -8,7 +8,7 @@ import msgspec
 
 from planner.basis.errors import NOTHING_FITS, PlanError
 from planner.basis.units import size
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.strategies import Strategy, all_strategies
 from planner.simulate.contention import Failure
 from planner.simulate.predict import SAMPLES, SEED, simulate

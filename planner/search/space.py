@@ -18,7 +18,7 @@ from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement import savings, strategies
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.values.cluster import Cluster
 from planner.values.plan import Plan, asynchronous
 from planner.values.profile import Profile

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.basis.errors import USAGE, PlanError
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject, slow_device, slow_link, with_bandwidth

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planner.basis.errors import DEVICE, USAGE, PlanError
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.savings import COMBINATIONS, apply, names
 from planner.placement.strategies import get
 from planner.programs.lowering import lower, unroll

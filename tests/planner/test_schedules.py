@@ -98,7 +98,7 @@ def test_recompute_costs_one_more_forward(p: int, m: int) -> None:
 
 
 def test_data_parallel_splits_the_microbatches() -> None:
-    from planner.placement.pipeline import Question
+    from planner.placement.question import Question
     from planner.placement.strategies import get
 
     plan = get("data-parallel").spread(Question(profile([1.0] * 3), devices(4), 4, 8, 8))

@@ -15,7 +15,7 @@ from planner.basis.errors import PlanError
 from planner.basis.units import percent
 from planner.costs.placed import Placed
 from planner.placement import savings as all_savings
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
 from planner.search.explain import cheapest_change, explain

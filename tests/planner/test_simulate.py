@@ -17,7 +17,7 @@ from planner.costs.priced import Costs, costs_of
 from planner.orders import schedules
 from planner.orders.codes import REDUCE_GRAD
 from planner.orders.schedules import Shape
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.strategies import all_strategies
 from planner.programs.lowering import lower
 from planner.programs.program import Program, needs

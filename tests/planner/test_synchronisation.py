@@ -15,7 +15,7 @@ from planner.costs import collectives
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.orders.action import parse
-from planner.placement.pipeline import Question
+from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs.lowering import lower, unroll
 from planner.programs.waits import Linked
