@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
+from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
@@ -239,18 +240,7 @@ class Rank:
         return {self.names[id(p)]: p.grad.cpu() for p in self.module.parameters() if p.grad is not None}
 
 
-OPS: dict[str, Callable[[Rank, Action], Any]] = {
-    "LOAD": Rank.load,
-    "F": Rank.forward,
-    "R": Rank.recompute,
-    "B": Rank.backward,
-    "SEND_F": Rank.send_forward,
-    "RECV_F": Rank.receive_forward,
-    "SEND_B": Rank.send_backward,
-    "RECV_B": Rank.receive_backward,
-    "REDUCE_GRAD": Rank.reduce_gradients,
-    "OPTIMIZER": Rank.optimize,
-}
+OPS: dict[str, Callable[[Rank, Action], Any]] = {op: getattr(Rank, method) for op, method in PERFORMS.items()}
 
 
 def split(tree: Any, parts: int) -> list[Any]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -157,16 +158,17 @@ class Store:
             )
         return self._decode(path, Searched, "plan search")
 
-    def plan(self, reference: str) -> Plan:
+    def plan(self, reference: str, able: Callable[[Plan], bool]) -> Plan:
         """Return the plan that is meant: `best`, a name of the last simulation, or the path of a plan file.
 
+        The best is the best of those that are `able` to be run, where there are any.
         Raises `PlanError` with the nearest name (exit 2), or exit 3 when nothing fits.
         """
         if reference.endswith(".toml") or os.sep in reference:
             return plans.read(Path(reference))
         ranking = self.load_ranking()
         if reference == "best":
-            return ranking.runnable.plan
+            return ranking.runnable(able).plan
         by_name = {str(outcome.plan): outcome.plan for outcome in ranking.outcomes}
         if reference not in by_name:
             fix = "plan simulate --k 2 --m 8   (then run one of the plans it names)"

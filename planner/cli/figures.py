@@ -6,13 +6,15 @@ from typing import Any
 
 from planner.simulate.staleness import staleness
 from planner.values.outcome import Outcome
-from planner.values.plan import asynchronous, unrunnable
+from planner.values.plan import asynchronous
 
 QUANTILES = (5, 25, 50, 75, 95)
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:
     """An outcome's figures, with units in the names."""
+    from executor.abilities import able
+
     low, high = outcome.throughput_interval
     return {
         "plan": str(outcome.plan),
@@ -24,7 +26,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "step_low_s": outcome.interval_s[0],
         "step_high_s": outcome.interval_s[1],
         "step_samples_s": {f"p{q}": step for q, step in percentiles(outcome).items()},
-        "runnable": unrunnable(outcome.plan) is None,
+        "runnable": able(outcome.plan),
         "stale_gradients": asynchronous(outcome.plan),
         "staleness_updates": staleness(outcome) if asynchronous(outcome.plan) else 0.0,
         "bubble_fraction": outcome.bubble,

@@ -31,6 +31,7 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
+    from executor.abilities import able
     from profiles import shipped
 
     store = Store(catalogue=shipped)
@@ -38,7 +39,7 @@ def report(
         ranking = store.load_ranking()
         path = store.profile_path(ranking.profile)
         profile = store.load_profile(path)
-        predicted = predict(profile, store.plan(plan or "best"), ranking.cluster)
+        predicted = predict(profile, store.plan(plan or "best", able), ranking.cluster)
         page = _write(None, predicted, profile, ranking, out, f"plan report --simulated --out {out.name}")
     else:
         folder, result = store.load_run(run)

@@ -17,7 +17,7 @@ from planner.cli.report import write_page
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
 from planner.values.outcome import Comparison
-from planner.values.plan import Plan, Stage, unrunnable
+from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 
 
@@ -38,11 +38,12 @@ def run(
     """Run a plan with real processes, record every action, and compare it with the prediction."""
     if steps < 1:
         raise PlanError(what="--steps must be positive", where="--steps", why=f"it is {steps}", fix="--steps 20")
+    from executor.abilities import able
     from profiles import shipped
 
     store = Store(catalogue=shipped)
     store.check_writable()
-    wanted = store.plan(plan)
+    wanted = store.plan(plan, able)
     _check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
@@ -126,13 +127,15 @@ def _simulated_with(store: Store, reference: str) -> str | None:
 
 def _check_runnable(plan: Plan) -> None:
     """Raise `PlanError` (exit 2) for a plan that can only be simulated so far."""
-    missing = unrunnable(plan)
-    if missing is not None:
+    from executor.abilities import missing
+
+    reasons = missing(plan)
+    if reasons:
         k = len(plan.device_names)
         raise PlanError(
             what=f"{plan} cannot be run yet, only simulated",
             where=f"plan {plan}",
-            why=f"the executor does not know: {missing}",
+            why=f"the executor does not know: {', '.join(reasons)}",
             fix=f"plan simulate --k {k} --m {plan.microbatches} --strategy 1f1b, then plan run best; or plan report "
             "--simulated",
         )

@@ -26,13 +26,10 @@ from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.store import Searched, Store
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
-from planner.values.plan import asynchronous, unrunnable
 from planner.values.profile import Profile
 
 SHOWN = 8
 """Leaders that are simulated in full and shown."""
-RUNNABLE = ("single", "naive", "balanced", "gpipe", "1f1b", "data-parallel")
-"""Strategies among whose plans are some that the executor can run."""
 
 
 def search(
@@ -217,23 +214,14 @@ def outlined(searching: Search, answer: Answer, *, samples: int = SAMPLES, seed:
 
 def _runnable(searching: Search, outcomes: Sequence[Outcome], budget: float, samples: int, seed: int) -> list[Outcome]:
     """Return the best plan that the executor can run, where the leaders have none: `plan run best` takes it."""
-    if any(unrunnable(outcome.plan) is None and not asynchronous(outcome.plan) for outcome in outcomes):
+    from executor.abilities import able
+
+    if any(able(outcome.plan) for outcome in outcomes):
         return []
-    of = searching.space
-    able = of._replace(
-        strategies=tuple(name for name in of.strategies if name in RUNNABLE),
-        tensors=(1,),
-        synchronisations=("all-reduce",),
-        savings=tuple(chosen for chosen in of.savings if chosen in ((), ("recompute",))),
-    )
-    state = State(question="", done=dict(searching.state.done))
-    again = Search(searching.profile, searching.cluster, searching.batch, able, state=state)
-    found = next(
-        (plan for plan in map(again.plan, again.run(seconds=budget).leaders) if unrunnable(plan) is None), None
-    )
-    if found is None:
-        return []
-    return [simulate(searching.profile, found, searching.cluster, samples=samples, seed=seed)]
+    again = Search(searching.profile, searching.cluster, searching.batch, searching.space, allowed=able)
+    found = again.run(seconds=budget).leaders
+    plans = map(again.plan, found[:1])
+    return [simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed) for plan in plans]
 
 
 def nothing_fits(searching: Search, answer: Answer) -> PlanError:
@@ -316,9 +304,12 @@ def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> No
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
         output.results.print(sentence, markup=False)
-    able = next((o.plan for o in outcomes if unrunnable(o.plan) is None and not asynchronous(o.plan)), None)
-    if able is not None and able != outcomes[0].plan:
-        output.results.print(f"plan run best runs {able}; {unrunnable(outcomes[0].plan)}: simulated only, so far")
+    from executor.abilities import able, missing
+
+    runs = next((o.plan for o in outcomes if able(o.plan)), None)
+    if runs is not None and runs != outcomes[0].plan:
+        reasons = ", ".join(missing(outcomes[0].plan))
+        output.results.print(f"plan run best runs {runs}; {reasons}: simulated only, so far")
     output.results.print("next: plan explain best   (what would change the answer)")
 
 

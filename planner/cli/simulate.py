@@ -21,7 +21,6 @@ from planner.simulate.limits import limits
 from planner.simulate.predict import SAMPLES, SEED
 from planner.simulate.staleness import staleness
 from planner.values.outcome import Outcome
-from planner.values.plan import unrunnable
 from planner.values.profile import Profile
 
 SHOWN = 15
@@ -177,10 +176,11 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) ->
 
 def _next(ranking: Ranking, best: Outcome) -> str:
     """The one next command, and what it will do where the best plan cannot be run yet."""
-    missing = unrunnable(best.plan)
-    if missing is None:
+    from executor.abilities import able, missing
+
+    if able(best.plan):
         return "plan run best"
-    runnable = ranking.runnable
+    runnable, reasons = ranking.runnable(able), ", ".join(missing(best.plan))
     if runnable is best:
-        return f"plan report --simulated   ({missing}: simulated only, so far)"
-    return f"plan run best   (runs {runnable.plan}; {missing}: simulated only, so far)"
+        return f"plan report --simulated   ({reasons}: simulated only, so far)"
+    return f"plan run best   (runs {runnable.plan}; {reasons}: simulated only, so far)"

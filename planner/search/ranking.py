@@ -14,7 +14,7 @@ from planner.simulate.contention import Failure
 from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
-from planner.values.plan import Plan, asynchronous, unrunnable
+from planner.values.plan import Plan, asynchronous
 from planner.values.profile import Profile
 
 
@@ -48,12 +48,12 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
                 return outcome
         raise self._nothing_fits()
 
-    @property
-    def runnable(self) -> Outcome:
-        """The best plan that the executor can run yet. Raises as `best`."""
+    def runnable(self, able: Callable[[Plan], bool]) -> Outcome:
+        """Return the best plan that is `able` to be run, the best one where none is. Raises as `best`."""
         best = self.best
-        able = (o for o in self.outcomes if o.fits and not asynchronous(o.plan) and unrunnable(o.plan) is None)
-        return best if unrunnable(best.plan) is None else next(able, best)
+        if able(best.plan):
+            return best
+        return next((o for o in self.outcomes if o.fits and not asynchronous(o.plan) and able(o.plan)), best)
 
     def _nothing_fits(self) -> PlanError:
         nearest = self.outcomes[:3]

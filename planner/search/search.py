@@ -123,7 +123,10 @@ class Search:
         epoch_samples: int = 0,
         stale: bool = False,
         state: State | None = None,
+        allowed: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
+        """Plans that are not `allowed` are not looked at, and not kept with the state."""
+        self.allowed = allowed
         self.profile, self.cluster, self.batch, self.space = profile, cluster, batch, space
         self.objective, self.epoch, self.stale = objectives.get(objective), epoch_samples or batch, stale
         self.state = state or State(question="")
@@ -247,11 +250,13 @@ class Search:
             placed = Placed(self.profile, plan, self.cluster)
             bound = self._score(plan, plan_bound(placed), 0.0)
             self.bare_bounds[candidate[:6]] = bound
-            if bound >= self.best:
+            if bound >= self.best or not self.allowed(plan):
                 return None
             if candidate.savings:
                 placed = placed.with_plan(make(candidate, self.profile, self.cluster, self.batch))
                 plan = placed.plan
+                if not self.allowed(plan):
+                    return None
             step_s, peaks = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")

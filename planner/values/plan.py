@@ -255,23 +255,6 @@ def asynchronous(plan: Plan) -> bool:
     return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
 
 
-def unrunnable(plan: Plan) -> str | None:
-    """Return why the executor cannot run a plan yet, or None when it can."""
-    reasons = {
-        f"the schedule {plan.schedule}": plan.schedule not in ("naive", "gpipe", "1f1b"),
-        f"synchronisation by {plan.synchronisation}": plan.replicas > 1 and plan.synchronisation != "all-reduce",
-        "several stages per device": plan.chunks > 1,
-        "tensors split over devices": plan.tensor > 1,
-        "different numbers of replicas per stage": plan.uneven,
-        "recomputing single layers": bool(plan.recompute_layers),
-        "swapping activations": plan.offload,
-        "an optimizer on the host": plan.host_optimizer,
-        "parameters shared by several stages": bool(plan.tied),
-    }
-    missing = [name for name, found in reasons.items() if found]
-    return ", ".join(missing) or None
-
-
 def read(path: Path) -> Plan:
     """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
     try:

@@ -1,0 +1,62 @@
+"""What the executor can run, asked of its own table of operations; no torch, so that a plan is judged in no time."""
+
+from __future__ import annotations
+
+from planner.orders import codes, schedules
+from planner.orders.codes import (
+    BACKWARD,
+    FORWARD,
+    LOAD,
+    OPTIMIZER,
+    RECOMPUTE,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+)
+from planner.programs.lowering import unroll
+from planner.values.plan import Plan, asynchronous
+
+PERFORMS = {
+    LOAD: "load",
+    FORWARD: "forward",
+    RECOMPUTE: "recompute",
+    BACKWARD: "backward",
+    SEND_FORWARD: "send_forward",
+    RECV_FORWARD: "receive_forward",
+    SEND_BACKWARD: "send_backward",
+    RECV_BACKWARD: "receive_backward",
+    REDUCE_GRAD: "reduce_gradients",
+    OPTIMIZER: "optimize",
+}
+"""The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
+
+
+def missing(plan: Plan) -> tuple[str, ...]:
+    """Return what the executor cannot do yet of what a plan asks, in words; nothing when it can run the plan.
+
+    Operations of the plan's program that no rank performs, and what a rank's own structure rules out.
+    """
+    held = tuple(map(len, plan.stages_of))
+    limits = {
+        "steps without a backward": not schedules.get(plan.schedule).trains,
+        "steps that overlap, without a flush": asynchronous(plan),
+        "several stages per device": max(held) > 1,
+        "tensors split over devices": plan.tensor > 1,
+        "different numbers of replicas per stage": plan.uneven,
+        "recomputing single layers": bool(plan.recompute_layers),
+        "an optimizer on the host": plan.host_optimizer,
+    }
+    flat, _ = codes.flatten(unroll(plan, replicas=1).order)
+    present = codes.extent(flat).present
+    asked = [op for op, count in zip(codes.OPS, present.tolist(), strict=True) if count]
+    return (
+        *(words for words, found in limits.items() if found),
+        *(f"the operation {op}" for op in asked if op not in PERFORMS),
+    )
+
+
+def able(plan: Plan) -> bool:
+    """Whether the executor can run a plan."""
+    return not missing(plan)

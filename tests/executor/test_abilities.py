@@ -1,0 +1,65 @@
+"""What the executor says it can run is what its ranks perform."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from executor.abilities import PERFORMS, missing
+from planner.orders.codes import OPS
+from planner.placement.pipeline import Question
+from planner.placement.strategies import get
+from planner.values.plan import Plan
+from tests.factory import devices, profile
+
+
+def spread(strategy: str, k: int = 2, m: int = 4, **question: object) -> Plan:
+    return get(strategy).spread(Question(profile([1.0] * 4), devices(k), k, m, m, **question))
+
+
+def test_every_ability_is_a_method_of_a_rank() -> None:
+    from executor import rank
+
+    assert set(PERFORMS) <= set(OPS)
+    assert {op: method.__name__ for op, method in rank.OPS.items()} == PERFORMS
+
+
+def test_a_plan_is_judged_without_torch() -> None:
+    code = "import sys, executor.abilities; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("strategy", ["single", "naive", "balanced", "gpipe", "1f1b", "data-parallel"])
+def test_what_can_be_run(strategy: str) -> None:
+    plan = spread(strategy)
+    assert missing(plan) == ()
+    assert missing(msgspec.structs.replace(plan, recompute=True)) == ()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("zb-h1", ("the operation I", "the operation W")),
+        ("interleaved", ("several stages per device",)),
+        ("chimera", ("several stages per device",)),
+        ("zero-1", ("the operation UNSHARD_F",)),
+        ("parameter-server", ("the operation PULL", "the operation PUSH")),
+        ("pipedream", ("steps that overlap, without a flush",)),
+    ],
+)
+def test_what_cannot_be_run_yet(strategy: str, words: tuple[str, ...]) -> None:
+    assert set(words) <= set(missing(spread(strategy)))
+
+
+def test_savings_that_cannot_be_run_yet() -> None:
+    plan = spread("gpipe", m=8)
+    for change, words in (
+        ({"recompute_layers": ("layer0",)}, "recomputing single layers"),
+        ({"offload": True}, "the operation OFFLOAD"),
+        ({"host_optimizer": True}, "an optimizer on the host"),
+        ({"tied": ((0, 1),)}, "the operation REDUCE_TIED"),
+    ):
+        assert words in missing(msgspec.structs.replace(plan, **change))
