@@ -75,40 +75,55 @@ def spans(
     return table
 
 
-def cut(seconds: Tables, stages: int, filled: Tables | None = None) -> tuple[range, ...] | None:
+def cut(
+    seconds: Tables, stages: int, filled: Tables | None = None, even: Tables | None = None
+) -> tuple[range, ...] | None:
     """Cut so that the slowest stage is as fast as any contiguous cut allows, exactly, or return None if none fits.
 
     `seconds` of a stage include its transfers, and may be infinite: not here. `filled` is the share of its device's
     memory that a stage takes (it fits up to 1, that included). Both may differ from stage to stage: devices are
     unequal, and under 1F1B stage s of p holds p - s micro-batches. Every stage gets at least one layer.
 
-    Of equal optima: the one whose last stage begins first; the stages before it are cut by the same rule.
-    Dynamic programming over (stages, layers), O(stages x layers^2): the best cut of the first layers into s stages
-    is the best of them into s - 1, and one more stage.
+    Of cuts with the same slowest stage it is the most even one: that with the least sum of squares of `even`, by
+    default of the seconds themselves. Where every stage waits for its links as long, the computing is what to even out.
+    Of those that are as even, the one whose last stage begins first.
+
+    Dynamic programming over (stages, layers), twice, O(stages x layers^2): the best cut of the first layers into s
+    stages is the best of them into s - 1, and one more stage; first for the slowest stage, then, among the stages that
+    are no slower, for the sum of squares.
 
     >>> cut(spans([1, 1, 1, 1], entering=[0, 9, 1, 9, 0]), 2)
     (range(0, 2), range(2, 4))
     >>> cut(lambda stage: spans([1, 1, 1, 1]) / (1, 3)[stage], 2)
     (range(0, 1), range(1, 4))
+    >>> cut(spans([1, 1, 1, 1, 1, 9]), 3)  # not 1, 4 and 1 layers: the second best stage counts as well
+    (range(0, 2), range(2, 5), range(5, 6))
     """
     import numpy as np
+    from numpy.typing import NDArray
 
-    best = np.zeros(0)
-    starts: list[NDArray[np.intp]] = []
-    for stage in range(stages):
+    def limited(stage: int, limit: float) -> Table:
+        """Seconds of what a stage may hold, infinite where it may not."""
         table = _at(seconds, stage)
-        allowed = ~np.tri(len(table), dtype=bool)
+        allowed = ~np.tri(len(table), dtype=bool) & (table <= limit)
         if filled is not None:
             allowed &= _at(filled, stage) <= 1
-        ends = np.arange(len(table))
-        if not stage:
-            best = np.where(ends > 0, np.inf, -np.inf)
-        slowest = np.maximum(best[:, None], np.where(allowed, table, np.inf))
-        starts.append(slowest.argmin(axis=0))
-        best = slowest[starts[-1], ends]
-    if not best[-1] < np.inf:
+        return np.where(allowed, table, np.inf)
+
+    slowest = np.where(np.arange(len(_at(seconds, 0))) > 0, np.inf, 0.0)
+    squares, starts = slowest.copy(), list[NDArray[np.intp]]()
+    for stage in range(stages):
+        slowest = np.maximum(slowest[:, None], limited(stage, np.inf)).min(axis=0)
+    if not slowest[-1] < np.inf:
         return None
-    edges = [len(best) - 1]
+    for stage in range(stages):
+        table = limited(stage, slowest[-1])
+        if even is not None:
+            table = np.where(table < np.inf, _at(even, stage), np.inf)
+        squared = squares[:, None] + np.square(table)
+        starts.append(squared.argmin(axis=0))
+        squares = squared.min(axis=0)
+    edges = [len(slowest) - 1]
     for start in reversed(starts):
         edges.append(int(start[edges[-1]]))
     return tuple(range(a, b) for a, b in pairwise(reversed(edges)))
@@ -137,7 +152,7 @@ def evened(ranges: tuple[range, ...], homes: Sequence[int], seconds: Tables, fil
     >>> table = spans([1, 1, 1, 5, 1, 1, 1, 1])
     >>> before = cut(table, 4)
     >>> evened(before, [0, 1, 1, 0], table, table * 0)
-    (range(0, 2), range(2, 3), range(3, 4), range(4, 8))
+    (range(0, 3), range(3, 4), range(4, 5), range(5, 8))
     """
     stops = [r.stop for r in ranges]
     times, shares = ([_at(tables, stage) for stage in range(len(ranges))] for tables in (seconds, filled))

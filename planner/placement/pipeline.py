@@ -69,7 +69,7 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
 
     def make() -> tuple[range, ...]:
         tables = StageTables(q, plan)
-        found = partition.cut(tables.seconds, len(plan.stages), tables.filled)
+        found = partition.cut(tables.seconds, len(plan.stages), tables.filled, tables.computing)
         found = found or partition.lightest(tables.filled, len(plan.stages))
         assert found is not None, "there are enough layers"
         if plan.chunks == 1:

@@ -47,6 +47,12 @@ class StageTables:
         figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in (self.cluster.links[i] for i in way))
         return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, way))
 
+    def computing(self, stage: int) -> Table:
+        """Seconds per micro-batch without waiting for links: what is evened out where links are the bottleneck."""
+        device = self.device[stage]
+        seconds: Table = run_seconds(self.q.profile, self.q.samples, device.threads) / device.speed
+        return seconds
+
     def _seconds(self, device: Device, way: tuple[int, ...]) -> Table:
         import numpy as np
 

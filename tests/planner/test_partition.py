@@ -44,22 +44,30 @@ def test_balanced_is_exact(weights: list[int], data: st.DataObject) -> None:
     assert max(sum(weights[i] for i in r) for r in found) == best
 
 
-@given(st.lists(st.floats(0, 20), min_size=1, max_size=9), st.data())
-def test_balanced_begins_the_last_stage_first(weights: list[float], data: st.DataObject) -> None:
-    table = partition.spans(weights)
+@given(st.integers(1, 6), st.booleans(), st.booleans(), st.data())
+def test_of_equal_bottlenecks_the_most_even_cut(layers: int, limited: bool, other: bool, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, layers))
+    seconds = data.draw(tables(layers, stages, 4))
+    filled = data.draw(tables(layers, stages, 2)) if limited else 0 * np.nan_to_num(seconds, posinf=0)
+    even = np.nan_to_num(data.draw(tables(layers, stages, 5)), posinf=9) if other else seconds
 
-    def cut(stages: int, end: int) -> tuple[float, tuple[range, ...]]:
-        if stages == 1:
-            return float(table[0, end]), (range(end),)
-        best: tuple[float, tuple[range, ...]] = (float("inf"), ())
-        for start in range(stages - 1, end):
-            before, ranges = cut(stages - 1, start)
-            if max(before, float(table[start, end])) < best[0]:
-                best = max(before, float(table[start, end])), (*ranges, range(start, end))
-        return best
+    def price(ranges: tuple[range, ...]) -> tuple[float, float]:
+        squares = sum(float(even[s][r.start, r.stop]) ** 2 for s, r in enumerate(ranges))
+        return slowest(lambda s: seconds[s], ranges), squares
 
-    stages = data.draw(st.integers(1, len(weights)))
-    assert partition.balanced(weights, stages) == cut(stages, len(weights))[1]
+    fitting = [price(c) for c in cuts(layers, stages) if slowest(lambda s: filled[s], c) <= 1]
+    best = min(fitting, default=(float("inf"), 0.0))
+    found = partition.cut(seconds, stages, filled, even)
+    assert (found is None) == (best[0] == float("inf"))
+    assert found is None or price(found) == best
+
+
+def test_even_stages_behind_slow_links() -> None:
+    """15 layers into 4 stages, every link slower than any stage: each cut has that bottleneck, and all but one lose."""
+    computing = partition.spans([1.0] * 15)
+    found = partition.cut(np.maximum(computing, 20.0), 4, even=computing)
+    assert found is not None
+    assert sorted(map(len, found)) == [3, 4, 4, 4]
 
 
 def test_more_stages_than_layers() -> None:
