@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError
-from planner.values import cluster
+from planner.values import cluster_file
 from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Timing, Value
 
 DATA = Path(__file__).parent / "data"
@@ -183,7 +183,7 @@ def _profile(name: str, digest: str, notes: dict[str, str], nodes: list[_Node]) 
         batch=batch,
         action_s=0.0,
         noise=0.0,
-        machine=cluster.read(clusters()[MACHINE]),
+        machine=cluster_file.read(clusters()[MACHINE]),
     )
 
 

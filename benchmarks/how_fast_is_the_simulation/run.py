@@ -40,7 +40,7 @@ from planner.simulate.contention import Run as SimPyPass
 from planner.simulate.evaluate import evaluate
 from planner.simulate.longest_path import makespan
 from planner.simulate.predict import simulate
-from planner.values import cluster as clusters
+from planner.values import cluster_file
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import Plan, Stage
 from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
@@ -443,7 +443,7 @@ def searching(quick: bool) -> Iterator[Figure]:
             timing, **{f: 18.6 * getattr(timing, f) for f in timing.__struct_fields__ if f != "samples"}
         )
 
-    cluster = clusters.find("h100x1024", shipped.clusters())
+    cluster = cluster_file.find("h100x1024", shipped.clusters())
     for name, split in (("whole layers", None), ("layers that split", Split(forward=2, backward=2))):
         if split and quick:
             continue

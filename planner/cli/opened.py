@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.store import Store
-from planner.values import cluster as clusters
+from planner.values import cluster_file
 from planner.values.cluster import Cluster
 from planner.values.profile import Profile, ProfileKey
 
@@ -25,7 +25,7 @@ def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profi
     measured = store.load_profile(path)
     if profile is None:
         check_fresh(measured, path)
-    return store, path, measured, clusters.find(cluster, shipped.clusters()) if cluster else measured.machine
+    return store, path, measured, cluster_file.find(cluster, shipped.clusters()) if cluster else measured.machine
 
 
 def check_fresh(measured: Profile, path: Path) -> None:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 from planner.basis.memo import memoised
+from planner.costs.flows import Flow
 from planner.values.cluster import Cluster
+from planner.values.routes import Path
 
 
 def all_reduce(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
@@ -21,7 +23,7 @@ def all_reduce(cluster: Cluster, devices: tuple[str, ...], size: float) -> float
 def ring(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
     """Seconds of a ring all-reduce: 2 (n - 1) rounds of size / n (Patarasu and Yuan, JPDC 2009)."""
     n = len(devices)
-    return 2 * (n - 1) * max(cluster.transfer_seconds(way, size / n) for way in _hops(cluster, devices))
+    return 2 * (n - 1) * max(cluster.transfer_seconds(path, size / n) for path in _hops(cluster, devices))
 
 
 def tree(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
@@ -31,9 +33,9 @@ def tree(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
     2 x size bytes less one n-th.
     """
     n = len(devices)
-    ways = _hops(cluster, devices)
-    latency = max(cluster.transfer_seconds(way, 0.0) for way in ways)
-    bulk = max(cluster.transfer_seconds(way, size) for way in ways) - latency
+    paths = _hops(cluster, devices)
+    latency = max(cluster.transfer_seconds(path, 0.0) for path in paths)
+    bulk = max(cluster.transfer_seconds(path, size) for path in paths) - latency
     return 2 * math.ceil(math.log2(n)) * latency + 2 * bulk
 
 
@@ -45,18 +47,26 @@ def half(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
     return whole / 2
 
 
-def ring_ways(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
+def ring_flows(cluster: Cluster, devices: tuple[str, ...], size: float, halves: int) -> tuple[Flow, ...]:
+    """Return what each hop of a ring carries: (n - 1) / n of `size` in each half, of which an all-reduce has two."""
+    if len(devices) < 2:
+        return ()
+    carried = halves * (len(devices) - 1) / len(devices) * size
+    return tuple(Flow(path, carried) for path in ring_paths(cluster, devices))
+
+
+def ring_paths(cluster: Cluster, devices: tuple[str, ...]) -> list[Path]:
     """Return the links from each device to the next around the ring, kept with the cluster."""
     pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
     return memoised(cluster, ("ring", devices), lambda: [cluster.path(a, b) for a, b in pairs])
 
 
-def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[int, ...]]:
+def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[Path]:
     """Return one of each sort of hop around the ring: hops over links with the same figures take equally long."""
 
-    def make() -> list[tuple[int, ...]]:
+    def make() -> list[Path]:
         figures = [(link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in cluster.links]
-        sorts = {tuple(figures[i] for i in way): way for way in ring_ways(cluster, devices)}
+        sorts = {tuple(figures[number // 2] for number in path): path for path in ring_paths(cluster, devices)}
         return list(sorts.values())
 
     return memoised(cluster, ("hops", devices), make)

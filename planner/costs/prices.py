@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.basis.errors import DEVICE, PlanError
-from planner.basis.memo import memoised
 from planner.costs import collectives
+from planner.costs.flows import Flow
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_plan
@@ -28,7 +27,8 @@ from planner.orders.codes import (
     UNSHARD_FORWARD,
 )
 from planner.programs.waits import MESSAGES
-from planner.values.cluster import Cluster, Device, by_size
+from planner.values.cluster import Device, by_size
+from planner.values.routes import Path
 
 BY_DEVICE = (*MESSAGES, OFFLOAD, FETCH, PULL, PUSH)
 """Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
@@ -38,7 +38,7 @@ class TransferKind(NamedTuple):
     """Transfers that cost the same: which, between which devices, how much.
 
     `seconds` until it is done when it has its links for itself; `work` the core seconds it takes from each end's host;
-    `ways` the links that each of its parts passes, at the same time.
+    `flows` its bytes on the links: they run at the same time, and it is done when all are.
 
     What a device hands to one engine (its network, a copy engine each way) is done in turn: `lane` numbers it, -1 for
     none, and `busy` is how long the transfer keeps it. Of a reduction that overlaps a backward, `early` seconds
@@ -52,7 +52,7 @@ class TransferKind(NamedTuple):
     bytes: float
     seconds: float
     work: float
-    ways: tuple[tuple[int, ...], ...]
+    flows: tuple[Flow, ...]
     lane: int = -1
     busy: float = 0.0
     early: float = 0.0
@@ -97,16 +97,16 @@ class PriceList:
         """Price one kind of transfer."""
         if op in MESSAGES:
             size = self.message_bytes(stage, forward=op == RECV_FORWARD)
-            way = self.cluster.path(self.groups[source][0], self.groups[target][0])
-            seconds = self.cluster.transfer_seconds(way, size)
+            path = self.cluster.path(self.groups[source][0], self.groups[target][0])
+            seconds = self.cluster.transfer_seconds(path, size)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
-            return TransferKind(op, stage, source, target, size, seconds, work, (way,))
+            return TransferKind(op, stage, source, target, size, seconds, work, (Flow(path, size),))
         if op in (OFFLOAD, FETCH):
             size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
-            way = host_way(self.cluster, self.groups[source][0])
-            seconds = self.cluster.transfer_seconds(way, size)
+            path = self._host_path(self.groups[source][0], back=op == FETCH)
+            seconds = self.cluster.transfer_seconds(path, size)
             lane = 3 * source + (1 if op == OFFLOAD else 2)
-            return TransferKind(op, stage, source, source, size, seconds, 0.0, (way,), lane, seconds)
+            return TransferKind(op, stage, source, source, size, seconds, 0.0, (Flow(path, size),), lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
         return self._collective(op, stage)
@@ -134,10 +134,11 @@ class PriceList:
                 needed = self._reached(stage, forward=op == UNSHARD_FORWARD)
                 ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
                 seconds = collectives.lead(needed, ordered)
-        ways = tuple(dict.fromkeys(collectives.ring_ways(self.cluster, devices))) if len(devices) > 1 else ()
+        halves = 2 if op == REDUCE_TIED or (op == REDUCE_GRAD and not self.way.shards) else 1
+        flows = collectives.ring_flows(self.cluster, devices, size, halves)
         early = busy - seconds if op == REDUCE_GRAD else 0.0
         lane = 3 * self.holders[stage][0] if len(devices) > 1 else -1
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, ways, lane, busy, early)
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy, early)
 
     def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
         """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
@@ -194,13 +195,19 @@ class PriceList:
         """A pull or push: every server's shard at the same time, all workers through the servers' own links."""
         size = float(sum(self.profile.layers[i].parameter_bytes for i in self.ranges[stage]))
         if self.way.server == "host":
-            ways = [host_way(self.cluster, self.groups[row][0])]
+            paths = [self._host_path(self.groups[row][0], back=op == PULL)]
         else:
             mine = self.groups[row][0]
-            ways = [self.cluster.path(mine, name) for name in self.plan.servers if name != mine]
+            ends = [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
+            paths = [self.cluster.path(*pair) for pair in ends]
         each = size / max(1, len(self.plan.servers))
-        seconds = max((self.cluster.transfer_seconds(way, each) for way in ways), default=0.0)
-        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(ways))
+        seconds = max((self.cluster.transfer_seconds(path, each) for path in paths), default=0.0)
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(Flow(path, each) for path in paths))
+
+    def _host_path(self, device: str, *, back: bool = False) -> Path:
+        """Return the links from a device to its host's memory, or back from there."""
+        path = self.cluster.routes.to_host(device)
+        return self.cluster.routes.back(path) if back else path
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
@@ -224,34 +231,6 @@ class PriceList:
         moved = (2 * parameters + gradients + 2 * state) / shards
         seconds = moved / host.memory_bytes_per_s
         if copies:
-            way = host_way(self.cluster, device.name)
-            seconds += sum(self.cluster.transfer_seconds(way, size / shards) for size in (gradients, parameters))
+            path = self._host_path(device.name)
+            seconds += sum(self.cluster.transfer_seconds(path, size / shards) for size in (gradients, parameters))
         return seconds
-
-
-def host_way(cluster: Cluster, device: str) -> tuple[int, ...]:
-    """Return the link from a device to its host's memory.
-
-    Raises `PlanError` (exit 5) where there is none: a CPU's memory is its host's already.
-    """
-    ways = _host_ways(cluster)
-    host, way = ways.get(device, ("its host", ()))
-    if not way:
-        raise PlanError(
-            what=f"{device} has no link to its host's memory",
-            where=f"cluster '{cluster.name}'",
-            why="swapping, a host's optimizer and central storage copy between a device and its host",
-            fix=f'add a [[links]] entry with between = ["{device}", "{host}"], or plan without them',
-            code=DEVICE,
-        )
-    return way
-
-
-def _host_ways(cluster: Cluster) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every device's host, and the link to it where there is one; kept with the cluster."""
-
-    def make() -> dict[str, tuple[str, tuple[int, ...]]]:
-        links = {frozenset(link.between): (i,) for i, link in reversed(list(enumerate(cluster.links)))}
-        return {d.name: (d.host, links.get(frozenset((d.name, d.host)), ())) for d in cluster.devices}
-
-    return memoised(cluster, "host ways", make)

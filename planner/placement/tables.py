@@ -44,7 +44,7 @@ class StageTables:
         device = self.device[stage]
         other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
         way = self.cluster.path(device.name, other) if other != device.name else ()
-        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in (self.cluster.links[i] for i in way))
+        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in map(self.cluster.link_of, way))
         return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, way))
 
     def computing(self, stage: int) -> Table:

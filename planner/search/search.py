@@ -371,7 +371,7 @@ def _alike(plan: Plan, cluster: Cluster) -> bool:
         return True  # of stages with different numbers of replicas all are walked
 
     def figures(a: str, b: str) -> tuple[object, ...]:
-        links = (cluster.links[i] for i in cluster.path(a, b))
+        links = map(cluster.link_of, cluster.path(a, b))
         return tuple((link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in links)
 
     host = {device.name: device.host for device in cluster.devices}

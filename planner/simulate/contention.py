@@ -23,6 +23,7 @@ from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
 from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
+from planner.values.routes import Path
 from planner.values.trace import COMPUTE, LINK, Event, Trace
 
 
@@ -87,14 +88,14 @@ class Run:
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
         self.parts = [self._parts(kind) for kind in costs.kinds]
         self.alone = [
-            kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(way) for way in kind.ways)
+            kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(flow.path) for flow in kind.flows)
             for kind in costs.kinds
         ]
         for device in range(linked.devices):
             self.env.process(self.device(device))
 
-    def _shared(self, way: tuple[int, ...]) -> bool:
-        return any(isinstance(self.links[i], FairShare) for i in way)
+    def _shared(self, path: Path) -> bool:
+        return any(isinstance(self.links[number], FairShare) for number in path)
 
     @property
     def last(self) -> float:
@@ -190,7 +191,10 @@ class Run:
     def _parts(self, kind: TransferKind) -> list[tuple[FairShare | Alone, float]]:
         """What serves a kind of transfer, each for how long: its links, its ends' cores, or nothing that is shared."""
         cores, seconds, work = self.cores, kind.seconds, kind.work
-        parts = [(self.links[index], seconds) for way in kind.ways for index in way] if seconds > 0 else []
+        numbers = [number for flow in kind.flows for number in flow.path]
+        if kind.source < 0:  # a ring does not disturb itself
+            numbers = list(dict.fromkeys(numbers))
+        parts = [(self.links[number], seconds) for number in numbers] if seconds > 0 else []
         if seconds > 0 and not parts:
             parts = [(self.nothing, seconds)]
         if work > 0 and cores[kind.source] is cores[kind.target]:
@@ -242,7 +246,8 @@ class Run:
 
 
 def _links(env: simpy.Environment, cluster: Cluster) -> list[FairShare | Alone]:
-    return [FairShare(env, lambda active: 1.0 / active) if link.shared else Alone(env) for link in cluster.links]
+    both = (link for link in cluster.links for _ in range(2))
+    return [FairShare(env, lambda active: 1.0 / active) if link.shared else Alone(env) for link in both]
 
 
 def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:

@@ -1,102 +1,27 @@
 """The hardware a plan runs on: devices, the hosts whose cores they share, and the links between them.
 
-A cluster is measured (`local`, inside a profile), or written by hand as TOML. It does not know the model.
+A cluster is measured (`local`, inside a profile), or written by hand as TOML (`planner.values.cluster_file`). It does
+not know the model.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, TypeVar
 
 import msgspec
-import networkx as nx
 
-from planner.basis.errors import DEVICE, USAGE, PlanError, unknown
+from planner.basis.errors import DEVICE, PlanError
+from planner.values.hardware import Device, Host, Link, by_size
+from planner.values.routes import Path, Routes
 
-_DETOUR_S = 1e6  # longer than any link: never chosen where there is a link
-
-
-class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine whose CPU devices share cores and memory.
-
-    `slowdown` pairs a number of busy processes with how much slower each becomes than its share of the cores allows:
-    shared caches and memory bandwidth, and beyond `cores` busy threads the switching between processes.
-    `memory_bytes_per_s` is what an update on the host reads and writes; by default about one DDR4-3200 channel's.
-    """
-
-    name: str
-    cores: int
-    memory_bytes: int
-    slowdown: tuple[tuple[int, float], ...] = ((1, 1.0),)
-    memory_bytes_per_s: float = 20e9
-
-    def speed(self, active: int, threads: int) -> float:
-        """Return the speed of each of `active` busy processes of `threads` threads, relative to one alone.
-
-        >>> Host(name="h", cores=2, memory_bytes=1).speed(4, 1)
-        0.5
-        """
-        known = [factor for processes, factor in self.slowdown if processes <= max(1, active)]
-        sharing = known[-1] if known else 1.0
-        return min(1.0, self.cores / (active * threads)) / sharing
+__all__ = ["Cluster", "Communication", "Device", "Host", "Link", "by_size"]
 
 
-class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One place where a stage computes. `speed` is relative to the profiled device (2 = twice as fast).
-
-    `price_per_hour` is in any currency.
-    Devices with the same `host` share its cores when `shares_cores` (CPU processes); a GPU does not.
-    """
-
-    name: str
-    memory_bytes: int
-    host: str
-    speed: float = 1.0
-    threads: int = 1
-    price_per_hour: float = 0.0
-    shares_cores: bool = False
-
-
-class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection between two nodes (devices, hosts or switches), with its transfer time by message size.
-
-    `points` pairs message bytes with measured seconds; without them, `latency_s` + bytes / `bandwidth_bytes_per_s`.
-    Transfers that are on the link at the same time share it fairly when `shared`.
-    """
-
-    between: tuple[str, str]
-    latency_s: float
-    bandwidth_bytes_per_s: float
-    points: tuple[tuple[int, float], ...] = ()
-    shared: bool = True
-
-    def seconds(self, size: float) -> float:
-        """Time for one message of `size` bytes that has the link to itself."""
-        if not self.points:
-            return self.latency_s + size / self.bandwidth_bytes_per_s
-        return by_size(self.points, size)
-
-
-def by_size(points: tuple[tuple[int, float], ...], size: float) -> float:
-    """Interpolate seconds measured by message bytes: constant below the smallest, the last slope beyond the largest.
-
-    >>> by_size(((10, 1.0), (20, 3.0)), 5), by_size(((10, 1.0), (20, 3.0)), 15), by_size(((10, 1.0), (20, 3.0)), 30)
-    (1.0, 2.0, 5.0)
-    """
-    if size <= points[0][0] or len(points) == 1:
-        return points[0][1]
-    pairs = list(pairwise(points))
-    (small, quick), (large, slow) = next((pair for pair in pairs if size <= pair[1][0]), pairs[-1])
-    return quick + (slow - quick) * (size - small) / (large - small)
-
-
-class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """Hosts, devices and links. `switches` name the nodes that only pass messages on (NVSwitch, InfiniBand).
+class Communication(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """What holds for messages and collectives on all links of a cluster: fields that its file has, too.
 
     `posts` pairs message bytes with the seconds that posting a send or a receive costs the device itself: making the
     buffer, and what the backend copies before it returns. `transfer_work` pairs message bytes with the core seconds
@@ -106,6 +31,18 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     measurements it follows from the links (ring: 2 (n - 1) messages of bytes / n).
     Where messages are `buffered` they begin when they are sent; otherwise (rendezvous, as NCCL and large messages of
     gloo have it) when the receive has been posted, too.
+    """
+
+    posts: tuple[tuple[int, float], ...] = ()
+    transfer_work: tuple[tuple[int, float], ...] = ()
+    all_reduce: tuple[tuple[int, float], ...] = ()
+    all_reduce_devices: int = 2
+    buffered: bool = False
+
+
+class Cluster(Communication, frozen=True, kw_only=True, dict=True):
+    """Hosts, devices and links. `switches` name the nodes that only pass messages on (NVSwitch, InfiniBand).
+
     `elastic` hosts make as many CPU devices as a plan asks for, each with its share of the threads and the memory.
     """
 
@@ -114,11 +51,6 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     devices: tuple[Device, ...] = ()
     links: tuple[Link, ...] = ()
     switches: tuple[str, ...] = ()
-    posts: tuple[tuple[int, float], ...] = ()
-    transfer_work: tuple[tuple[int, float], ...] = ()
-    all_reduce: tuple[tuple[int, float], ...] = ()
-    all_reduce_devices: int = 2
-    buffered: bool = False
     elastic: bool = False
 
     def __post_init__(self) -> None:
@@ -196,106 +128,32 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return msgspec.structs.replace(self, devices=devices, elastic=False)
 
     @cached_property
-    def graph(self) -> nx.Graph[str]:
-        """Devices, hosts, switches and links as a networkx graph.
-
-        The way through a host weighs as much as that host's link to itself, so a direct link between two of its
-        devices is preferred only where it is quicker; a host without such a link is no way between its own devices.
-        """
-        graph: nx.Graph[str] = nx.Graph()
-        graph.add_nodes_from((*(host.name for host in self.hosts), *self.switches))
-        inside = {link.between[0]: link.seconds(2**20) for link in self.links if link.between[0] == link.between[1]}
-        for device in self.devices:
-            graph.add_edge(device.name, device.host, links=(), seconds=inside.get(device.host, _DETOUR_S) / 2)
-        for index, link in enumerate(self.links):
-            if link.between[0] != link.between[1]:
-                graph.add_edge(*link.between, links=(index,), seconds=link.seconds(2**20))
-        return graph
-
-    def path(self, source: str, target: str) -> tuple[int, ...]:
-        """Return the indices of the links from one device to another, the quickest way for 1 MiB.
-
-        Devices of one host talk through that host's link to itself, where there is one. Devices of a third host pass
-        messages on only where there is no other way. Every pair is looked up once.
-        Raises `PlanError` (exit 2) when there is no way.
-        """
-        if (source, target) not in self._ways:
-            self._ways[source, target] = self._way(source, target)
-        return self._ways[source, target]
-
-    @cached_property
-    def _ways(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        return {}
-
-    @cached_property
-    def _near(self) -> dict[tuple[str, str], nx.Graph[str]]:
-        return {}
-
-    @cached_property
-    def _host_of(self) -> dict[str, str]:
-        return {device.name: device.host for device in self.devices}
-
-    @cached_property
-    def _devices_of(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {host.name: [] for host in self.hosts}
-        for device in self.devices:
-            found[device.host].append(device.name)
-        return found
-
-    @cached_property
-    def _own_links(self) -> dict[str, tuple[int, ...]]:
-        """Every host's link to itself, where it has one."""
-        found = [(i, link.between) for i, link in enumerate(self.links)]
-        return {one: (i,) for i, (one, other) in reversed(found) if one == other}
-
-    @cached_property
-    def _backbone(self) -> list[tuple[str, str, dict[str, object]]]:
-        """The edges between hosts and switches."""
-        return [(a, b, d) for a, b, d in self.graph.edges(data=True) if not {a, b} & self._host_of.keys()]
-
-    def _between(self, one: str, other: str) -> nx.Graph[str]:
-        """The part of the graph that joins the devices of two hosts: small, however large the cluster."""
-        if (one, other) not in self._near:
-            own = {*self._devices_of[one], *self._devices_of[other]}
-            near: nx.Graph[str] = nx.Graph()
-            near.add_nodes_from(own)
-            near.add_edges_from(self._backbone)
-            near.add_edges_from(
-                (a, b, d) for a, b, d in self.graph.edges(own, data=True) if b in own or b not in self._host_of
-            )
-            self._near[one, other] = near
-        return self._near[one, other]
-
-    def _way(self, source: str, target: str) -> tuple[int, ...]:
-        own: tuple[int, ...] = ()
-        if self._host_of[source] == self._host_of[target]:
-            own = self._own_links.get(self._host_of[source], ())
-        for graph in (self._between(self._host_of[source], self._host_of[target]), self.graph):
-            try:
-                nodes = nx.shortest_path(graph, source, target, weight="seconds")
-            except nx.NetworkXNoPath:
-                continue
-            way = tuple(i for a, b in pairwise(nodes) for i in graph.edges[a, b]["links"])
-            if len(nodes) > 1 and own and not self._quicker(way, own):
-                way = own  # also where both devices have links of their own to the host's memory
-            if way:
-                return way
-        raise PlanError(
-            what=f"no link leads from {source} to {target}",
-            where=f"cluster '{self.name}'",
-            why="two neighbouring stages must be able to talk",
-            fix="add a [[links]] entry between them, or from their host to itself, to the cluster file",
-            code=USAGE,
+    def routes(self) -> Routes:
+        """The paths between its devices."""
+        return Routes(
+            f"cluster '{self.name}'",
+            hosts=self.hosts,
+            devices=self.devices,
+            links=self.links,
+            switches=self.switches,
         )
 
-    def _quicker(self, way: tuple[int, ...], other: tuple[int, ...]) -> bool:
-        mine, theirs = (sum(self.links[i].seconds(2**20) for i in links) for links in (way, other))
-        return bool(way) and mine < theirs
+    def path(self, source: str, target: str) -> Path:
+        """Return the directed links from one device to another, the quickest path for 1 MiB (`Routes.path`).
 
-    def transfer_seconds(self, way: tuple[int, ...], size: float) -> float:
-        """Time of one undisturbed message over the links of `way`: all latencies, and the slowest link's bytes."""
-        slowest = max(way, key=lambda i: self.links[i].seconds(size))
-        return self.links[slowest].seconds(size) + sum(self.links[i].latency_s for i in way if i != slowest)
+        Raises `PlanError` (exit 2) when there is no path.
+        """
+        return self.routes.path(source, target)
+
+    def link_of(self, number: int) -> Link:
+        """Return the link of a directed number: both directions have the same figures."""
+        return self.links[number // 2]
+
+    def transfer_seconds(self, path: Path, size: float) -> float:
+        """Time of one undisturbed message over the links of `path`: all latencies, and the slowest link's bytes."""
+        slowest = max(path, key=lambda number: self.link_of(number).seconds(size))
+        latencies = sum(self.link_of(number).latency_s for number in path if number != slowest)
+        return self.link_of(slowest).seconds(size) + latencies
 
     def post_seconds(self, size: float) -> float:
         """Time that posting a message of `size` bytes keeps the device from computing."""
@@ -315,7 +173,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             round_bytes, measured_devices = size / count, self.all_reduce_devices
             return by_size(self.all_reduce, round_bytes * measured_devices) * rounds / measured_rounds
         ring = [self.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
-        return 2 * (count - 1) * max(self.transfer_seconds(way, size / count) for way in ring)
+        return 2 * (count - 1) * max(self.transfer_seconds(path, size / count) for path in ring)
 
 
 def _check_nodes(cluster: Cluster) -> None:
@@ -368,132 +226,3 @@ def _check_points(what: str, points: Sequence[tuple[int, float]]) -> None:
         raise ValueError(f"{what}: bytes and seconds must be finite and not negative")
     if any(small >= large for (small, _), (large, _) in pairwise(points)):
         raise ValueError(f"{what}: the sizes must increase")
-
-
-T = TypeVar("T", Host, Device, Link)
-_Count = Annotated[int, msgspec.Meta(ge=1)]
-
-
-class _HostTable(Host, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    count: _Count = 1
-
-
-class _DeviceTable(Device, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    count: _Count = 1
-
-
-class _SwitchTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    count: _Count = 1
-
-
-class _LinkTable(Link, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class _ClusterFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    hosts: tuple[_HostTable, ...]
-    devices: tuple[_DeviceTable, ...]
-    switches: tuple[_SwitchTable, ...] = ()
-    links: tuple[_LinkTable, ...] = ()
-    posts: tuple[tuple[int, float], ...] = ()
-    transfer_work: tuple[tuple[int, float], ...] = ()
-    all_reduce: tuple[tuple[int, float], ...] = ()
-    all_reduce_devices: int = 2
-
-    def cluster(self) -> Cluster:
-        """Write out what the tables abbreviate."""
-        tables: list[_HostTable | _DeviceTable | _SwitchTable] = [*self.hosts, *self.switches, *self.devices]
-        groups = {table.name: _numbered(table.name, table.count) for table in tables}
-        return Cluster(
-            name=self.name,
-            hosts=tuple(_copy(Host, t, name=name) for t in self.hosts for name in _numbered(t.name, t.count)),
-            devices=tuple(
-                _copy(Device, t, name=name, host=host)
-                for t in self.devices
-                for name, host in _dealt(_numbered(t.name, t.count), _named(t.host, groups))
-            ),
-            switches=tuple(name for t in self.switches for name in _numbered(t.name, t.count)),
-            links=tuple(
-                _copy(Link, t, between=between)
-                for t in self.links
-                for between in _dealt(_named(t.between[0], groups), _named(t.between[1], groups))
-            ),
-            posts=self.posts,
-            transfer_work=self.transfer_work,
-            all_reduce=self.all_reduce,
-            all_reduce_devices=self.all_reduce_devices,
-        )
-
-
-def _numbered(name: str, count: int) -> tuple[str, ...]:
-    return (name,) if count == 1 else tuple(f"{name}{index}" for index in range(count))
-
-
-def _copy(kind: type[T], table: T, **changes: object) -> T:
-    return kind(**{f: getattr(table, f) for f in kind.__struct_fields__} | changes)
-
-
-def _named(name: str, groups: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """The node of that name; `name*` stands for all of a table."""
-    if not name.endswith("*"):
-        return (name,)
-    if name[:-1] not in groups:
-        raise ValueError(f"'{name}': there is no table '{name[:-1]}', only {', '.join(groups)}")
-    return groups[name[:-1]]
-
-
-def _dealt(left: Sequence[str], right: Sequence[str]) -> list[tuple[str, str]]:
-    """Join every name of the longer list with one of the shorter, in equal blocks.
-
-    >>> _dealt(["d0", "d1", "d2", "d3"], ["h0", "h1"])
-    [('d0', 'h0'), ('d1', 'h0'), ('d2', 'h1'), ('d3', 'h1')]
-    """
-    count = max(len(left), len(right))
-    if count % len(left) or count % len(right):
-        raise ValueError(f"{len(left)} of '{left[0]}' … and {len(right)} of '{right[0]}' … cannot be dealt out evenly")
-    return [(left[i * len(left) // count], right[i * len(right) // count]) for i in range(count)]
-
-
-def find(given: str, shipped: Mapping[str, Path]) -> Cluster:
-    """Read a cluster by the path of its file, or by the name of one in `shipped`.
-
-    Raises `PlanError` (exit 2), for an unknown name with the nearest that is known.
-    """
-    path = Path(given)
-    if path.is_file() or path.suffix == ".toml" or os.sep in given:
-        return read(path)
-    if given in shipped:
-        return read(shipped[given])
-    fix = "give one of the known names, or the path of a TOML file such as examples/eight_devices.toml"
-    raise unknown("cluster", given, sorted(shipped), where="--cluster", fix=fix)
-
-
-def read(path: Path) -> Cluster:
-    """Read a cluster from TOML.
-
-    `count = 8` in a table of a host, device or switch stands for eight of them, name0 to name7. Where a device names
-    its host, or a link its ends, `name*` means all of them, each with the one in whose block it stands: of 16 `gpu*`
-    on 2 `node*`, gpu0 to gpu7 are on node0.
-    Raises `PlanError` (exit 2) that names the field, also where two devices have no way to each other.
-    """
-    try:
-        cluster = msgspec.toml.decode(path.read_bytes(), type=_ClusterFile).cluster()
-    except OSError as error:
-        raise PlanError(
-            what="the cluster file cannot be read",
-            where=str(path),
-            why=error.strerror or str(error),
-            fix="give the path of a TOML file, for example --cluster examples/eight_devices.toml",
-        ) from error
-    except (msgspec.DecodeError, ValueError) as error:
-        raise PlanError(
-            what="the cluster file is not valid",
-            where=str(path),
-            why=str(error),
-            fix="compare it with examples/eight_devices.toml",
-        ) from error
-    for one, other in pairwise(cluster.devices):
-        cluster.path(one.name, other.name)
-    return cluster
