@@ -44,6 +44,7 @@ class Figures(NamedTuple):
     throughput_samples_per_s: float | None
     step_s: float | None
     bubble_fraction: float | None
+    synchronising_fraction: float | None
     peak_bytes: float | None
 
 
@@ -54,6 +55,7 @@ def figures(outcome: Outcome) -> Figures:
         throughput_samples_per_s=_finite(outcome.throughput) if timed else None,
         step_s=_finite(outcome.step_s),
         bubble_fraction=_finite(outcome.bubble),
+        synchronising_fraction=_finite(outcome.synchronising),
         peak_bytes=_finite(outcome.peak_bytes) if outcome.peak else None,
     )
 

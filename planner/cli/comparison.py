@@ -66,6 +66,7 @@ def show(result: Run, comparison: Comparison) -> None:
     row("step", seconds(predicted.step_s), seconds(measured.step_s), comparison.total.relative)
     row("throughput", rate(predicted.throughput), rate(measured.throughput), None)
     row("bubble", percent(predicted.bubble), percent(measured.bubble), None)
+    row("synchronising", percent(predicted.synchronising), percent(measured.synchronising), None)
     if comparison.replay:
         row(
             "step, replayed",

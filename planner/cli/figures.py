@@ -30,6 +30,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "stale_gradients": asynchronous(outcome.plan),
         "staleness_updates": staleness(outcome) if asynchronous(outcome.plan) else 0.0,
         "bubble_fraction": outcome.bubble,
+        "synchronising_fraction": outcome.synchronising,
         "span_bubble_s": outcome.trace.span_bubble_s,
         "peak_bytes": outcome.peak_bytes,
         "peak_bytes_per_device": [point.total for point in outcome.peak],

@@ -11,11 +11,12 @@ import typer
 
 from planner import __version__
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
-from planner.basis.units import percent, rate, seconds, size
-from planner.cli import output
+from planner.basis.units import percent, seconds, size
+from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.opened import opened
+from planner.cli.tables import FILTER_HELP, SORT_HELP
 from planner.orders import synchronisation as synchronisations
 from planner.placement import savings, strategies
 from planner.search.explain import cheapest_change, explain
@@ -49,6 +50,8 @@ def search(
     profile: Annotated[str | None, typer.Option(help="A profile's path or name. Default: the last one.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Other hardware: a TOML file, or a shipped name.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = float("inf"),
+    sort: Annotated[str | None, typer.Option(help=SORT_HELP, metavar="COLUMN")] = None,
+    words: Annotated[list[str] | None, typer.Option("--filter", help=FILTER_HELP, metavar="TEXT")] = None,
     restart: Annotated[bool, typer.Option(help="Forget what an earlier, interrupted search has evaluated.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -72,6 +75,8 @@ def search(
         stale=stale,
         budget=budget,
         restart=restart,
+        sort=sort,
+        words=words or (),
         json=json,
     )
 
@@ -89,6 +94,8 @@ def run(
     restart: bool = False,
     samples: int = SAMPLES,
     seed: int = SEED,
+    sort: str | None = None,
+    words: Sequence[str] = (),
     json: bool = False,
 ) -> None:
     """Search, save, and print; what `plan search` and `plan simulate` without K do."""
@@ -120,10 +127,11 @@ def run(
             stale=stale,
         )
     )
+    rows = tables.arranged(outcomes, sort, words)
     if json:
-        output.document("search", as_data(searching, answer, outcomes))
+        output.document("search", as_data(searching, answer, outcomes, rows))
     else:
-        _print(searching, answer, outcomes)
+        _print(searching, answer, outcomes, rows)
 
 
 def _begin(
@@ -247,7 +255,7 @@ def nothing_fits(searching: Search, answer: Answer) -> PlanError:
     )
 
 
-def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows: Sequence[Outcome]) -> dict[str, Any]:
     """A search as JSON data, with units in the names."""
     return {
         "objective": answer.objective,
@@ -261,7 +269,7 @@ def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> d
         "plans_per_s": answer.evaluated / max(1e-9, answer.seconds),
         "best": str(outcomes[0].plan),
         "explanation": explain(searching, answer, outcomes[0], changes=False),
-        "plans": [figures(outcome) for outcome in outcomes],
+        "plans": [figures(outcome) for outcome in rows],
         "pareto": [
             {"plan": f.label, "step_s": f.step_s, "peak_bytes": f.peak_bytes, "contention_simulated": f.exact}
             for f in answer.front
@@ -271,24 +279,10 @@ def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> d
     }
 
 
-def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome]) -> None:
-    from rich.table import Table
-
+def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows: Sequence[Outcome]) -> None:
     title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for name in ("plan", "samples/s", "step", "bubble", "memory"):
-        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
-    for outcome in outcomes:
-        table.add_row(
-            str(outcome.plan),
-            rate(outcome.throughput).removesuffix(" samples/s"),
-            seconds(outcome.step_s),
-            percent(outcome.bubble),
-            size(outcome.peak_bytes),
-            style="bold" if outcome is outcomes[0] else None,
-        )
-    output.results.print(table)
+    tables.show(rows, title=title, best=outcomes[0], without=("interval", "fits"))
     speed = answer.evaluated / max(1e-9, answer.seconds)
     state = "nothing that was left out can be better" if answer.complete else "stopped; the same command goes on"
     output.results.print(

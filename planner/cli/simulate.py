@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from planner.basis.errors import PlanError
-from planner.basis.units import percent, rate, seconds, size
-from planner.cli import output
+from planner.basis.units import percent, rate, seconds
+from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
 from planner.cli.opened import opened
 from planner.cli.search import run
+from planner.cli.tables import FILTER_HELP, SORT_HELP
 from planner.placement import strategies
 from planner.search.ranking import Ranking, check, rank
 from planner.simulate.contention import Failure
@@ -46,6 +48,8 @@ def simulate(
     slow_device: Annotated[list[str] | None, typer.Option(help="A device that is slower: d3=2 is twice.")] = None,
     slow_link: Annotated[list[str] | None, typer.Option(help="A link that is slower: d0:d1=4.")] = None,
     fail: Annotated[list[str] | None, typer.Option(help="A device that stops: d2@1.5+3 is at 1.5 s, for 3 s.")] = None,
+    sort: Annotated[str | None, typer.Option(help=SORT_HELP, metavar="COLUMN")] = None,
+    words: Annotated[list[str] | None, typer.Option("--filter", help=FILTER_HELP, metavar="TEXT")] = None,
     every: Annotated[bool, typer.Option("--all", help="Show all plans, not only the best.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -72,6 +76,8 @@ def simulate(
             stale=stale,
             samples=samples,
             seed=seed,
+            sort=sort,
+            words=words or (),
             json=json,
         )
         return
@@ -99,14 +105,14 @@ def simulate(
         failures=failures,
     )
     store.save_ranking(ranking)
-    best = ranking.best
+    rows = tables.arranged(ranking.outcomes, sort, words or ())
     if json:
-        output.document("simulate", {**as_data(ranking), "estimated": measured.estimated})
+        output.document("simulate", {**as_data(ranking, rows), "estimated": measured.estimated})
     else:
-        _print(ranking, best, measured, shown=len(ranking.outcomes) if every else SHOWN)
+        _print(ranking, rows, measured, shown=len(rows) if every else SHOWN)
 
 
-def as_data(ranking: Ranking) -> dict[str, Any]:
+def as_data(ranking: Ranking, rows: Sequence[Outcome]) -> dict[str, Any]:
     """The ranking as JSON data, with units in the names."""
     return {
         "k": ranking.k,
@@ -116,14 +122,13 @@ def as_data(ranking: Ranking) -> dict[str, Any]:
         "profile": ranking.profile,
         "best": str(ranking.best.plan),
         "limits": [limit.text for limit in limits(ranking.best, ranking.cluster)],
-        "plans": [figures(outcome) for outcome in ranking.outcomes],
+        "plans": [figures(outcome) for outcome in rows],
         "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
     }
 
 
-def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) -> None:
-    from rich.table import Table
-
+def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, *, shown: int) -> None:
+    best = ranking.best
     where = ranking.cluster
     cores = where.hosts[0].cores
     title = (
@@ -131,32 +136,9 @@ def _print(ranking: Ranking, best: Outcome, measured: Profile, *, shown: int) ->
     )
     title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
     title = f"estimated: {title}" if measured.estimated else title
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for name, justify in (
-        ("plan", "left"),
-        ("samples/s", "right"),
-        ("10 to 90 %", "right"),
-        ("step", "right"),
-        ("bubble", "right"),
-        ("memory", "right"),
-        ("fits", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for outcome in ranking.outcomes[:shown]:
-        low, high = outcome.throughput_interval
-        table.add_row(
-            str(outcome.plan),
-            rate(outcome.throughput).removesuffix(" samples/s"),
-            f"{rate(low).removesuffix(' samples/s')}–{rate(high).removesuffix(' samples/s')}",
-            seconds(outcome.step_s),
-            percent(outcome.bubble),
-            size(outcome.peak_bytes),
-            "yes" if outcome.fits else "no",
-            style="bold" if outcome is best else None,
-        )
-    output.results.print(table)
-    if len(ranking.outcomes) > shown:
-        output.results.print(f"and {len(ranking.outcomes) - shown} more plans (--all shows them)")
+    tables.show(rows[:shown], title=title, best=best)
+    if len(rows) > shown:
+        output.results.print(f"and {len(rows) - shown} more plans (--all shows them)")
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected.strategy}: {rejected.why}", markup=False)
     stale = next((o for o in ranking.outcomes if o.fits), best)

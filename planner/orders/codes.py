@@ -39,6 +39,8 @@ OPS = (
     *(REDUCE_GRAD, REDUCE_TIED, PULL, PUSH, OPTIMIZER, LOAD),
 )
 NUMBER = {op: number for number, op in enumerate(OPS)}
+SYNCHRONISING = (REDUCE_GRAD, REDUCE_TIED, UNSHARD_FORWARD, UNSHARD_BACKWARD, PULL, PUSH)
+"""What a device does to agree with others on gradients and parameters: it computes nothing while it waits for that."""
 COMPUTES = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
 """What a schedule may contain; everything else is added by `planner.programs.lowering`."""
 

@@ -6,6 +6,7 @@ posted (rendezvous) and shares its links with others; a compute waits for its me
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
@@ -231,7 +232,9 @@ class Run:
             Event(rows[i], COMPUTE, str(action), self.start[i], self.ready[i], self.end[i])
             for i, action in enumerate(self.linked.actions)
         ]
-        posted = dict(zip(self.posts, range(len(self.posts)), strict=True))
+        posting: dict[int, list[int]] = defaultdict(list)  # a gather is on the link of each who joins it
+        for i, transfer in enumerate(self.posts):
+            posting[transfer].append(i)
         for transfer, begin, end in self.moved:
             kind = self.costs.kinds[self.kind_of[transfer]]
             if kind.op in MESSAGES:
@@ -239,8 +242,8 @@ class Run:
                 action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
                 events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
             elif kind.op in _BESIDE:
-                i = posted[transfer]
-                events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
+                for i in posting[transfer]:
+                    events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
         events.sort(key=lambda event: (event.device, event.start, event.end))
         return Trace(devices=self.devices, events=tuple(events))
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from planner.basis.units import percent, seconds
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
+from planner.values.plan import Plan, windows
 from planner.values.trace import COMPUTE
 
 
@@ -17,32 +18,60 @@ class Limit(NamedTuple):
     text: str
 
 
+def ideal_bubble(plan: Plan) -> float | None:
+    """Return the idle share of GPipe and 1F1B with equal stages and free transfers, None for other plans.
+
+    A pipeline of K stages that a replica's own M / R micro-batches pass is idle for (K - 1) / (M / R + K - 1) of the
+    step (Huang et al., arXiv 1811.06965, section 2.3).
+    """
+    if plan.schedule not in ("gpipe", "1f1b") or plan.uneven:
+        return None
+    return (plan.depth - 1) / (plan.microbatches // plan.replicas + plan.depth - 1)
+
+
+def _bubble(outcome: Outcome) -> str:
+    plan, ideal = outcome.plan, ideal_bubble(outcome.plan)
+    text = f"the bubble: devices stand idle for {percent(outcome.bubble)} of the step"
+    if len(plan.stages) == 1:
+        return f"{text}, waiting for parameters, gradients or each other"
+    if ideal is not None:
+        formula = "(K-1)/(M+K-1)" if plan.replicas == 1 else "(K-1)/(M/R+K-1)"
+        shape = f"K={plan.depth}, M={plan.microbatches}" + (f", R={plan.replicas}" if plan.replicas > 1 else "")
+        return f"{text}; with equal stages and free transfers it would be {formula} = {percent(ideal)} at {shape}"
+    return f"{text}, because one works at a time" if plan.schedule == "naive" else text
+
+
+def _synchronising(outcome: Outcome, seconds_by_op: dict[str, float]) -> str:
+    """Say what devices do to agree: `seconds_by_op` are on the devices' own lanes."""
+    words = {"REDUCE_GRAD": "reducing gradients", "REDUCE_TIED": "adding up gradients of shared parameters"}
+    words |= {"PULL": "pulling parameters", "PUSH": "pushing gradients"}
+    done = sorted((op for op in words if seconds_by_op.get(op, 0.0) > 0), key=lambda op: -seconds_by_op[op])
+    if any(op in ("UNSHARD_F", "UNSHARD_B") for op in seconds_by_op):
+        done.append("gather")
+    named = (
+        " and ".join({**words, "gather": "gathering parameters"}[op] for op in done) or "agreeing with other devices"
+    )
+    return f"synchronising: devices wait for {percent(outcome.synchronising)} of the step, {named}"
+
+
 def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     """Return the losses that matter (2 % of the devices' time and more), largest first; or that there is none."""
     trace = outcome.trace
     if not trace.events:
-        return [Limit(outcome.bubble, f"the bubble: devices stand idle for {percent(outcome.bubble)} of the step")]
+        found = [Limit(outcome.bubble, _bubble(outcome)), Limit(outcome.synchronising, _synchronising(outcome, {}))]
+        return sorted(found, key=lambda limit: -limit.share)[: 1 + (min(outcome.bubble, outcome.synchronising) > 0.02)]
     count, whole = len(trace.devices), trace.end * len(trace.devices)
-    busiest = max(range(count), key=lambda d: trace.busy[d])
-    found: list[Limit] = []
-    uneven = sum(trace.busy[busiest] - busy for busy in trace.busy) / whole
+    computed = trace.computing
+    busiest = max(range(count), key=lambda d: computed[d])
+    found = []
+    uneven = sum(computed[busiest] - own for own in computed) / whole
     if uneven > 0.02:
-        mean = sum(trace.busy) / count
-        over = trace.busy[busiest] / mean - 1
+        over = computed[busiest] / (sum(computed) / count) - 1
         name = trace.devices[busiest]
         found.append(Limit(uneven, f"uneven devices: {name} works {percent(over)} more than the mean"))
     idle = outcome.bubble - uneven
     if idle > 0.02 and count > 1:
-        stages, m = len(outcome.plan.stages), outcome.plan.microbatches
-        why = f"the bubble: devices stand idle for {percent(outcome.bubble)} of the step"
-        if outcome.plan.schedule in ("gpipe", "1f1b") and stages > 1:
-            ideal = (stages - 1) / (m + stages - 1)
-            why += f"; with equal stages and free transfers it would be (K-1)/(M+K-1) = {percent(ideal)}"
-        elif outcome.plan.schedule == "naive" and stages > 1:
-            why += ", because one works at a time"
-        elif stages == 1:
-            why += ", waiting for parameters, gradients or each other"
-        found.append(Limit(idle, why))
+        found.append(Limit(idle, _bubble(outcome)))
     by_op: dict[str, float] = {}
     for event in trace.events:
         if event.lane == COMPUTE:
@@ -51,14 +80,12 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
         ("R", "recomputing forwards"),
         ("OPTIMIZER", "the optimizer"),
         ("LOAD", "loading input"),
-        ("REDUCE_GRAD", "reducing gradients"),
-        ("REDUCE_TIED", "adding up gradients of shared parameters"),
-        ("PULL", "pulling parameters"),
-        ("PUSH", "pushing gradients"),
     ):
         share = by_op.get(op, 0.0) / whole
         if share > 0.02:
             found.append(Limit(share, f"{what}: {percent(share)} of the devices' time"))
+    if outcome.synchronising > 0.02:
+        found.append(Limit(outcome.synchronising, _synchronising(outcome, by_op)))
     threads = count * outcome.plan.threads
     cores = cluster.hosts[0].cores
     if cluster.elastic and threads > cores:
@@ -71,6 +98,6 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
         )
     found.sort(key=lambda limit: -limit.share)
     if not found:
-        work = seconds(max(trace.busy))
-        found.append(Limit(0.0, f"the layers' own computing: {work} of the {seconds(trace.end)} step"))
+        work = seconds(max(computed) / windows(outcome.plan))
+        found.append(Limit(0.0, f"the layers' own computing: {work} of the {seconds(outcome.step_s)} step"))
     return found

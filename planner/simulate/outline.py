@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.costs.priced import costs_of
+from planner.costs.priced import Costs, costs_of
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.evaluate import evaluate
@@ -42,7 +44,9 @@ def outline(placed: Placed) -> Outcome:
         memory = tuple(
             MemoryPoint(row, 0.0, (*[0.0] * (len(KINDS) - 1), float(peak))) for row, peak in enumerate(peaks)
         )
-    worked = float(costs.seconds.sum()) / windows(plan)
+    computed, exchanged = (
+        seconds / windows(plan) / rows for seconds in (float(costs.seconds.sum()), _exchanged(costs))
+    )
     trace = Trace(devices=names, events=events, memory=memory)
     return Outcome(
         plan=plan,
@@ -52,7 +56,16 @@ def outline(placed: Placed) -> Outcome:
         interval_s=(step_s, step_s),
         capacity_bytes=placed.capacities[:rows],
         step_times_s=(step_s,) if asynchronous(plan) or not events else (),
-        idle=max(0.0, 1.0 - worked / (rows * step_s)) if step_s else 0.0,
+        idle=max(0.0, 1.0 - (computed + exchanged) / step_s) if step_s else 0.0,
+        synchronised=exchanged / step_s if step_s else 0.0,
         samples_s=(step_s,),
         estimated=placed.profile.estimated,
     )
+
+
+def _exchanged(costs: Costs) -> float:
+    """Seconds, of all rows together, of the transfers that an action waits for as soon as it has posted them."""
+    linked = costs.linked
+    own = linked.posts[(linked.waits >= 0) & (linked.waits == linked.posts)]
+    seconds = np.array([kind.seconds for kind in costs.kinds])
+    return float(seconds[costs.transfer_kind[own]].sum()) if len(own) else 0.0

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from planner.values.plan import Plan
+from planner.values.plan import Plan, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
 Source = Literal["simulated", "measured", "rehearsed"]
@@ -24,7 +24,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     `interval_s` bounds the step time: from the profile's spread when simulated, the 10th to 90th percentile of the
     steps when measured. `capacity_bytes` is each device's memory. `profiled_s` has a prediction's median seconds per
     stage and operation, before jitter and contention. `samples_s` are the simulated steps in ascending order.
-    `idle` is the bubble where the trace does not hold the whole step.
+    `idle` and `synchronised` are the bubble and the share of synchronising where the trace does not hold the step.
     `estimated` says that no layer was measured. `losses` are the measured mean loss of each step.
     """
 
@@ -38,6 +38,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     step_times_s: tuple[float, ...] = ()
     samples_s: tuple[float, ...] = ()
     idle: float | None = None
+    synchronised: float | None = None
     estimated: bool = False
     losses: tuple[float, ...] = ()
 
@@ -71,11 +72,26 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if self.idle is not None:
             return self.idle
         if self.source == "simulated" and self.step_times_s:
-            from planner.values.plan import windows
-
-            worked = sum(self.trace.busy) / windows(self.plan)
-            return max(0.0, 1.0 - worked / (len(self.trace.devices) * self.step_s))
+            return max(0.0, 1.0 - self._steady(self.trace.computing) - self._steady(self.trace.synchronising))
         return statistics.median(trace.makespan_bubble for trace in self.steps)
+
+    @cached_property
+    def synchronising(self) -> float:
+        """Share of the devices' time that goes into agreeing with others instead of computing; no part of the bubble.
+
+        Reductions, gathers, pulls and pushes that nothing hides, the median over the steps.
+        """
+        if self.synchronised is not None:
+            return self.synchronised
+        if self.source == "simulated" and self.step_times_s:
+            return self._steady(self.trace.synchronising)
+        return statistics.median(
+            sum(trace.synchronising) / (len(trace.devices) * trace.end) if trace.end else 0.0 for trace in self.steps
+        )
+
+    def _steady(self, spent: tuple[float, ...]) -> float:
+        """Share of the devices' time in the steady state, of seconds that were spent in all unrolled steps."""
+        return sum(spent) / windows(self.plan) / (len(spent) * self.step_s)
 
     @property
     def peak(self) -> tuple[MemoryPoint, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from planner.orders.action import Action, parse
+from planner.orders.codes import SYNCHRONISING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +88,41 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return tuple(busy)
 
     @cached_property
+    def synchronising(self) -> tuple[float, ...]:
+        """Seconds in which each device agreed with others instead of computing: what of that nothing hides.
+
+        It reduces, pulls or pushes (from when the last device has come to that), or waits for gathered parameters: for
+        what ends when a gather on its link ends.
+        """
+        gathered: dict[int, list[float]] = defaultdict(list)
+        come: dict[str, float] = {}
+        for event in self.events:
+            if event.op in SYNCHRONISING and event.lane == LINK:
+                gathered[event.device].append(event.end)
+            elif event.op in SYNCHRONISING:
+                come[event.action] = max(come.get(event.action, 0.0), event.start)
+        for ends in gathered.values():
+            ends.sort()
+        spent = [0.0] * len(self.devices)
+        for event in self.events:
+            if event.lane != COMPUTE:
+                continue
+            if event.op in SYNCHRONISING:
+                spent[event.device] += event.end - min(event.ready, max(event.start, come[event.action]))
+            elif event.ready > event.start and _has(gathered[event.device], event.ready, 1e-9 * self.end):
+                spent[event.device] += event.ready - event.start
+        return tuple(spent)
+
+    @cached_property
+    def computing(self) -> tuple[float, ...]:
+        """Seconds that each device worked on its own: `busy` without what it does to agree with others."""
+        own = [0.0] * len(self.devices)
+        for event in self.events:
+            if event.lane == COMPUTE and event.op not in SYNCHRONISING:
+                own[event.device] += event.work
+        return tuple(own)
+
+    @cached_property
     def span(self) -> tuple[float, ...]:
         """Seconds from each device's first work to its last."""
         first = [float("inf")] * len(self.devices)
@@ -98,8 +135,9 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def makespan_bubble(self) -> float:
-        """Idle share of the devices' time from the step's begin to its end."""
-        return 1.0 - sum(self.busy) / (len(self.devices) * self.end) if self.end else 0.0
+        """Share of the devices' time that is neither computing nor synchronising, from the step's begin to its end."""
+        used = sum(self.computing) + sum(self.synchronising)
+        return 1.0 - used / (len(self.devices) * self.end) if self.end else 0.0
 
     @property
     def span_bubble_s(self) -> float:
@@ -130,6 +168,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         columns = Event.__struct_fields__
         return pd.DataFrame([msgspec.structs.astuple(event) for event in self.events], columns=list(columns))
+
+
+def _has(times: list[float], time: float, tolerance: float) -> bool:
+    """Whether one of the times, in ascending order, is this one."""
+    at = bisect.bisect_left(times, time - tolerance)
+    return at < len(times) and times[at] <= time + tolerance
 
 
 def in_flight(trace: Trace) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from reports.registry import section
 from reports.report import Report
 
 _ROWS = 500
-_HEAD = ("Plan", "Throughput", "Interval", "Step time", "Bubble", "Peak memory, worst device", "Fits")
+_HEAD = ("Plan", "Throughput", "Interval", "Step time", "Bubble", "Sync", "Peak memory, worst device", "Fits")
 
 
 @section("plans", "The ranked plans")
@@ -60,6 +60,7 @@ def _row(outcome: Outcome, *, shown: bool) -> list[Cell]:
         Number(interval_text(outcome) or "—", interval[0] if (interval := throughput_interval(outcome)) else None),
         Number(known(numbers.step_s, seconds), numbers.step_s),
         Number(known(numbers.bubble_fraction, percent), numbers.bubble_fraction),
+        Number(known(numbers.synchronising_fraction, percent), numbers.synchronising_fraction),
         Number(memory, numbers.peak_bytes),
         Number("yes" if outcome.fits else "no", float(outcome.fits)),
     ]

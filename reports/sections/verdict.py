@@ -1,4 +1,4 @@
-"""The first screen: the verdict in a sentence or two, and the five numbers people compare, as cards."""
+"""The first screen: the verdict in a sentence or two, and the six numbers people compare, as cards."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def _bubble_remark(outcome: Outcome) -> str:
     return f"longest wait {seconds(wait.ready - wait.start)}" if wait else "no action waits"
 
 
+def _synchronising_remark(outcome: Outcome) -> str:
+    return "reductions, pulls and pushes" if outcome.synchronising else "nothing to agree on"
+
+
 def _peak_remark(outcome: Outcome) -> str:
     most = worst(outcome)
     if most is None:
@@ -64,6 +68,7 @@ _CARDS = (
     _Card("throughput", "Throughput", "throughput_samples_per_s", rate, _throughput_remark),
     _Card("step", "Step time", "step_s", seconds, _step_remark),
     _Card("bubble", "Bubble", "bubble_fraction", percent, _bubble_remark),
+    _Card("synchronising", "Synchronising", "synchronising_fraction", percent, _synchronising_remark),
     _Card("peak", "Peak memory, worst device", "peak_bytes", size, _peak_remark),
 )
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
+from planner.costs.placed import Placed
+from planner.placement import strategies
+from planner.placement.pipeline import Question
 from planner.search.ranking import rank
-from planner.simulate.limits import limits
+from planner.simulate.limits import ideal_bubble, limits
+from planner.simulate.outline import outline
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster, Host
 from planner.values.plan import asynchronous
@@ -20,6 +27,50 @@ def test_an_equal_pipeline_is_bound_by_its_bubble() -> None:
     first = texts([1.0] * 4, "gpipe", 4)[0]
     assert "idle for 42.9 % of the step" in first
     assert "(K-1)/(M+K-1) = 42.9 %" in first
+
+
+def test_the_ideal_bubble_counts_a_replicas_own_microbatches() -> None:
+    """M=8 over R=2: each pipeline of K=4 has 4, so 3 of 7 slots are idle, not 3 of 11."""
+    plan, _ = pipeline("1f1b", 4, 8, replicas=2)
+    assert ideal_bubble(plan) == pytest.approx(3 / 7)
+    cluster = devices(8)
+    first = limits(simulate(profile([1.0] * 4), plan, cluster), cluster)[0].text
+    assert "(K-1)/(M/R+K-1) = 42.9 % at K=4, M=8, R=2" in first
+    assert "idle for 42.9 % of the step" in first
+
+
+@pytest.mark.parametrize("strategy", ["data-parallel", "zero-1", "zero-2", "zero-3", "parameter-server"])
+def test_time_in_reductions_is_no_computing_and_no_bubble(strategy: str) -> None:
+    """Two equal devices compute 8 s of a step; all else of it is spent agreeing, however that is done."""
+    cluster = devices(2, bandwidth=500.0)
+    plan = strategies.get(strategy).spread(Question(profile([1.0, 1.0]), cluster, 2, 2, 4))
+    outcome = simulate(profile([1.0, 1.0]), plan, cluster)
+    assert outcome.step_s > 9
+    assert outcome.synchronising == pytest.approx(1 - 8 / outcome.step_s)
+    assert outcome.bubble == pytest.approx(0.0, abs=1e-9)
+    assert any(limit.text.startswith("synchronising") for limit in limits(outcome, cluster))
+
+
+def test_waiting_for_a_slower_replica_is_the_bubble() -> None:
+    """d1 is half as fast and reduces in no time: d0 waits for it for half of the step."""
+    cluster = devices(2)
+    slow = msgspec.structs.replace(cluster.devices[1], speed=0.5)
+    cluster = msgspec.structs.replace(cluster, devices=(cluster.devices[0], slow))
+    plan = strategies.get("data-parallel").spread(Question(profile([1.0, 1.0]), cluster, 2, 2, 4))
+    outcome = simulate(profile([1.0, 1.0]), plan, cluster)
+    assert outcome.synchronising == pytest.approx(0.0, abs=1e-9)
+    assert outcome.bubble == pytest.approx(0.25)
+
+
+def test_large_plans_count_what_their_actions_wait_for() -> None:
+    """The outline walks no SimPy: its shares are those of the walked step."""
+    cluster = devices(2, bandwidth=500.0)
+    plan = strategies.get("data-parallel").spread(Question(profile([1.0, 1.0]), cluster, 2, 2, 4))
+    placed = Placed(profile([1.0, 1.0]), plan, cluster)
+    small, large = simulate(profile([1.0, 1.0]), plan, cluster), outline(placed)
+    assert large.step_s == pytest.approx(small.step_s)
+    assert large.synchronising == pytest.approx(small.synchronising)
+    assert large.bubble == pytest.approx(small.bubble, abs=1e-9)
 
 
 def test_an_uneven_pipeline_is_bound_by_its_slowest_stage() -> None:

@@ -81,7 +81,7 @@ def test_cards_read_back_equal_the_json_and_the_outcome(show: Open, whole: Repor
     page = show(whole)
     numbers = json.loads(page.locator("#report-data").text_content())["cards"]
     cards = page.locator("[data-card]").evaluate_all("cards => cards.map(card => ({...card.dataset}))")
-    assert len(cards) == 9
+    assert len(cards) == 11
     for card in cards:
         assert float(card["value"]) == numbers[card["source"]][card["key"]]
     assert whole.measured is not None

@@ -89,6 +89,7 @@ def test_every_card_shows_the_outcomes_figure(whole: Report, page: Page) -> None
         expected["throughput", source] = outcome.throughput
         expected["step", source] = outcome.step_s
         expected["bubble", source] = outcome.bubble
+        expected["synchronising", source] = outcome.synchronising
         expected["peak", source] = outcome.peak_bytes
     expected["error", "measured"] = whole.comparison.total.relative
     shown = {(c["data-card"], c["data-source"]): float(c["data-value"] or "nan") for c in page.cards()}
@@ -97,7 +98,7 @@ def test_every_card_shows_the_outcomes_figure(whole: Report, page: Page) -> None
 
 def test_the_cards_are_in_the_json(page: Page) -> None:
     cards = page.script("report-data")["cards"]
-    assert len(page.cards()) == 9
+    assert len(page.cards()) == 11
     for card in page.cards():
         assert cards[card["data-source"]][card["data-key"]] == float(card["data-value"] or "nan")  # type: ignore[index]
 
@@ -334,4 +335,5 @@ def test_a_long_table_says_what_it_leaves_out() -> None:
 
 def test_figures_are_the_outcomes(whole: Report) -> None:
     outcome: Outcome = whole.predicted
-    assert figures(outcome) == (outcome.throughput, outcome.step_s, outcome.bubble, outcome.peak_bytes)
+    shares = outcome.bubble, outcome.synchronising
+    assert figures(outcome) == (outcome.throughput, outcome.step_s, *shares, outcome.peak_bytes)

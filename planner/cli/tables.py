@@ -1,0 +1,79 @@
+"""The table of plans that several commands print: its columns, and what it is sorted and filtered by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from planner.basis.errors import PlanError, unknown
+from planner.basis.units import percent, rate, seconds, size
+from planner.values.outcome import Outcome
+
+
+class Column(NamedTuple):
+    """A column: what `--sort` calls it, its heading, the cell of an outcome, and what it is sorted by, least first."""
+
+    name: str
+    heading: str
+    cell: Callable[[Outcome], str]
+    order: Callable[[Outcome], Any]
+
+
+def _samples(value: float) -> str:
+    return rate(value).removesuffix(" samples/s")
+
+
+COLUMNS = (
+    Column("plan", "plan", lambda o: str(o.plan), lambda o: str(o.plan)),
+    Column("throughput", "samples/s", lambda o: _samples(o.throughput), lambda o: -o.throughput),
+    Column(
+        "interval",
+        "10 to 90 %",
+        lambda o: "–".join(map(_samples, o.throughput_interval)),
+        lambda o: -o.throughput_interval[0],
+    ),
+    Column("step", "step", lambda o: seconds(o.step_s), lambda o: o.step_s),
+    Column("bubble", "bubble", lambda o: percent(o.bubble), lambda o: o.bubble),
+    Column("sync", "sync", lambda o: percent(o.synchronising), lambda o: o.synchronising),
+    Column("memory", "memory", lambda o: size(o.peak_bytes), lambda o: o.peak_bytes),
+    Column("fits", "fits", lambda o: "yes" if o.fits else "no", lambda o: not o.fits),
+)
+NAMES = tuple(column.name for column in COLUMNS)
+SORT_HELP = f"Sort the table by {', '.join(NAMES[:-1])} or {NAMES[-1]}. Default: the best first."
+FILTER_HELP = "Show only plans whose name has this text, as gpipe; may be repeated."
+
+
+def arranged(outcomes: Sequence[Outcome], sort: str | None, words: Sequence[str]) -> list[Outcome]:
+    """Return the outcomes whose plan's name has all the words, in the order of a column, or as they come.
+
+    Raises `PlanError` (exit 2) for an unknown column, and where no name has all the words.
+    """
+    if sort is not None and sort not in NAMES:
+        raise unknown("column", sort, NAMES, where="--sort", fix="choose one of the columns, for example --sort memory")
+    found = [outcome for outcome in outcomes if all(word in str(outcome.plan) for word in words)]
+    if words and not found:
+        raise PlanError(
+            what=f"no plan's name has {' and '.join(words)}",
+            where="--filter",
+            why=f"the {len(outcomes)} plans are called {', '.join(str(o.plan) for o in outcomes[:4])}, ...",
+            fix="leave --filter out, or give a part of a name, for example --filter gpipe",
+        )
+    if sort is not None:
+        found.sort(key=next(column.order for column in COLUMNS if column.name == sort))
+    return found
+
+
+def show(outcomes: Sequence[Outcome], *, title: str, best: Outcome | None, without: tuple[str, ...] = ()) -> None:
+    """Print the table, the best plan's row in bold."""
+    from rich.table import Table
+
+    from planner.cli import output
+
+    columns = [column for column in COLUMNS if column.name not in without]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column.name in ("plan", "fits") else "right", no_wrap=True)
+    for outcome in outcomes:
+        bold = best is not None and outcome.plan == best.plan
+        table.add_row(*(column.cell(outcome) for column in columns), style="bold" if bold else None)
+    output.results.print(table)
