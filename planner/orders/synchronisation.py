@@ -35,12 +35,17 @@ Pass = Callable[[Codes, int], Codes]
 
 
 class Synchronisation(NamedTuple):
-    """A registered way. `shards` is what each replica holds only its part of; `server` where the parameters live."""
+    """A registered synchronisation.
+
+    `shards` is what each replica holds only its part of; with `gathers` the parameters that each has updated are
+    gathered behind the optimizer. `server` says where parameters live that are served.
+    """
 
     name: str
     summary: str
     add: Pass
     shards: tuple[Sharded, ...]
+    gathers: bool
     server: Literal["", "devices", "host"]
     asynchronous: bool
 
@@ -53,13 +58,14 @@ def synchronisation(
     summary: str,
     *,
     shards: tuple[Sharded, ...] = (),
+    gathers: bool = False,
     server: Literal["", "devices", "host"] = "",
     asynchronous: bool = False,
 ) -> Callable[[Pass], Pass]:
     """Register a pass under `name`."""
 
     def register(add: Pass) -> Pass:
-        _REGISTRY[name] = Synchronisation(name, summary, add, shards, server, asynchronous)
+        _REGISTRY[name] = Synchronisation(name, summary, add, shards, gathers, server, asynchronous)
         return add
 
     return register
@@ -83,13 +89,18 @@ def all_reduce(row: Codes, share: int) -> Codes:
     return _behind(row, last_backward(row, share), REDUCE_GRAD)
 
 
-@synchronisation("zero-1", "as all-reduce, with each replica updating its shard", shards=("optimizer",))
+@synchronisation("zero-1", "as all-reduce, with each replica updating its shard", shards=("optimizer",), gathers=True)
 def zero_1(row: Codes, share: int) -> Codes:
     """Reduce-scatter gradients once; the updated shards are gathered behind the optimizer (arXiv 1910.02054)."""
     return _behind(row, last_backward(row, share), REDUCE_GRAD)
 
 
-@synchronisation("zero-2", "gradients are reduced to shards after every backward", shards=("optimizer", "gradients"))
+@synchronisation(
+    "zero-2",
+    "gradients are reduced to shards after every backward",
+    shards=("optimizer", "gradients"),
+    gathers=True,
+)
 def zero_2(row: Codes, share: int) -> Codes:
     """Reduce-scatter after every backward, so that only a shard of the gradients is ever kept."""
     return codes.insert(row, codes.has(row, BACKWARD, BACKWARD_WEIGHT), REDUCE_GRAD, behind=True)

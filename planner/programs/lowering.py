@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,7 @@ from planner.orders.codes import (
     LOAD,
     OFFLOAD,
     OPTIMIZER,
+    PUSH,
     RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
@@ -62,23 +65,25 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     stages = len(plan.stages)
     share = _between_updates(plan)
     rows = messages(compute_order(plan, replicas), stages)
+    agreeing = _agreeing(plan)[: len(rows)]
     if schedule.trains:
         rows = recompute(rows, _forgetful(plan))
-        if plan.replicas > 1 or way.server:
-            rows = prefetch(tuple(way.add(row, share) for row in rows), UNSHARD_FORWARD, UNSHARD_BACKWARD)
-            if asynchronous(plan):
-                rows = tuple(send_first(row) for row in rows)
+        if any(agreeing):
+            rows = tuple(
+                send_first(way.add(row, share)) if agrees else row for agrees, row in zip(agreeing, rows, strict=True)
+            )
+            rows = prefetch(rows, UNSHARD_FORWARD, UNSHARD_BACKWARD)
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
         rows = tuple(tie(row, plan.tied) for row in rows)
     updates = schedule.trains and not way.server
-    gathers = updates and way.name in ("zero-1", "zero-2") and plan.replicas > 1
+    gathers = [way.gathers and agrees for agrees in agreeing]
     if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)
-        rows = tuple(gather(row) for row in rows) if gathers else rows
-    behind = (OPTIMIZER,) * (updates and share >= ONCE) + (UNSHARD_FORWARD,) * (gathers and share >= ONCE)
-    return Program(frame(rows, stages, behind))
+        rows = tuple(gather(row) if gathered else row for gathered, row in zip(gathers, rows, strict=True))
+    last = (OPTIMIZER,) if updates and share >= ONCE else ()
+    return Program(frame(rows, stages, [(*last, UNSHARD_FORWARD) if last and g else last for g in gathers]))
 
 
 def compute_order(plan: Plan, copies: int | None = None) -> Order:
@@ -103,6 +108,12 @@ def _between_updates(plan: Plan) -> int:
     if schedules.get(plan.schedule).updates == "microbatch":
         return 1
     return -(-plan.microbatches // plan.replicas) if asynchronous(plan) else ONCE
+
+
+def _agreeing(plan: Plan) -> list[bool]:
+    """Of every row, whether its stages have other holders to agree with on their parameters, or servers."""
+    served = bool(synchronisation.get(plan.synchronisation).server)
+    return [served or any(len(plan.holders[s]) > 1 for s in held) for held in plan.stages_of]
 
 
 def _forgetful(plan: Plan) -> Codes:
@@ -326,18 +337,22 @@ def recompute(rows: Order, stages: Codes) -> Order:
 
 
 def send_first(row: Codes) -> Codes:
-    """Send a gradient on before it is reduced: the stage before may have what the other replicas are waiting for."""
+    """Send a gradient on before replicas agree: the stage before is waiting for it, as torch's lowering has it too.
+
+    Without a flush it may also have what the other replicas are waiting for.
+    """
     row = row.copy()
-    _send_first(len(row), row, codes.NUMBER[REDUCE_GRAD])
+    for op in (REDUCE_GRAD, PUSH):
+        _send_first(len(row), row, codes.NUMBER[op])
     return row
 
 
 @kernel
-def _send_first(row, reduce):  # type: ignore[no-untyped-def]
-    """Move every reduction behind the SEND_B (7) that stands between it and the next compute (0 to 4)."""
+def _send_first(row, held):  # type: ignore[no-untyped-def]
+    """Move every action `held` up behind the SEND_B (7) that stands between it and the next compute (0 to 4)."""
     count = len(row)
     for i in range(count):
-        if row[i] >> 56 == reduce:
+        if row[i] >> 56 == held:
             action = row[i]
             j = i + 1
             while j < count and row[j] >> 56 >= 5 and row[j] >> 56 != 7:
@@ -414,16 +429,16 @@ def gather(row: Codes) -> Codes:
     return np.insert(row, np.concatenate(at), np.concatenate(added))
 
 
-def frame(rows: Order, stages: int, behind: tuple[str, ...]) -> Order:
+def frame(rows: Order, stages: int, behind: Sequence[tuple[str, ...]]) -> Order:
     """Begin and end the step.
 
     Its batch is produced where it is used: inputs at the first stage, targets at the last. At the end every stage of a
-    device does what is `behind`: the update of its parameters, and the gather of the updated shards.
+    device does what is `behind` its row: the update of its parameters, and the gather of the updated shards.
     """
     flat, offsets = flatten(rows)
     mine = [np.flatnonzero(held).tolist() for held in codes.held(flat, offsets, stages)]
     heads = [[codes.code(LOAD, s) for s in held if s in (0, stages - 1)] for held in mine]
-    tails = [[codes.code(op, s) for s in held for op in behind] for held in mine]
+    tails = [[codes.code(op, s) for s in held for op in last] for held, last in zip(mine, behind, strict=True)]
     lengths = [len(head) + len(row) + len(tail) for head, row, tail in zip(heads, rows, tails, strict=True)]
     framed = cut(np.empty(sum(lengths), np.int64), np.cumsum([0, *lengths]))
     for whole, head, row, tail in zip(framed, heads, rows, tails, strict=True):

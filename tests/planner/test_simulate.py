@@ -149,7 +149,8 @@ def test_transfers_share_a_link() -> None:
     costs = profile([1.0, 1.0], message_bytes=100)
     shared, own = (simulate(costs, plan, devices(4, bandwidth=100.0, shared=shared)).trace for shared in (True, False))
     assert [e.end - e.start for e in own.events if e.lane == "link"] == [1.0] * 4
-    assert [e.end - e.start for e in shared.events if e.lane == "link"] == [2.0] * 4
+    forward = [e for e in shared.events if e.lane == "link" and e.op == "RECV_F"]  # with gradients a reduction travels
+    assert [e.end - e.start for e in forward] == [2.0] * 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=8))

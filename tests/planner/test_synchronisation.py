@@ -14,7 +14,8 @@ from planner.basis.errors import USAGE, PlanError
 from planner.costs import collectives
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.orders.action import parse
+from planner.orders import schedules, synchronisation
+from planner.orders.action import Action, Row, parse
 from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs.lowering import lower, unroll
@@ -383,3 +384,87 @@ def test_unknown_ways_get_the_nearest() -> None:
         spread("gpipe", profile([1.0] * 2), 2, 2, synchronisation="zero1")
     assert raised.value.code == USAGE
     assert "did you mean 'zero-1'" in raised.value.why
+
+
+# Laws, for every schedule and every synchronisation.
+
+REPLICATED = [(name, r) for name in schedules.names() if schedules.get(name).trains for r in (1, 2)]
+
+
+def reductions(row: Row, stage: int) -> list[list[str]]:
+    """The backwards of a stage's row between two reductions, update by update."""
+    updates: list[list[str]] = [[]]
+    for action in row:
+        if action.stage != stage:
+            continue
+        if action.op in ("B", "W", "REDUCE_GRAD"):
+            updates[-1].append(action.op)
+        elif action.op == "OPTIMIZER":
+            updates.append([])
+    return [update for update in updates if update]
+
+
+@pytest.mark.parametrize("way", synchronisation.names())
+@pytest.mark.parametrize(("schedule", "replicas"), REPLICATED)
+def test_every_gradient_is_agreed_on_once_per_update(schedule: str, replicas: int, way: str) -> None:
+    """All holders of a stage reduce behind the last backward of every update, none of a stage with one holder.
+
+    Gradients that are sharded are reduced after every backward instead. Servers get one push for every pull.
+    """
+    costs = profile([1.0] * 8, message_bytes=10)
+    plan = spread(schedule, costs, 4 * replicas, 8 * replicas, replicas=replicas, synchronisation=way)
+    chosen = synchronisation.get(way)
+    program = lower(plan)
+    for stage, holders in enumerate(plan.holders):
+        for row in (program.rows[h] for h in holders):
+            found = reductions(row, stage)
+            backwards = [sum(op != "REDUCE_GRAD" for op in update) for update in found]
+            reduced = [sum(op == "REDUCE_GRAD" for op in update) for update in found]
+            if chosen.server:
+                pulls, pushes = ([i for i, a in enumerate(row) if a[:2] == (stage, op)] for op in ("PULL", "PUSH"))
+                assert len(pulls) == len(pushes) > 0
+                assert all(pull < push for pull, push in zip(pulls, pushes, strict=True))
+                assert not any(reduced)
+            elif len(holders) == 1:
+                assert not any(reduced)
+            elif "gradients" in chosen.shards:
+                assert reduced == backwards
+            else:
+                assert reduced == [1] * len(found)
+                assert all(update[-1] == "REDUCE_GRAD" for update in found), "behind the last backward"
+
+
+@pytest.mark.parametrize("way", ["all-reduce", "zero-2", "parameter-server"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "interleaved", "zb-v", "chimera", "pipedream"])
+def test_a_gradient_is_sent_on_before_replicas_agree(schedule: str, way: str) -> None:
+    """The stage before waits for it: no reduction or push stands between a backward and the send of its gradient."""
+    costs = profile([1.0] * 8, message_bytes=10)
+    plan = spread(schedule, costs, 8, 16, replicas=2, synchronisation=way)
+    for row in lower(plan).rows:
+        unsent = None
+        for action in row:
+            send = Action(action.stage, "SEND_B", action.microbatch)
+            if action.op in ("B", "I") and send in row:
+                unsent = send
+            elif action == unsent:
+                unsent = None
+            assert unsent is None or action.op not in ("REDUCE_GRAD", "PUSH"), f"{action} before {unsent}"
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_replicas_reduce_at_the_same_time(p: int) -> None:
+    """Stages of equal size: one reduction (1 s) behind the last backward, not one after the other up the pipeline."""
+    costs = profile([1.0] * p, [2.0] * p)
+    plan = spread("gpipe", costs, 2 * p, 2 * 4, replicas=2)
+    step = simulate(costs, plan, devices(2 * p, bandwidth=1000.0)).step_s
+    assert step == pytest.approx((4 + p - 1) * 3.0 + 1.0)
+
+
+def test_chimeras_two_copies_reduce() -> None:
+    """One pair of pipelines over four devices: four reductions of 1000 bytes, one second each, two on every device."""
+    costs = profile([1.0] * 4)
+    plan = spread("chimera", costs, 4, 4)
+    assert plan.holders == ((0, 3), (1, 2), (1, 2), (0, 3))
+    trace = simulate(costs, plan, devices(4, bandwidth=1000.0)).trace
+    spent = [sum(e.end - e.ready for e in trace.events if e.device == d and e.op == "REDUCE_GRAD") for d in range(4)]
+    assert spent == pytest.approx([2.0] * 4)
