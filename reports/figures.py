@@ -8,34 +8,11 @@ from typing import NamedTuple
 
 from planner.basis.units import percent, rate, size
 from planner.orders.action import parse
+from planner.orders.operations import OPERATIONS
 from planner.values.outcome import Error, Outcome
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
 
 UNKNOWN = "not known"
-OP_NAMES = {
-    "F": "forward",
-    "B": "backward",
-    "I": "backward of the input",
-    "W": "backward of the weights",
-    "R": "recompute",
-    "OPTIMIZER": "optimizer step",
-    "LOAD": "loading the batch",
-    "REDUCE_GRAD": "gradient synchronisation",
-    "REDUCE_TIED": "tied parameters' gradients",
-    "UNSHARD_F": "gathering parameters",
-    "UNSHARD_B": "gathering parameters",
-    "RESHARD_F": "freeing gathered parameters",
-    "RESHARD_B": "freeing gathered parameters",
-    "OFFLOAD": "copying to the host",
-    "RELEASE": "waiting for the copy to the host",
-    "FETCH": "copying from the host",
-    "PULL": "pulling parameters",
-    "PUSH": "pushing gradients",
-    "SEND_F": "sending activations",
-    "RECV_F": "receiving activations",
-    "SEND_B": "sending gradients",
-    "RECV_B": "receiving gradients",
-}
 
 
 class Figures(NamedTuple):
@@ -174,7 +151,7 @@ def action_name(text: str) -> str:
     ('forward of stage 2', 'receiving gradients of stage 0, micro-batch 7')
     """
     action = parse(text)
-    name = f"{OP_NAMES.get(action.op, action.op)} of stage {action.stage}"
+    name = f"{OPERATIONS[action.op].words} of stage {action.stage}"
     return name if action.microbatch is None else f"{name}, micro-batch {action.microbatch}"
 
 

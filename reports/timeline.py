@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 from planner.orders.action import parse
-from planner.orders.codes import OPS
+from planner.orders.operations import NUMBER, OPERATIONS
 from planner.values.trace import LANES, LINK, Event, Trace
 from reports.markup import Html, tag
 
@@ -30,7 +30,7 @@ def encode(trace: Trace) -> dict[str, object]:
     """Return the events ordered by device, lane (compute, link) and start, as base64 of little-endian columns.
 
     `offsets[2 * device + lane]` is the first event of a lane. `microbatch` is -1 where an action has none; `wait` and
-    `work` are seconds, `op` is an index into `planner.programs.program.OPS`.
+    `work` are seconds, `op` is the number of its entry in `planner.orders.operations`.
     """
     lanes: dict[tuple[int, str], list[Event]] = defaultdict(list)
     for event in trace.events:
@@ -45,7 +45,7 @@ def encode(trace: Trace) -> dict[str, object]:
                 columns["wait"].append(event.ready - event.start)
                 columns["work"].append(event.work)
                 columns["bytes"].append(event.bytes)
-                columns["op"].append(OPS.index(action.op))
+                columns["op"].append(NUMBER[action.op])
                 columns["stage"].append(action.stage)
                 columns["microbatch"].append(-1 if action.microbatch is None else action.microbatch)
             offsets.append(len(columns["start"]))
@@ -75,7 +75,7 @@ def still(trace: Trace) -> Html:
                 y=f"{device * row + 1:.1f}",
                 width=f"{width:.2f}",
                 height=f"{row - 2:.1f}",
-                cls=f"op-{op}",
+                cls=OPERATIONS[op].colour,
             )
         )
 

@@ -262,6 +262,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 FIRST = """
 import runpy, sys, time
 plan_of, profile_of, separate = (runpy.run_path(sys.argv[1])[n] for n in ("plan_of", "profile_of", "separate"))
+from planner.costs.placed import Placed
 from planner.simulate.evaluate import evaluate
 from planner.programs.waits import Linked
 from planner.programs.lowering import unroll

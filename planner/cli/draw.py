@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from planner.orders.operations import OPERATIONS, ROLES
 from planner.values.trace import COMPUTE, Trace
 
-LETTERS = {"F": "F", "B": "B", "I": "I", "W": "W", "R": "R", "OPTIMIZER": "O", "LOAD": "L"}
-LETTERS |= {"REDUCE_GRAD": "A", "REDUCE_TIED": "A", "UNSHARD_F": "A", "UNSHARD_B": "A", "PULL": "P", "PUSH": "P"}
-NAMES = {"F": "forward", "B": "backward", "I": "of input", "W": "of weights", "R": "recompute", "A": "all-reduce"}
-NAMES |= {"O": "optimizer", "L": "load", "P": "push and pull"}
+LETTERS = {op: ROLES[operation.role].letter for op, operation in OPERATIONS.items() if ROLES[operation.role].letter}
+NAMES = {role.letter: role.words for role in ROLES.values() if role.letter}
 
 
 def ascii_timeline(trace: Trace, width: int = 80) -> str:

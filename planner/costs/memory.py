@@ -23,6 +23,7 @@ from planner.orders.codes import (
     FETCH,
     FORWARD,
     LOAD,
+    OP,
     OPS,
     OPTIMIZER,
     PUSH,
@@ -31,6 +32,8 @@ from planner.orders.codes import (
     RECV_FORWARD,
     RELEASE,
     SEND_BACKWARD,
+    STAGE,
+    STAGES,
 )
 from planner.orders.schedules import Schedule
 from planner.programs.waits import Linked
@@ -240,8 +243,8 @@ def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-de
     """Mark the backwards that allocate their stage's gradients: the first of a device, and after each update."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            op = flat[i] >> 56
-            stage = flat[i] >> 32 & 0xFFFFFF
+            op = flat[i] >> OP
+            stage = flat[i] >> STAGE & STAGES
             if op == _B or op == _W:
                 if held[stage] != d + 1 and gradients[stage] > 0:
                     fresh[i] = 1
@@ -264,8 +267,8 @@ def _peaks(  # type: ignore[no-untyped-def]
     for d in range(len(offsets) - 1):
         live = peak = static[d]
         for i in range(offsets[d], offsets[d + 1]):
-            op = flat[i] >> 56
-            stage = flat[i] >> 32 & 0xFFFFFF
+            op = flat[i] >> OP
+            stage = flat[i] >> STAGE & STAGES
             kind = stage * width + op
             if len(levels) > 0:
                 levels[i] = live

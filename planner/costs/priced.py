@@ -16,9 +16,7 @@ from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
 from planner.orders import codes
-from planner.orders.codes import (
-    REDUCE_GRAD,
-)
+from planner.orders.codes import OP, REDUCE_GRAD, STAGE, STAGES
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -169,7 +167,7 @@ def _occurring(flat, offsets, shift, ops, place):  # type: ignore[no-untyped-def
     """Mark the kinds of actions that occur."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)] = 0
+            place[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)] = 0
     return 0
 
 
@@ -178,7 +176,7 @@ def _price(flat, offsets, shift, ops, place, medians, kind, seconds):  # type: i
     """Write every action's kind and its median beside it."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            own = place[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
+            own = place[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
             kind[i] = own
             seconds[i] = medians[own]
     return 0

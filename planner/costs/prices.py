@@ -26,11 +26,12 @@ from planner.orders.codes import (
     SEND_FORWARD,
     UNSHARD_FORWARD,
 )
+from planner.orders.operations import OPERATIONS
 from planner.programs.waits import MESSAGES
 from planner.values.cluster import Device, by_size
 from planner.values.routes import Path
 
-BY_DEVICE = (*MESSAGES, OFFLOAD, FETCH, PULL, PUSH)
+BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("pair", "host", "server"))
 """Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
 
 

@@ -11,27 +11,34 @@ import numpy as np
 from planner.orders import codes
 from planner.orders.codes import OPS, Order
 
-_PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\d*)")
+_PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\d*)(?:\.(\d+))?")
 
 
 class Action(NamedTuple):
     """What a device does once: stage, operation and, where it has one, micro-batch.
 
+    A message also has the port of its stage, printed where it is not 0: which of its edges on that side it takes.
+
     >>> str(Action(2, "F", 0)), parse("1SEND_B12")
-    ('2F0', Action(stage=1, op='SEND_B', microbatch=12))
+    ('2F0', Action(stage=1, op='SEND_B', microbatch=12, port=0))
+    >>> str(parse("0SEND_F3.1"))
+    '0SEND_F3.1'
     """
 
     stage: int
     op: str
     microbatch: int | None = None
+    port: int = 0
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}"
+        return f"{self.stage}{self.op}{'' if self.microbatch is None else self.microbatch}" + f".{self.port}" * (
+            self.port > 0
+        )
 
     @property
     def code(self) -> int:
         """The action as a number (`planner.orders.codes`)."""
-        return codes.code(self.op, self.stage, self.microbatch)
+        return codes.code(self.op, self.stage, self.microbatch, self.port)
 
 
 Row = tuple[Action, ...]
@@ -42,14 +49,14 @@ def parse(text: str) -> Action:
     match = _PATTERN.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"'{text}' is not an action such as 2F0, 1SEND_B3 or 0OPTIMIZER")
-    stage, op, microbatch = match.groups()
-    return Action(int(stage), op, int(microbatch) if microbatch else None)
+    stage, op, microbatch, port = match.groups()
+    return Action(int(stage), op, int(microbatch) if microbatch else None, int(port or 0))
 
 
 def actions(row: codes.Codes) -> Row:
     """Return a row of codes as actions."""
     found = row.tolist()
-    return tuple(Action(stage, op, m) for op, stage, m in map(codes.unpack, found))
+    return tuple(Action(stage, op, m, port) for op, stage, m, port in map(codes.unpack, found))
 
 
 def order(rows: Iterable[Sequence[Action]]) -> Order:

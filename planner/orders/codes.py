@@ -1,7 +1,8 @@
 """Actions as 64-bit numbers, so that a row of a program is an array and a pass over it is arithmetic.
 
-A code holds operation, stage and micro-batch: `op << 56 | stage << 32 | (microbatch + 1)`, 0 standing for no
-micro-batch. `planner.orders.action.Action` is the same thing for people.
+A code holds operation, port, stage and micro-batch: `op << OP | port << PORT | stage << STAGE | (microbatch + 1)`, 0
+standing for no micro-batch. A message's port tells which of its stage's edges it takes; it is 0 where there is one.
+`planner.orders.action.Action` is the same thing for people.
 """
 
 from __future__ import annotations
@@ -13,55 +14,117 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
+from planner.orders.operations import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    COMPUTES,
+    FETCH,
+    FORWARD,
+    LOAD,
+    NUMBER,
+    OFFLOAD,
+    OPS,
+    OPTIMIZER,
+    PULL,
+    PUSH,
+    RECOMPUTE,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    RELEASE,
+    RESHARD_BACKWARD,
+    RESHARD_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    TABLE,
+    UNSHARD_BACKWARD,
+    UNSHARD_FORWARD,
+)
+
+__all__ = [
+    "BACKWARD",
+    "BACKWARD_INPUT",
+    "BACKWARD_WEIGHT",
+    "COMPUTES",
+    "FETCH",
+    "FORWARD",
+    "LOAD",
+    "MICROBATCH",
+    "NUMBER",
+    "OFFLOAD",
+    "OP",
+    "OPS",
+    "OPTIMIZER",
+    "PORT",
+    "PORTS",
+    "PULL",
+    "PUSH",
+    "RECOMPUTE",
+    "RECV_BACKWARD",
+    "RECV_FORWARD",
+    "REDUCE_GRAD",
+    "REDUCE_TIED",
+    "RELEASE",
+    "RESHARD_BACKWARD",
+    "RESHARD_FORWARD",
+    "SAME",
+    "SEND_BACKWARD",
+    "SEND_FORWARD",
+    "STAGE",
+    "STAGES",
+    "UNSHARD_BACKWARD",
+    "UNSHARD_FORWARD",
+    "Codes",
+    "Extent",
+    "Order",
+    "code",
+    "cut",
+    "extent",
+    "flatten",
+    "has",
+    "held",
+    "insert",
+    "join",
+    "kinds",
+    "microbatches",
+    "ops",
+    "ports",
+    "run",
+    "stages",
+    "unpack",
+    "weave",
+    "with_op",
+]
 
 Codes = npt.NDArray[np.int64]
 Order = tuple[Codes, ...]
 """Actions of every device, one row per device."""
 
-# Operations. The letters are those of torch.distributed.pipelining as far as it has them.
-FORWARD, BACKWARD = "F", "B"
-BACKWARD_INPUT, BACKWARD_WEIGHT = "I", "W"
-RECOMPUTE = "R"
-SEND_FORWARD, RECV_FORWARD = "SEND_F", "RECV_F"
-SEND_BACKWARD, RECV_BACKWARD = "SEND_B", "RECV_B"
-OFFLOAD, RELEASE, FETCH = "OFFLOAD", "RELEASE", "FETCH"
-UNSHARD_FORWARD, RESHARD_FORWARD = "UNSHARD_F", "RESHARD_F"
-UNSHARD_BACKWARD, RESHARD_BACKWARD = "UNSHARD_B", "RESHARD_B"
-REDUCE_GRAD, REDUCE_TIED = "REDUCE_GRAD", "REDUCE_TIED"
-PULL, PUSH = "PULL", "PUSH"
-OPTIMIZER = "OPTIMIZER"
-LOAD = "LOAD"
-
-OPS = (
-    *(FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, RECOMPUTE),
-    *(SEND_FORWARD, RECV_FORWARD, SEND_BACKWARD, RECV_BACKWARD),
-    *(OFFLOAD, RELEASE, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD, RESHARD_FORWARD, RESHARD_BACKWARD),
-    *(REDUCE_GRAD, REDUCE_TIED, PULL, PUSH, OPTIMIZER, LOAD),
-)
-NUMBER = {op: number for number, op in enumerate(OPS)}
-SYNCHRONISING = (REDUCE_GRAD, REDUCE_TIED, UNSHARD_FORWARD, UNSHARD_BACKWARD, PULL, PUSH)
-"""What a device does to agree with others on gradients and parameters: it computes nothing while it waits for that."""
-COMPUTES = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
-"""What a schedule may contain; everything else is added by `planner.programs.lowering`."""
-
-OP, STAGE = 56, 32
-MICROBATCH = (1 << 32) - 1
-_STAGES = (1 << 24) - 1
+# Where the fields of a code begin, and how large they may become. Compiled loops hold these as constants.
+OP, PORT, STAGE = 56, 50, 32
+PORTS, STAGES, MICROBATCH = (1 << OP - PORT) - 1, (1 << PORT - STAGE) - 1, (1 << STAGE) - 1
+SAME = (1 << PORT) - 1
+"""Stage and micro-batch, without operation and port."""
 
 
-def code(op: str, stage: int, microbatch: int | None = None) -> int:
-    """Pack one action.
+def code(op: str, stage: int, microbatch: int | None = None, port: int = 0) -> int:
+    """Pack one action. Raises `OverflowError` for a stage, port or micro-batch that its field cannot hold.
 
-    >>> unpack(code("B", 3, 0)), unpack(code("OPTIMIZER", 1))
-    (('B', 3, 0), ('OPTIMIZER', 1, None))
+    >>> unpack(code("B", 3, 0)), unpack(code("SEND_F", 1, 2, 1))
+    (('B', 3, 0, 0), ('SEND_F', 1, 2, 1))
     """
-    return NUMBER[op] << OP | stage << STAGE | (0 if microbatch is None else microbatch + 1)
+    own = 0 if microbatch is None else microbatch + 1
+    if not (0 <= stage <= STAGES and 0 <= port <= PORTS and 0 <= own <= MICROBATCH):
+        raise OverflowError(f"{stage}{op}{microbatch} (port {port}): a program has room for {STAGES + 1} stages")
+    return NUMBER[op] << OP | port << PORT | stage << STAGE | own
 
 
-def unpack(number: int) -> tuple[str, int, int | None]:
-    """Return operation, stage and micro-batch of a code."""
+def unpack(number: int) -> tuple[str, int, int | None, int]:
+    """Return operation, stage, micro-batch and port of a code."""
     microbatch = number & MICROBATCH
-    return OPS[number >> OP], number >> STAGE & _STAGES, microbatch - 1 if microbatch else None
+    return OPS[number >> OP], number >> STAGE & STAGES, microbatch - 1 if microbatch else None, number >> PORT & PORTS
 
 
 def run(op: str, stage: int, microbatches: int | range | Codes) -> Codes:
@@ -94,7 +157,12 @@ def ops(row: Codes) -> Codes:
 
 def stages(row: Codes) -> Codes:
     """Stage of every action."""
-    return (row >> STAGE) & _STAGES
+    return (row >> STAGE) & STAGES
+
+
+def ports(row: Codes) -> Codes:
+    """Port of every action: which of its stage's edges a message takes."""
+    return (row >> PORT) & PORTS
 
 
 def microbatches(row: Codes) -> Codes:
@@ -103,7 +171,7 @@ def microbatches(row: Codes) -> Codes:
 
 
 def kinds(row: Codes) -> Codes:
-    """Stage and operation of every action, without its micro-batch."""
+    """Operation, port and stage of every action, without its micro-batch."""
     return row >> STAGE
 
 
@@ -117,7 +185,7 @@ def has(row: Codes, *wanted: str) -> npt.NDArray[np.bool_]:
 
 def with_op(row: Codes, op: str) -> Codes:
     """The same stages and micro-batches with another operation."""
-    return (row & ((1 << OP) - 1)) | (NUMBER[op] << OP)
+    return (row & SAME) | (NUMBER[op] << OP)
 
 
 def insert(row: Codes, where: npt.NDArray[np.bool_], op: str, *, behind: bool) -> Codes:
@@ -165,9 +233,9 @@ def extent(flat: Codes) -> Extent:
 
 
 def held(flat: Codes, offsets: Codes, stages: int) -> npt.NDArray[np.int8]:
-    """Which stages (second index) each row computes forward."""
+    """Which stages (second index) each row computes."""
     found = np.zeros((len(offsets) - 1) * stages, np.int8)
-    _held(len(flat), flat, offsets, stages, found)
+    _held(len(flat), flat, offsets, stages, TABLE.computes, found)
     return found.reshape(-1, stages)
 
 
@@ -175,18 +243,18 @@ def held(flat: Codes, offsets: Codes, stages: int) -> npt.NDArray[np.int8]:
 def _extent(flat, present, most):  # type: ignore[no-untyped-def]
     stage = microbatch = 0
     for action in flat:
-        present[action >> 56] += 1
-        stage = max(stage, action >> 32 & 0xFFFFFF)
-        microbatch = max(microbatch, action & 0xFFFFFFFF)
+        present[action >> OP] += 1
+        stage = max(stage, action >> STAGE & STAGES)
+        microbatch = max(microbatch, action & MICROBATCH)
     most[0] = stage
     most[1] = microbatch
     return 0
 
 
 @kernel
-def _held(flat, offsets, stages, found):  # type: ignore[no-untyped-def]
+def _held(flat, offsets, stages, computes, found):  # type: ignore[no-untyped-def]
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            if flat[i] >> 56 == 0:
-                found[d * stages + (flat[i] >> 32 & 0xFFFFFF)] = 1
+            if computes[flat[i] >> OP]:
+                found[d * stages + (flat[i] >> STAGE & STAGES)] = 1
     return 0

@@ -16,7 +16,9 @@ from planner.orders.codes import (
     FETCH,
     FORWARD,
     LOAD,
+    MICROBATCH,
     OFFLOAD,
+    OP,
     OPTIMIZER,
     PUSH,
     RECOMPUTE,
@@ -25,6 +27,8 @@ from planner.orders.codes import (
     REDUCE_GRAD,
     REDUCE_TIED,
     RELEASE,
+    STAGE,
+    STAGES,
     UNSHARD_BACKWARD,
     UNSHARD_FORWARD,
     Codes,
@@ -175,8 +179,8 @@ def _homes(flat: Codes, offsets: Codes, stages: int, last: int) -> Codes:
 def _find_homes(flat, offsets, last, home):  # type: ignore[no-untyped-def]
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            if flat[i] >> 56 == 0:
-                home[(flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1] = d
+            if flat[i] >> OP == 0:
+                home[(flat[i] >> STAGE & STAGES) * last + (flat[i] & MICROBATCH) - 1] = d
     return 0
 
 
@@ -186,8 +190,8 @@ def _count(flat, offsets, stages, last, home, lengths):  # type: ignore[no-untyp
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
             lengths[d + 1] += 1
-            op = flat[i] >> 56
-            at = (flat[i] >> 32 & 0xFFFFFF) * last + (flat[i] & 0xFFFFFFFF) - 1
+            op = flat[i] >> OP
+            at = (flat[i] >> STAGE & STAGES) * last + (flat[i] & MICROBATCH) - 1
             target = -1
             if op == 0 and at < (stages - 1) * last:
                 target = home[at + last]
@@ -209,9 +213,9 @@ def _communicate(flat, offsets, stages, last, home, made, at, ready, out, ends):
         for d in range(rows):
             ready[d] = 0
             if at[d] < offsets[d + 1]:
-                op = flat[at[d]] >> 56
-                stage = flat[at[d]] >> 32 & 0xFFFFFF
-                m = (flat[at[d]] & 0xFFFFFFFF) - 1
+                op = flat[at[d]] >> OP
+                stage = flat[at[d]] >> STAGE & STAGES
+                m = (flat[at[d]] & MICROBATCH) - 1
                 ready[d] = 1
                 if op == 0 and stage > 0 and not made[(stage - 1) * last + m]:
                     ready[d] = 0
@@ -226,23 +230,23 @@ def _communicate(flat, offsets, stages, last, home, made, at, ready, out, ends):
             if ready[d]:
                 action = flat[at[d]]
                 at[d] += 1
-                op = action >> 56
-                stage = action >> 32 & 0xFFFFFF
-                m = (action & 0xFFFFFFFF) - 1
+                op = action >> OP
+                stage = action >> STAGE & STAGES
+                m = (action & MICROBATCH) - 1
                 target = -1
                 send = receive = 0
                 if op == 0:
                     made[stage * last + m] = 1
                     if stage < stages - 1:
                         target = home[(stage + 1) * last + m]
-                        send = 5 << 56 | stage << 32 | (m + 1)
-                        receive = 6 << 56 | (stage + 1) << 32 | (m + 1)
+                        send = 5 << OP | stage << STAGE | (m + 1)
+                        receive = 6 << OP | (stage + 1) << STAGE | (m + 1)
                 if 1 <= op <= 2:
                     made[(stages + stage) * last + m] = 1
                     if stage > 0:
                         target = home[(stage - 1) * last + m]
-                        send = 7 << 56 | stage << 32 | (m + 1)
-                        receive = 8 << 56 | (stage - 1) << 32 | (m + 1)
+                        send = 7 << OP | stage << STAGE | (m + 1)
+                        receive = 8 << OP | (stage - 1) << STAGE | (m + 1)
                 if target >= 0 and target != d:
                     out[ends[d]] = send
                     ends[d] += 1
@@ -290,11 +294,11 @@ def _prefetch(flat, offsets, last, home, early):  # type: ignore[no-untyped-def]
     for d in range(rows):
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i]
-            op = action >> 56
+            op = action >> OP
             if not early[op]:
                 continue
-            stage = action >> 32 & 0xFFFFFF
-            m = (action & 0xFFFFFFFF) - 1
+            stage = action >> STAGE & STAGES
+            m = (action & MICROBATCH) - 1
             peer = -2
             if op == 6:
                 peer = home[(stage - 1) * last + m]
@@ -304,9 +308,9 @@ def _prefetch(flat, offsets, last, home, early):  # type: ignore[no-untyped-def]
             computes = 0
             while at > offsets[d] and computes < 1:
                 before = flat[at - 1]
-                kind = before >> 56
-                there = before >> 32 & 0xFFFFFF
-                other = (before & 0xFFFFFFFF) - 1
+                kind = before >> OP
+                there = before >> STAGE & STAGES
+                other = (before & MICROBATCH) - 1
                 if kind == op and peer == -2:
                     break
                 if 5 <= kind <= 8:
@@ -352,12 +356,12 @@ def _send_first(row, held):  # type: ignore[no-untyped-def]
     """Move every action `held` up behind the SEND_B (7) that stands between it and the next compute (0 to 4)."""
     count = len(row)
     for i in range(count):
-        if row[i] >> 56 == held:
+        if row[i] >> OP == held:
             action = row[i]
             j = i + 1
-            while j < count and row[j] >> 56 >= 5 and row[j] >> 56 != 7:
+            while j < count and row[j] >> OP >= 5 and row[j] >> OP != 7:
                 j += 1
-            if j < count and row[j] >> 56 == 7:
+            if j < count and row[j] >> OP == 7:
                 for k in range(i, j):
                     row[k] = row[k + 1]
                 row[j] = action

@@ -141,7 +141,7 @@ def needs(action: Action) -> Action | None:
 
 def copies(action: Action) -> tuple[Action, ...]:
     """Return what `action` also waits for on its own device: copies to and from the host, gathered parameters."""
-    stage, op, m = action
+    stage, op, m, _ = action
     if op in (BACKWARD, BACKWARD_INPUT, RECOMPUTE):
         return Action(stage, FETCH, m), Action(stage, UNSHARD_BACKWARD, m)
     if op == FORWARD:
@@ -175,7 +175,7 @@ def prove(program: Program, stages: int, microbatches: int, *, backward: bool = 
 
 
 def _prove_backward(program: Program, position: dict[tuple[int, Action], int], forward: Action) -> None:
-    stage, _, m = forward
+    stage, _, m, _ = forward
     whole = Action(stage, BACKWARD, m)
     parts = [whole] if whole in program.where else [Action(stage, op, m) for op in (BACKWARD_INPUT, BACKWARD_WEIGHT)]
     d = program.where[forward]

@@ -18,30 +18,23 @@ from planner.basis.compiled import kernel
 from planner.orders import codes
 from planner.orders.action import Action, actions
 from planner.orders.codes import (
-    FETCH,
-    OFFLOAD,
-    PULL,
-    PUSH,
-    RECV_BACKWARD,
-    RECV_FORWARD,
-    REDUCE_GRAD,
-    REDUCE_TIED,
-    UNSHARD_BACKWARD,
-    UNSHARD_FORWARD,
+    MICROBATCH,
+    OP,
+    SAME,
+    STAGE,
+    STAGES,
 )
+from planner.orders.operations import OPERATIONS, named
 from planner.programs.program import Program
 
 Ints = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]
 """Numbers of transfers, positions and devices: half the memory of 64 bits, which is what the walk waits for."""
 
-PLANES = (
-    *(RECV_FORWARD, RECV_BACKWARD, OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD),
-    *(REDUCE_GRAD, REDUCE_TIED, PULL, PUSH),
-)
+PLANES = tuple(dict.fromkeys(operation.posts for operation in OPERATIONS.values() if operation.posts))
 """Kinds of transfers, by the action that completes or starts them. A plane has one slot per stage and micro-batch."""
-MESSAGES = (RECV_FORWARD, RECV_BACKWARD)
-COLLECTIVES = (UNSHARD_FORWARD, UNSHARD_BACKWARD, REDUCE_GRAD)
+MESSAGES = named(end="target")
+COLLECTIVES = named(group="holders")
 """Planes whose n-th transfer of a stage joins the n-th action of every holder."""
 
 
@@ -143,7 +136,6 @@ _SEND_F, _RECV_F, _SEND_B, _RECV_B = (codes.NUMBER[op] for op in ("SEND_F", "REC
 _OFFLOAD, _RELEASE, _FETCH = (codes.NUMBER[op] for op in ("OFFLOAD", "RELEASE", "FETCH"))
 _UNSHARD_F, _UNSHARD_B = (codes.NUMBER[op] for op in ("UNSHARD_F", "UNSHARD_B"))
 _REDUCE, _TIED, _PULL, _PUSH = (codes.NUMBER[op] for op in ("REDUCE_GRAD", "REDUCE_TIED", "PULL", "PUSH"))
-_SAME = (1 << codes.OP) - 1
 
 
 @kernel
@@ -154,9 +146,9 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
             turns[i] = 0
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i]
-            op = action >> 56
-            stage = action >> 32 & 0xFFFFFF
-            at = stage * last + (action & 0xFFFFFFFF) - 1
+            op = action >> OP
+            stage = action >> STAGE & STAGES
+            at = stage * last + (action & MICROBATCH) - 1
             own = -1
             posts[i] = waits[i] = copies[i] = -1
             if op == _F:
@@ -187,7 +179,7 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
                         which = (op - _UNSHARD_F if op != _REDUCE else 2) * stages + stage
                         own = base[op] + stage * last + turns[which]
                         turns[which] += 1
-                        if op == _REDUCE or action & 0xFFFFFFFF == 0:
+                        if op == _REDUCE or action & MICROBATCH == 0:
                             waits[i] = own
                     elif op == _TIED:
                         own = base[op] + stage * last
@@ -204,10 +196,10 @@ def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, partie
             if gather >= 0 and base[gather] >= 0:  # a gather is at most a few actions back
                 j = i - 1
                 while j >= offsets[d]:
-                    if flat[j] >> 56 == gather and (flat[j] & _SAME) == (action & _SAME):
+                    if flat[j] >> OP == gather and (flat[j] & SAME) == (action & SAME):
                         copies[i] = posts[j]
                         break
-                    if flat[j] >> 56 <= _B and (flat[j] & _SAME) == (action & _SAME):
+                    if flat[j] >> OP <= _B and (flat[j] & SAME) == (action & SAME):
                         break
                     j -= 1
     return 0
@@ -230,7 +222,7 @@ def _answer(flat, offsets, waits, posts, source, target, messages, nearest, answ
         for other in range(rows):
             nearest[other] = -1
         for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
-            op = flat[i] >> 56
+            op = flat[i] >> OP
             if op == _SEND_F or op == _SEND_B:
                 nearest[target[posts[i]]] = posts[i]
             elif 0 <= waits[i] < messages:

@@ -17,7 +17,8 @@ from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
 from planner.orders import codes
-from planner.orders.codes import FETCH, OFFLOAD, PULL, PUSH, UNSHARD_BACKWARD, UNSHARD_FORWARD
+from planner.orders.codes import PULL, PUSH
+from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked
 from planner.simulate.resources import Alone, FairShare, Process, Then
@@ -53,10 +54,6 @@ def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     run = Run(costs, devices)
     run.env.run()
     return run.trace()
-
-
-_BESIDE = (OFFLOAD, FETCH, UNSHARD_FORWARD, UNSHARD_BACKWARD)
-"""Transfers that run beside a device's computes, besides messages: drawn on its link lane."""
 
 
 class Run:
@@ -241,7 +238,7 @@ class Run:
                 base = int(self.linked.base[codes.NUMBER[kind.op]])
                 action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
                 events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
-            elif kind.op in _BESIDE:
+            elif OPERATIONS[kind.op].lane == LINK:
                 for i in posting[transfer]:
                     events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
         events.sort(key=lambda event: (event.device, event.start, event.end))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.basis.units import percent, seconds
+from planner.orders.operations import OPERATIONS, SYNCHRONISING
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan, windows
-from planner.values.trace import COMPUTE
+from planner.values.trace import COMPUTE, LINK
 
 
 class Limit(NamedTuple):
@@ -43,15 +44,15 @@ def _bubble(outcome: Outcome) -> str:
 
 def _synchronising(outcome: Outcome, seconds_by_op: dict[str, float]) -> str:
     """Say what devices do to agree: `seconds_by_op` are on the devices' own lanes."""
-    words = {"REDUCE_GRAD": "reducing gradients", "REDUCE_TIED": "adding up gradients of shared parameters"}
-    words |= {"PULL": "pulling parameters", "PUSH": "pushing gradients"}
-    done = sorted((op for op in words if seconds_by_op.get(op, 0.0) > 0), key=lambda op: -seconds_by_op[op])
-    if any(op in ("UNSHARD_F", "UNSHARD_B") for op in seconds_by_op):
-        done.append("gather")
-    named = (
-        " and ".join({**words, "gather": "gathering parameters"}[op] for op in done) or "agreeing with other devices"
-    )
+    done = [op for op in SYNCHRONISING if seconds_by_op.get(op, 0.0) > 0 or (op in seconds_by_op and _beside(op))]
+    done.sort(key=lambda op: -seconds_by_op[op])
+    named = " and ".join(dict.fromkeys(OPERATIONS[op].words for op in done)) or "agreeing with other devices"
     return f"synchronising: devices wait for {percent(outcome.synchronising)} of the step, {named}"
+
+
+def _beside(op: str) -> bool:
+    """Whether an operation's transfer runs beside the device's own lane."""
+    return OPERATIONS[op].lane == LINK
 
 
 def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
@@ -76,14 +77,12 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
     for event in trace.events:
         if event.lane == COMPUTE:
             by_op[event.op] = by_op.get(event.op, 0.0) + event.work
-    for op, what in (
-        ("R", "recomputing forwards"),
-        ("OPTIMIZER", "the optimizer"),
-        ("LOAD", "loading input"),
-    ):
+    for op, operation in OPERATIONS.items():
+        if operation.computes or op in SYNCHRONISING:
+            continue
         share = by_op.get(op, 0.0) / whole
         if share > 0.02:
-            found.append(Limit(share, f"{what}: {percent(share)} of the devices' time"))
+            found.append(Limit(share, f"{operation.words}: {percent(share)} of the devices' time"))
     if outcome.synchronising > 0.02:
         found.append(Limit(outcome.synchronising, _synchronising(outcome, by_op)))
     threads = count * outcome.plan.threads

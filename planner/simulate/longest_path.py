@@ -15,7 +15,7 @@ from planner.basis.compiled import kernel
 from planner.basis.errors import PlanError
 from planner.costs.priced import Costs, Prices
 from planner.costs.prices import TransferKind
-from planner.orders.codes import OPS
+from planner.orders.codes import OP, OPS, STAGE, STAGES
 from planner.programs.waits import Linked, Numbers
 
 Floats = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ def _walk(  # type: ignore[no-untyped-def]
                     clock += seconds[i]
                     end[i] = clock
                 else:
-                    clock += seconds[shift[d] + (flat[i] >> 32 & 0xFFFFFF) * ops + (flat[i] >> 56)]
+                    clock += seconds[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
                 i += 1
             posted[d] = after
             if i > first:

@@ -26,7 +26,7 @@ def staleness(outcome: Outcome) -> float:
     for event in outcome.trace.events:
         if event.lane != COMPUTE:
             continue
-        stage, op, m = parse(event.action)
+        stage, op, m, _ = parse(event.action)
         if op == "F":
             forwards[event.device, stage, m or 0] = event.ready
         elif op in ("B", "W"):

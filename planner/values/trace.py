@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from planner.orders.action import Action, parse
-from planner.orders.codes import SYNCHRONISING
+from planner.orders.operations import SYNCHRONISING
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,8 +6,8 @@ const page = (() => {
   probe.hidden = true;
 
   // A CSS variable as rgb(...): canvas and plotly.js cannot read light-dark() themselves.
-  const colour = (name) => {
-    probe.style.color = `var(${name})`;
+  const colour = (name, otherwise = "currentColor") => {
+    probe.style.color = `var(${name}, ${otherwise})`;
     return getComputedStyle(probe).color;
   };
 

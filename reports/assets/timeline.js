@@ -47,10 +47,9 @@
     return low;
   };
   const ready = (s, i) => s.start[i] + s.wait[i];
-  const letters = { OPTIMIZER: "OPT", REDUCE_GRAD: "REDUCE", SEND_F: "", RECV_F: "", SEND_B: "", RECV_B: "" };
   const label = (s, i) => {
-    const op = data.ops[s.op[i]];
-    return (letters[op] ?? op) + (s.microbatch[i] < 0 || letters[op] === "" ? "" : s.microbatch[i]);
+    const { short } = data.ops[s.op[i]];
+    return short + (s.microbatch[i] < 0 || short === "" ? "" : s.microbatch[i]);
   };
 
   // ---- state ------------------------------------------------------------------------------------------------------
@@ -62,10 +61,10 @@
   let colours = {}, hatch = null, waiting = false;
 
   const readColours = () => {
-    const ops = data.ops.map((op) => page.colour(/SEND|RECV|REDUCE|SHARD|OFFLOAD|RELEASE|FETCH|PULL|PUSH/.test(op) ? "--op-link" : `--op-${op}`));
-    const bright = new Set(["B", "R", "OPTIMIZER", "LOAD", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD"]);
+    const ops = data.ops.map((op) => page.colour(op.colour));
+    const inks = data.ops.map((op) => page.colour(op.colour.replace("--role-", "--on-role-"), "#101418"));
     colours = {
-      ops, onOps: data.ops.map((op) => (bright.has(op) ? "#101418" : "#ffffff")), paper: page.colour("--paper"), ink: page.colour("--ink"),
+      ops, onOps: inks, paper: page.colour("--paper"), ink: page.colour("--ink"),
       muted: page.colour("--muted"), rule: page.colour("--rule"), idle: page.colour("--idle"), accent: page.colour("--accent"),
     };
     const tile = document.createElement("canvas");
@@ -305,8 +304,8 @@
   const words = ({ row, index: i }) => {
     const s = row.source, op = data.ops[s.op[i]];
     const lines = [
-      `${s.stage[i]}${op}${s.microbatch[i] < 0 ? "" : s.microbatch[i]} on ${data.devices[row.device].name}, ${s.label}`,
-      `${data.op_names[op]}, stage ${s.stage[i]}${s.microbatch[i] < 0 ? "" : `, micro-batch ${s.microbatch[i]}`}`,
+      `${s.stage[i]}${op.name}${s.microbatch[i] < 0 ? "" : s.microbatch[i]} on ${data.devices[row.device].name}, ${s.label}`,
+      `${op.words}, stage ${s.stage[i]}${s.microbatch[i] < 0 ? "" : `, micro-batch ${s.microbatch[i]}`}`,
       `start ${page.seconds(s.start[i])}, wait ${page.seconds(s.wait[i])}, duration ${page.seconds(s.work[i])}`,
     ];
     if (s.bytes[i] > 0) lines.push(`${page.size(s.bytes[i])}${s.work[i] > 0 ? `, ${page.size(s.bytes[i] / s.work[i])}/s` : ""}`);

@@ -6,7 +6,7 @@ import math
 
 from planner.basis.units import percent, seconds, size
 from planner.orders.action import parse
-from planner.orders.codes import OPS
+from planner.orders.operations import NUMBER, OPERATIONS
 from planner.values.outcome import Comparison, Error
 from planner.values.plan import Plan
 from planner.values.trace import KINDS
@@ -72,7 +72,7 @@ def _worst_cost(comparison: Comparison, plan: Plan) -> str:
 
 
 def _repeats(name: str) -> bool:
-    return parse(name).op not in ("OPTIMIZER", "LOAD", "REDUCE_GRAD")
+    return OPERATIONS[parse(name).op].busy
 
 
 def _times(comparison: Comparison, plan: Plan) -> Html:
@@ -103,7 +103,7 @@ def _times(comparison: Comparison, plan: Plan) -> Html:
 
 def _place(error: Error) -> tuple[int, int]:
     action = parse(error.name)
-    return action.stage, OPS.index(action.op)
+    return action.stage, NUMBER[action.op]
 
 
 def _time_row(name: str, what: str, error: Error, scale: float) -> list[Cell]:

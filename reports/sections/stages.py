@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from planner.basis.units import percent, seconds, size
 from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE
+from planner.orders.operations import OPERATIONS
 from planner.values.plan import Stage
 from planner.values.trace import Trace
-from reports.figures import OP_NAMES, signed
+from reports.figures import signed
 from reports.markup import Cell, Html, Number, figure, join, table, tag, unbroken
 from reports.registry import section
 from reports.report import Report
@@ -51,7 +52,11 @@ def stages(report: Report) -> str:
     )
     scale = max((s.total for s in found), default=0.0) or 1.0
     used = [op for op in _OPS if any(s.seconds.get(op) for s in found)]
-    legend = tag("ul", *(tag("li", tag("i", cls=f"key op-{op}"), OP_NAMES[op]) for op in used), cls="legend")
+    legend = tag(
+        "ul",
+        *(tag("li", tag("i", cls=f"key {OPERATIONS[op].colour}"), OPERATIONS[op].words) for op in used),
+        cls="legend",
+    )
     body = join(legend, tag("ol", *(_stage(s, mean, scale) for s in found), cls="stages"))
     return figure(title=title, caption=caption, body=body, twin=_tables(report, found, mean))
 
@@ -84,11 +89,16 @@ def _stage(found: _StageTime, mean: float, scale: float) -> Html:
         else tag("details", tag("summary", f"all {len(layers)} layers"), tag("p", ", ".join(layers)))
     )
     bars = [
-        tag("span", cls=f"op-{op}", style=f"width:{100 * spent / scale:.2f}%", title=f"{OP_NAMES[op]} {seconds(spent)}")
+        tag(
+            "span",
+            cls=OPERATIONS[op].colour,
+            style=f"width:{100 * spent / scale:.2f}%",
+            title=f"{OPERATIONS[op].words} {seconds(spent)}",
+        )
         for op, spent in found.seconds.items()
     ]
     line = tag("span", cls="mean", style=f"left:{100 * mean / scale:.2f}%")
-    parts = ", ".join(f"{OP_NAMES[op]} {seconds(spent)}" for op, spent in found.seconds.items())
+    parts = ", ".join(f"{OPERATIONS[op].words} {seconds(spent)}" for op, spent in found.seconds.items())
     against = f"{signed(found.total / mean - 1)} against the mean" if mean else ""
     return tag(
         "li",
@@ -130,7 +140,7 @@ def _tables(report: Report, found: list[_StageTime], mean: float) -> Html:
         "Devices",
         "Layers",
         "Parameters",
-        *(OP_NAMES[op].capitalize() for op in used),
+        *(OPERATIONS[op].words.capitalize() for op in used),
         "Together",
         "Against the mean",
     ]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from planner.basis.units import percent, seconds, size
-from planner.orders.codes import OPS
+from planner.orders.operations import OPERATIONS, ROLES
 from planner.values.outcome import Outcome
 from planner.values.trace import LINK, Trace
 from reports import timeline as encoding
-from reports.figures import OP_NAMES, device_times, longest_wait
+from reports.figures import device_times, longest_wait
 from reports.markup import Cell, Html, Number, data_script, figure, join, table, tag
 from reports.registry import section
 from reports.report import Report
 
 _ROWS = 200
-_ON_LINKS = {"SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD"}
-_LEGEND = ("F", "B", "I", "W", "R", "OPTIMIZER", "LOAD", "SEND_F")
 
 
 @section("timeline", "Timeline")
@@ -26,10 +24,16 @@ def timeline(report: Report) -> str:
         return ""
     title = _finding(report.predicted)
     caption = _caption(report.predicted, measured=report.measured is not None)
-    names = {op: OP_NAMES.get(op, op) for op in OPS}
     data = {
-        "ops": OPS,
-        "op_names": names,
+        "ops": [
+            {
+                "name": op.name,
+                "words": op.words,
+                "short": op.name if op.short is None else op.short,
+                "colour": f"--{op.colour}",
+            }
+            for op in OPERATIONS.values()
+        ],
         "devices": [
             {"name": name, "stage": ", ".join(map(str, report.predicted.plan.stages_of[index]))}
             for index, name in enumerate(report.predicted.trace.devices)
@@ -104,16 +108,19 @@ def _toolbar(traces: list[tuple[str, Trace]]) -> Html:
     )
     legend = tag(
         "ul",
-        *(
-            tag("li", tag("i", cls=f"key op-{op}"), "send, receive, reduce" if op == "SEND_F" else OP_NAMES[op])
-            for op in _LEGEND
-            if op in seen or (op == "SEND_F" and seen & _ON_LINKS)
-        ),
+        *(tag("li", tag("i", cls=f"key role-{name}"), words) for name, words in _roles(seen)),
         tag("li", tag("i", cls="key waiting"), "waiting"),
         tag("li", tag("i", cls="key idle"), "idle"),
         cls="legend",
     )
     return tag("div", tag("div", zoom, toggles, cls="toolbar", hidden=True), legend)
+
+
+def _roles(seen: set[str]) -> list[tuple[str, str]]:
+    """The roles of the operations seen, in words: those of the one operation that has it, or the role's own."""
+    used = {OPERATIONS[op].role for op in seen}
+    words = {name: [o.words for o in OPERATIONS.values() if o.role == name] for name in used}
+    return [(name, words[name][0] if len(words[name]) == 1 else ROLES[name].words) for name in ROLES if name in used]
 
 
 def _split(traces: list[tuple[str, Trace]]) -> Html:

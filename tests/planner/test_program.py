@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planner.basis.errors import PlanError
 from planner.orders import schedules
 from planner.orders.action import Action, actions, parse
-from planner.orders.codes import OPS
+from planner.orders.codes import OPS, PORTS
 from planner.orders.schedules import Shape
 from planner.programs.lowering import communicate
 from planner.programs.program import SENDS, Program, needs, prove
@@ -21,7 +21,9 @@ from planner.programs.waits import completions
 from tests.factory import pipeline, shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-ACTIONS = st.builds(Action, st.integers(0, 999), st.sampled_from(OPS), st.none() | st.integers(0, 9999))
+ACTIONS = st.builds(
+    Action, st.integers(0, 999), st.sampled_from(OPS), st.none() | st.integers(0, 9999), st.integers(0, PORTS)
+)
 
 
 @given(ACTIONS)

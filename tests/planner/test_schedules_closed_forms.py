@@ -48,7 +48,7 @@ def perform(rows, shape: Shape, seconds) -> Times:
         moved = False
         for d, row in enumerate(rows):
             while at[d] < len(row):
-                stage, op, m = row[at[d]]
+                stage, op, m, _ = row[at[d]]
                 needs = []
                 if op == "F":
                     needs = [("F", stage - 1, m)] if stage else []

@@ -17,14 +17,14 @@ from planner.orders.codes import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
-    MICROBATCH,
     NUMBER,
     STAGE,
     Codes,
     Order,
     code,
     has,
-    kinds,
+    microbatches,
+    ops,
     stages,
 )
 from planner.orders.schedules.registry import Shape, get
@@ -225,8 +225,8 @@ def ends(shape: Shape, seconds: Seconds, order: Order) -> float:
     starts = np.concatenate([[0], np.cumsum([len(r) for r in order])])
     result = np.zeros(1)
     _perform(
-        *(2 * len(row), shape.devices, shape.stages, shape.microbatches, kinds(row) >> 24),
-        *(kinds(row) & ((1 << 24) - 1), (row & MICROBATCH) - 1, starts, seconds.reshape(-1)),
+        *(2 * len(row), shape.devices, shape.stages, shape.microbatches, ops(row)),
+        *(stages(row), microbatches(row), starts, seconds.reshape(-1)),
         *(np.full(2 * shape.stages * shape.microbatches, -1.0), result),
     )
     return float(result[0])
