@@ -52,6 +52,7 @@ class _Saved:
         self.maker: dict[int, int] = {}
         self.inside: dict[int, dict[int, int]] = {}
         self.outputs: set[int] = set()
+        self.by_maker: set[int] = set()
         self.alive: list[torch.Tensor] = []
         self.nobody = {storage_of(t) for t in (*chain.whole.parameters(), *chain.whole.buffers())}
 
@@ -77,9 +78,13 @@ class _Saved:
             self.maker[pointer] = part
             if inside.pop(pointer, None) is not None:
                 self.outputs.add(pointer)
+                self.by_maker.add(pointer)
 
     def output_saved(self, part: int) -> bool:
         return any(self.maker[pointer] == part for pointer in self.outputs)
+
+    def saves_output(self, part: int) -> bool:
+        return any(self.maker[pointer] == part for pointer in self.by_maker)
 
     def bytes(self, part: int) -> int:
         return sum(self.inside.get(part, {}).values())
@@ -136,6 +141,7 @@ def recorded_sizes(
             saved_bytes=saved.bytes(part),
             output_bytes=output_bytes[part],
             output_saved=saved.output_saved(part),
+            saves_output=saved.saves_output(part),
             forward_peak_bytes=recorder.span(f"forward1.{part}")[0],
             backward_first_peak_bytes=_peak(recorder, f"backward0.{part}"),
             backward_peak_bytes=_peak(recorder, f"backward1.{part}"),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.costs.placed import Placed
-from planner.costs.stage_memory import of_plan
+from planner.costs.stage_memory import of_stage
 from planner.orders import codes
 from planner.orders.codes import (
     BACKWARD,
@@ -27,7 +27,6 @@ from planner.orders.codes import (
     OPS,
     OPTIMIZER,
     PUSH,
-    RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
     RELEASE,
@@ -55,7 +54,7 @@ class MemoryModel:
     def __init__(self, placed: Placed, linked: Linked) -> None:
         profile, plan = placed.profile, placed.plan
         self.placed, self.linked, self.plan = placed, linked, plan
-        self.of = [of_plan(profile, plan, layers) for layers in placed.ranges]
+        self.of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
         self.batch = _batch_bytes(profile, plan.batch)
         way, schedule = placed.synchronisation, placed.schedule
         self.shards = way.shards
@@ -108,20 +107,19 @@ class MemoryModel:
             self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
         else:
             self._set(stage, FORWARD, inside=of.forward_peak, communication=-received)
-        self._set(stage, RECOMPUTE, inside=of.recompute_peak + gathered)
-        # The recomputed activations live inside the backward, as torch's checkpoint has it.
+        # What is recomputed lives inside the backward, as torch's checkpoint has it: RECOMPUTE itself holds nothing.
         self._set(
             stage,
             BACKWARD,
-            inside=repeated + of.backward_peak + gathered + whole,
-            inside_first=repeated + of.backward_first_peak + gathered + whole,
+            inside=of.backward_peak + gathered + whole,
+            inside_first=of.backward_first_peak + gathered + whole,
             activations=-of.kept,
             communication=sent - received - received_gradient,
         )
         self._set(
             stage,
             BACKWARD_INPUT,
-            inside=repeated + of.backward_peak + gathered,
+            inside=repeated + of.input_peak + gathered,
             activations=repeated,
             communication=sent,
         )

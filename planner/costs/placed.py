@@ -50,6 +50,21 @@ class Placed:
         return self.plan.layer_ranges([layer.name for layer in self.profile.layers])
 
     @cached_property
+    def checkpoints(self) -> tuple[tuple[range, ...], ...]:
+        """Each stage's checkpoints: runs of layers whose forward is repeated in one go, before their backward.
+
+        All layers of a stage are one, or each chosen layer is its own, neighbours too: that is how a user of torch's
+        checkpoint wraps blocks, and it repeats one block at a time.
+        """
+        if self.plan.recompute:
+            return tuple((layers,) for layers in self.ranges)
+        names = set(self.plan.recompute_layers)
+        return tuple(
+            tuple(range(i, i + 1) for i in layers if self.profile.layers[i].name in names) if names else ()
+            for layers in self.ranges
+        )
+
+    @cached_property
     def devices(self) -> tuple[Device, ...]:
         """The device of every row of the plan's program, of a group its first."""
         by_name = {device.name: device for device in self.cluster.devices}

@@ -10,7 +10,7 @@ from planner.costs import collectives
 from planner.costs.flows import Flow
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
-from planner.costs.stage_memory import of_plan
+from planner.costs.stage_memory import of_stage
 from planner.orders.codes import (
     FETCH,
     LOAD,
@@ -67,10 +67,8 @@ class PriceList:
         self.profile, self.plan, self.cluster = placed.profile, placed.plan, placed.cluster
         self.ranges, self.holders, self.devices = placed.ranges, placed.holders, placed.devices
         self.groups, self.way, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
-        names = {layer.name: i for i, layer in enumerate(self.profile.layers)}
-        forgotten = self.plan.recompute_layers
-        chosen = frozenset(names[name] for name in forgotten) if forgotten else None
-        self.stages = [StageCosts(self.profile, layers, self.plan.samples, chosen) for layers in self.ranges]
+        stages = zip(self.ranges, placed.checkpoints, strict=True)
+        self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
 
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -103,7 +101,7 @@ class PriceList:
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
             return TransferKind(op, stage, source, target, size, seconds, work, (Flow(path, size),))
         if op in (OFFLOAD, FETCH):
-            size = of_plan(self.profile, self.plan, self.ranges[stage]).kept
+            size = of_stage(self.placed, stage).kept
             path = self._host_path(self.groups[source][0], back=op == FETCH)
             seconds = self.cluster.transfer_seconds(path, size)
             lane = 3 * source + (1 if op == OFFLOAD else 2)

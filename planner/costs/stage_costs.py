@@ -50,15 +50,15 @@ def layer_table(profile: Profile, samples: int, threads: int) -> LayerTable:
 
 
 class StageCosts:
-    """Seconds of one stage's operations at one micro-batch size. `recomputed` are layers whose forward is repeated.
+    """Seconds of one stage's operations at one micro-batch size, of which `checkpoints` are what a recompute repeats.
 
     A stage runs its layers without the seams that the profiler had to cut between them. The whole model, measured
     beside its layers, says what a seam costs: (sum of the layers - whole) / (number of seams).
     """
 
-    def __init__(self, profile: Profile, layers: range, samples: int, recomputed: frozenset[int] | None = None) -> None:
+    def __init__(self, profile: Profile, layers: range, samples: int, checkpoints: Sequence[range] = ()) -> None:
         self.profile, self.layers, self.samples = profile, layers, samples
-        self.recomputed = recomputed
+        self.checkpoints = checkpoints
         self.is_last = layers.stop == len(profile.layers)
 
     def spread(self, op: str, device: Device) -> Spread:
@@ -90,16 +90,18 @@ class StageCosts:
         return self._run("backward_weight", threads, "backward", share=0.5)
 
     def recompute(self, threads: int) -> Spread:
-        """Seconds of repeating the forward: the layers without the loss, the last one only as far as it is needed."""
+        """Seconds of repeating the forward of every checkpoint, without the loss: its last layer as far as needed.
+
+        torch's checkpoint stops at the last tensor that the backward needs, in each checkpoint for itself.
+        """
         table = layer_table(self.profile, self.samples, threads)
-        if self.recomputed is not None:
-            chosen = [i for i in self.layers if i in self.recomputed]
-            none = np.zeros(len(QUANTILES))
-            return sum((table.forward[:, i + 1] - table.forward[:, i] for i in chosen), none)
-        last = self.layers.stop - 1
-        seconds = table.forward[:, last] - table.forward[:, self.layers.start]
-        seconds = seconds + table.recompute[:, last + 1] - table.recompute[:, last]
-        return np.maximum(0.0, seconds - self._seams("forward", threads, len(self.layers) - 1))
+        seconds = np.zeros(len(QUANTILES))
+        for run in self.checkpoints:
+            last = run[-1]
+            repeated = table.forward[:, last] - table.forward[:, run.start]
+            repeated = repeated + table.recompute[:, last + 1] - table.recompute[:, last]
+            seconds = seconds + np.maximum(0.0, repeated - self._seams("forward", threads, len(run) - 1))
+        return seconds
 
     def optimizer(self, threads: int) -> Spread:
         """Seconds of updating the stage's parameters."""

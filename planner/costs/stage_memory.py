@@ -1,12 +1,16 @@
-"""The bytes of one stage, added up layer by layer: held always, kept per micro-batch, needed in passing."""
+"""The bytes of one stage, added up layer by layer: held always, kept per micro-batch, needed in passing.
+
+Layers may be recomputed: a *checkpoint* is a run of layers whose forward is repeated in one go before its backward
+(torch.utils.checkpoint around that run). It keeps its inputs and its outputs, nothing from its inside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.basis.memo import memoised
-from planner.values.plan import Plan
+from planner.costs.placed import Placed
 from planner.values.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
 
 
@@ -15,9 +19,12 @@ class StageMemory:
     """Bytes of one stage at one micro-batch size.
 
     `received` and `sent_gradient` are what it gets from the stage before it and what it gives back, per micro-batch;
-    `received_gradient` what it gets from the stage behind it. Every `*_peak` is the most that is live inside the action
-    above what was live when it began. `gathered` is the most that two neighbouring layers' parameters need, `reduced`
-    what one layer's gradients need: sharded ones are whole only for a moment.
+    `received_gradient` what it gets from the stage behind it. `kept` lies between a micro-batch's forward and its
+    backward, `saved` is the same with everything repeated that checkpoints forgot. Every `*_peak` is the most that is
+    live inside the action above what was live when it began: `backward_peak` of a whole backward that repeats what it
+    needs as it goes, `input_peak` of a backward that finds everything there. `gathered` is the most that two
+    neighbouring layers' parameters need, `reduced` what one layer's gradients need: sharded ones are whole only for a
+    moment.
     """
 
     parameters: float
@@ -31,55 +38,28 @@ class StageMemory:
     saved: float
     kept: float
     forward_peak: float
-    recompute_peak: float
     backward_first_peak: float
     backward_peak: float
+    input_peak: float
     gathered: float
     reduced: float
 
 
-def of_plan(profile: Profile, plan: Plan, layers: range) -> StageMemory:
-    """Return a stage's bytes under a plan's savings, kept with the profile."""
-    names = {profile.layers[i].name: i for i in layers} if plan.recompute_layers else {}
-    forgotten = (
-        frozenset(layers) if plan.recompute else frozenset(names[n] for n in plan.recompute_layers if n in names)
-    )
-    key = "memory", layers, plan.samples, plan.recompute, forgotten
-    chosen = frozenset() if plan.recompute else forgotten
+def of_stage(placed: Placed, stage: int) -> StageMemory:
+    """Return a stage's bytes under its plan's savings, kept with the profile."""
+    profile, layers, samples = placed.profile, placed.ranges[stage], placed.plan.samples
+    checkpoints = placed.checkpoints[stage]
     return memoised(
         profile,
-        key,
-        lambda: stage_memory(profile, layers, plan.samples, recompute=plan.recompute, forgotten=chosen),
+        ("memory", layers, samples, checkpoints),
+        lambda: stage_memory(profile, layers, samples, checkpoints),
     )
 
 
-def stage_memory(
-    profile: Profile, layers: range, samples: int, *, recompute: bool, forgotten: frozenset[int] = frozenset()
-) -> StageMemory:
-    """Add up a stage's layers.
-
-    `saved` is what is live of a micro-batch when its backward starts, `kept` what lies between forward and backward:
-    with `recompute` only what the stage sends on (and the loss), besides the input it received; `forgotten` layers keep
-    their inputs and outputs, and what they save is repeated one layer after the other.
-    """
+def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Sequence[range] = ()) -> StageMemory:
+    """Add up a stage's layers, of which `checkpoints` are runs that are recomputed, each in one go."""
     own = [profile.layers[i] for i in layers]
-    parts = [_Sizes.of(layer, samples) for layer in own]
-    gradients = [profile.crossing_bytes(i, samples, gradients=True) for i in layers]
-    repeated = [parts[i - layers.start].saved for i in sorted(forgotten)]
-    if layers.stop == len(profile.layers):
-        ends = parts[-1].output
-        gradients.append(parts[-1].output)
-        parts.append(_Sizes.of(profile.loss, samples))
-        ends += parts[-1].saved
-    else:
-        ends = sum(
-            value_bytes(value, samples)
-            for value in profile.crossing(layers.stop)
-            if value.source == layers[-1] or (value.source in layers and not profile.layers[value.source].output_saved)
-        )
-    received = profile.crossing_bytes(layers.stop, samples, gradients=True)
-    inside = sum(part.saved + (part.output if part.output_saved else 0.0) for part in parts[: len(own) - 1])
-    inside += parts[len(own) - 1].saved
+    plain, forgetful = _Walk(profile, layers, samples, ()), _Walk(profile, layers, samples, checkpoints)
     weights = [float(layer.parameter_bytes) for layer in own]
     return StageMemory(
         parameters=sum(weights),
@@ -88,17 +68,124 @@ def stage_memory(
         optimizer=sum(layer.optimizer_bytes for layer in own),
         optimizer_peak=max(layer.optimizer_peak_bytes for layer in own),
         received=profile.crossing_bytes(layers.start, samples) if layers.start else 0.0,
-        received_gradient=received,
+        received_gradient=plain.received,
         sent_gradient=profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0,
-        saved=inside + ends - sum(repeated) + max(repeated, default=0.0),
-        kept=ends if recompute else inside + ends - sum(repeated),
-        forward_peak=_forward_peak(parts, keep=not recompute),
-        recompute_peak=0.0 if forgotten else _forward_peak(parts[: len(own)], keep=True),
-        backward_first_peak=_backward_peak(parts, own, gradients, received, first=True),
-        backward_peak=_backward_peak(parts, own, gradients, received, first=False),
+        saved=plain.kept,
+        kept=forgetful.kept,
+        forward_peak=forgetful.forward_peak(),
+        backward_first_peak=forgetful.backward_peak(first=True),
+        backward_peak=forgetful.backward_peak(first=False),
+        input_peak=plain.backward_peak(first=False),
         gathered=max((a + b for a, b in zip(weights, [*weights[1:], 0.0], strict=True)), default=0.0),
         reduced=max(float(layer.gradient_bytes) for layer in own),
     )
+
+
+class _Walk:
+    """A micro-batch's way through a stage's layers (and, at the end of the model, its loss), forwards and backwards.
+
+    `saved` is what each part keeps inside; of its output `used` stays for a backward, `sent` until it has been sent,
+    `outputs` for either. Backwards let go of what is used: `freed` has, for every layer, whose outputs with its own.
+    """
+
+    def __init__(self, profile: Profile, layers: range, samples: int, checkpoints: Sequence[range]) -> None:
+        self.own = [profile.layers[i] for i in layers]
+        self.parts = [_Sizes.of(layer, samples) for layer in self.own]
+        self.gradients = [profile.crossing_bytes(i, samples, gradients=True) for i in layers]
+        self.received = profile.crossing_bytes(layers.stop, samples, gradients=True)
+        self.run_of = {i - layers.start: run for run in checkpoints for i in run}
+        self.first = layers.start
+        self.whole = [part.output if part.output_saved else 0.0 for part in self.parts]
+        self.used, self.sent = self._staying(profile, layers, samples)
+        self.outputs = [max(used, sent) for used, sent in zip(self.used, self.sent, strict=True)]
+        self.freed: list[list[int]] = [[] for _ in self.own]
+        for j, i in enumerate(layers):
+            inside = [t - layers.start for t in _readers(profile)[i] if t in layers]
+            self.freed[j if self.parts[j].saves_output or not inside else min(inside)].append(j)
+        if layers.stop == len(profile.layers):
+            self.gradients.append(self.parts[-1].output)
+            self.parts.append(_Sizes.of(profile.loss, samples))
+        self.saved = [0.0 if j in self.run_of else part.saved for j, part in enumerate(self.parts)]
+        self.kept = sum(self.saved) + sum(self.outputs)
+
+    def _staying(self, profile: Profile, layers: range, samples: int) -> tuple[list[float], list[float]]:
+        """What stays of every layer's output because a backward uses it, and because it is sent on or is the model's.
+
+        A checkpoint keeps its inputs, whoever makes them; what only its own layers exchange is forgotten.
+        """
+        used, sent = [0.0] * len(layers), [0.0] * len(layers)
+        readers, crossing = _readers(profile), profile.crossing(layers.stop)
+        for j, i in enumerate(layers):
+            run = self.run_of.get(j)
+            sent[j] = sum(value_bytes(value, samples) for value in crossing if value.source == i)
+            if i == layers[-1]:
+                sent[j] = sent[j] if crossing else self.parts[j].output
+                continue
+            saved = self.parts[j].output_saved and not (run and all(t in run for t in readers[i]))
+            repeated_from = any(self.run_of.get(t - layers.start, run) is not run for t in readers[i])
+            used[j] = self.parts[j].output if saved or repeated_from else 0.0
+        return used, sent
+
+    def forward_peak(self) -> float:
+        """Return the most that is live inside a forward.
+
+        A recomputed layer needs at most what it needs without: what it then keeps it would have dropped earlier.
+        """
+        live = peak = loose = 0.0
+        for j, part in enumerate(self.parts):
+            peak = max(peak, live + loose + part.forward_peak)
+            stays = self.outputs[j] if j < len(self.outputs) else 0.0
+            live += self.saved[j] + stays
+            loose = max(0.0, part.output - stays)
+        return peak
+
+    def repeat_peak(self, run: range) -> float:
+        """Return the most that is live while a checkpoint's forward is repeated, everything kept this time."""
+        live = peak = loose = 0.0
+        for j in (i - self.first for i in run):
+            part = self.parts[j]
+            peak = max(peak, live + loose + part.forward_peak)
+            live += part.saved + self.whole[j]
+            loose = 0.0 if part.output_saved else part.output
+        return peak
+
+    def backward_peak(self, *, first: bool) -> float:
+        """Walk the layers backwards: each frees what it saved, its output and its output's gradient.
+
+        In front of the last layer of a checkpoint its forward is repeated. With `first` gradients are allocated.
+        """
+        live = peak = arriving = 0.0
+        for j in reversed(range(len(self.parts))):
+            part, run = self.parts[j], self.run_of.get(j)
+            # A received gradient stays in its buffer; one from the next layer is let go of where it has been used.
+            held = self.received if j == len(self.parts) - 1 else 0.0
+            if run and j + self.first == run[-1]:
+                peak = max(peak, live + held + self.repeat_peak(run))
+                live += sum(self.parts[i - self.first].saved for i in run)
+                live += sum(self.whole[i - self.first] for i in run[:-1])
+            peak = max(peak, live + held + (part.backward_first_peak if first else part.backward_peak))
+            live -= part.saved
+            if j < len(self.own):
+                live -= sum(self.used[i] for i in self.freed[j])
+                live -= self.whole[j] if run and j + self.first != run[-1] else 0.0
+            live += self.gradients[j] - arriving
+            arriving = self.gradients[j]
+            if first and j < len(self.own):
+                live += self.own[j].gradient_bytes
+        return peak
+
+
+def _readers(profile: Profile) -> list[set[int]]:
+    """Which layers read what each layer makes, kept with the profile."""
+
+    def make() -> list[set[int]]:
+        found: list[set[int]] = [set() for _ in profile.layers]
+        for value in profile.values:
+            if value.source >= 0:
+                found[value.source] |= set(value.targets)
+        return found
+
+    return memoised(profile, "readers", make)
 
 
 @dataclass(frozen=True)
@@ -106,6 +193,7 @@ class _Sizes:
     saved: float
     output: float
     output_saved: bool
+    saves_output: bool
     forward_peak: float
     backward_first_peak: float
     backward_peak: float
@@ -119,34 +207,8 @@ class _Sizes:
             at(lambda s: s.saved_bytes),
             at(lambda s: s.output_bytes),
             layer.sizes[-1].output_saved,
+            layer.sizes[-1].saves_output,
             at(lambda s: s.forward_peak_bytes),
             at(lambda s: s.backward_first_peak_bytes),
             at(lambda s: s.backward_peak_bytes),
         )
-
-
-def _forward_peak(parts: list[_Sizes], *, keep: bool) -> float:
-    live = peak = loose = 0.0
-    for part in parts:
-        peak = max(peak, live + loose + part.forward_peak)
-        live += part.saved + (part.output if part.output_saved else 0.0) if keep else 0.0
-        loose = part.output if not keep or not part.output_saved else 0.0
-    return peak
-
-
-def _backward_peak(
-    parts: list[_Sizes], own: list[LayerProfile], gradients: list[float], received: float, *, first: bool
-) -> float:
-    """Walk the layers backwards: each frees what it saved, its output and its output's gradient."""
-    live = peak = arriving = 0.0
-    for index in reversed(range(len(parts))):
-        part = parts[index]
-        # A received gradient stays in its buffer; one from the next layer is let go of where it has been used.
-        held = received if index == len(parts) - 1 else 0.0
-        peak = max(peak, live + held + (part.backward_first_peak if first else part.backward_peak))
-        live -= part.saved + (part.output if index < len(own) - 1 and part.output_saved else 0.0)
-        live += gradients[index] - arriving
-        arriving = gradients[index]
-        if first and index < len(own):
-            live += own[index].gradient_bytes
-    return peak

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import heapq
+import itertools
+from collections.abc import Callable, Generator, Iterator
 
 import msgspec
 
@@ -106,7 +108,7 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     asking, chosen = {}, dict[tuple[int, ...], set[int]]()
     for stages, lack in missing.items():
         layers = [(i, held[s], sizes[i].saved - sizes[i].output) for s in stages for i in ranges[s]]
-        seconds = [float(table.forward[MEDIAN, i + 1] - table.forward[MEDIAN, i]) for i, _, _ in layers]
+        seconds = [float(table.recompute[MEDIAN, i + 1] - table.recompute[MEDIAN, i]) for i, _, _ in layers]
         choice = _choose(seconds, [saved * n for _, n, saved in layers], [saved for *_, saved in layers], lack)
         asking[stages] = choice, [i for i, _, _ in layers]
     left: dict[tuple[int, ...], float] = {}
@@ -128,16 +130,21 @@ _Choice = Generator[tuple[int, ...], float, tuple[int, ...] | None]
 GOOD_ENOUGH = 1.005
 """A choice that costs less than this times what it must cost at least is not improved."""
 TRIALS = 60
-"""Most choices that one device's peak is computed for."""
+"""Most choices that one device's peak is computed for to find one that fits, and then to find a cheaper one."""
+LOOKED_AT = 20_000
+"""Most choices that are looked at to find a cheaper one."""
 
 
 def _choose(seconds: list[float], freed: list[float], saved: list[float], lack: float) -> _Choice:
     """Yield choices, are told what each still lacks, and return the cheapest that lacks nothing, or None.
 
     What is repeated is live for a moment, one layer after the other: a choice needs as many bytes more as its largest
-    layer saves. So the cheapest is looked for among all layers, then without the largest, and so on.
+    layer saves. So the cheapest is looked for among all layers, then without the largest, and so on. That takes every
+    layer's bytes for equally useful; but what the last layers free is needed again when the peak comes. So a
+    cheaper choice is then looked for among all, from the cheapest on.
     """
     least = cheapest(seconds, freed, lack)
+    enough = GOOD_ENOUGH * least.seconds if least is not None else 0.0
     best, cost = None, float("inf")
     trials = 0
     for limit in sorted(set(saved), reverse=True):
@@ -149,9 +156,38 @@ def _choose(seconds: list[float], freed: list[float], saved: list[float], lack: 
             if left <= 0:
                 best, cost = found.layers, found.seconds
             needed = found.freed + left
-        if least is not None and cost <= GOOD_ENOUGH * least.seconds:
+        every = tuple(i for i, size in enumerate(saved) if size <= limit)
+        if best is None and (yield every) <= 0:
+            best, cost = every, sum(seconds[i] for i in every)
+        if cost <= enough:
             break
+    if best is not None and cost > enough:
+        for trial in itertools.islice(_ascending(seconds, freed, lack, cost), TRIALS):
+            if (yield trial) <= 0:
+                return trial
     return best
+
+
+def _ascending(seconds: list[float], freed: list[float], lack: float, cost: float) -> Iterator[tuple[int, ...]]:
+    """Yield the choices that free enough and take less than `cost`, the cheapest first and of equals the earliest.
+
+    Ends after `LOOKED_AT` choices. A choice follows from a cheaper one: its dearest layer is exchanged for the next
+    dearer one, or that one is added.
+    """
+    order = sorted(range(len(seconds)), key=lambda i: (seconds[i], i))
+    waiting: list[tuple[float, tuple[int, ...]]] = [(seconds[order[0]], (0,))] if order else []
+    for _ in range(LOOKED_AT):
+        if not waiting or waiting[0][0] >= cost * (1 - 1e-9):
+            return
+        total, chosen = heapq.heappop(waiting)
+        layers = tuple(sorted(order[at] for at in chosen))
+        if sum(freed[i] for i in layers) >= lack:
+            yield layers
+        *others, last = chosen
+        if last + 1 < len(order):
+            dearer = seconds[order[last + 1]]
+            heapq.heappush(waiting, (total + dearer, (*chosen, last + 1)))
+            heapq.heappush(waiting, (total - seconds[order[last]] + dearer, (*others, last + 1)))
 
 
 def _not_enough(plan: Plan, lack: float) -> PlanError:

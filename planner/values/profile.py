@@ -72,8 +72,9 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     """A layer's bytes and FLOP at one micro-batch size.
 
     `saved_bytes` is kept from forward to backward, deduplicated by storage, without parameters, inputs and outputs;
-    `output_bytes` is sent onward, and kept as well where `output_saved`. The peaks are transient bytes above what was
-    live when the layer's forward or backward started: `backward_first_peak_bytes` while gradients are allocated,
+    `output_bytes` is sent onward, and kept as well where `output_saved`: until the layer's own backward where the layer
+    itself `saves_output`, otherwise until those who read it have had theirs. The peaks are transient bytes above what
+    was live when the layer's forward or backward started: `backward_first_peak_bytes` while gradients are allocated,
     `backward_peak_bytes` while they are accumulated into.
     """
 
@@ -85,6 +86,7 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     backward_first_peak_bytes: int
     backward_peak_bytes: int
     flop: int
+    saves_output: bool = True
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):
