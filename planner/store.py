@@ -15,6 +15,7 @@ import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.basis.files import unwritable, write
+from planner.search.cost import Terms
 from planner.search.ranking import Ranking
 from planner.search.search import Answer, Found
 from planner.search.space import Space
@@ -61,7 +62,7 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     space: Space
     objective: str
-    epoch_samples: int
+    terms: Terms
     stale: bool
     answer: Answer
     done: dict[str, Found]

@@ -182,7 +182,7 @@ def test_prices_make_cost_an_objective(capsys: pytest.CaptureFixture[str]) -> No
     priced = tuple(msgspec.structs.replace(d, price_per_hour=3.6) for d in machine.devices)
     by_hand(machine=msgspec.structs.replace(machine, devices=priced))
     found = data(capsys, "search", *QUICK, "--strategy", "single", "--objective", "cost")
-    assert "-k1-" in found["best"], "several devices are never more efficient than one"
+    assert "-k4-" in found["best"], "the host is rented whole: all its devices for the same price"
     assert "per million samples" in found["explanation"][0]
     epoch = data(capsys, "search", *QUICK, "--objective", "epoch", "--epoch", "80")
     assert "per epoch" in epoch["explanation"][0]
@@ -269,7 +269,7 @@ def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture[str], monkeyp
 
     def interrupted(self: Search, candidate: Candidate) -> Any:
         seen.append(candidate.key)
-        if len(seen) == 4 and interrupting[0]:
+        if len(seen) == 2 and interrupting[0]:
             signal.raise_signal(signal.SIGINT)
         return evaluate(self, candidate)
 
@@ -280,7 +280,7 @@ def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture[str], monkeyp
     assert "error: interrupted" in err
     kept = Store().load_search()
     assert not kept.answer.complete
-    assert 0 < len(kept.done) <= 3
+    assert len(kept.done) == 1
     interrupting[0] = False
     seen.clear()
     found = data(capsys, "search", *QUICK)

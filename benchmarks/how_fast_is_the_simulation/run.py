@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -55,9 +56,11 @@ LARGEST_BUILDING = 1.0
 """Building a program, in times of simulating it."""
 SMALLEST_SHARE = 1 / 3
 """Of the plain model's actions per second."""
-LONG_S, WIDE_S, PLAN_S, SEARCH_S = 1.0, 10.0, 0.1, 20.0
+LONG_S, WIDE_S, PLAN_S, SEARCH_S, LARGE_SEARCH_S = 1.0, 10.0, 0.1, 5.0, 60.0
+WIDE = 1024
+"""Devices up to which a search has `SEARCH_S`; larger ones have `LARGE_SEARCH_S`."""
 LARGEST_ERROR = 1e-9
-LARGEST_BYTES = 2 * 1024**3
+LARGEST_BYTES, LARGE_SEARCH_BYTES = 2 * 1024**3, 4 * 1024**3
 
 FORWARD_S, BACKWARD_S = 1e-3, 2e-3
 SIZES = (1, 2, 4, 8)
@@ -411,18 +414,21 @@ def predictions(quick: bool) -> Iterator[Figure]:
         yield Figure(question, f"{schedule}, {len(linked.flat)} actions: prediction", taken["whole"], "s", PLAN_S)
 
 
-def searching(quick: bool) -> Iterator[Figure]:
-    """How long does a search take over all strategies for 96 GPT-3 sized layers on 1,024 devices?
+def gpt3_blocks(layers: int, split: Split | None) -> Profile:
+    """Blocks of GPT-3's size, of width 12,288, that can be split over devices where `split` says how.
 
-    Per block of width 12,288: 1.81e9 parameters of 2 bytes, gradients of 2, 12 of Adam's state and master copy; 34
-    bytes per token and unit of width saved (arXiv 2205.05198), 50 MB sent on; 7.4 TFLOP forward at 400 TFLOP/s.
+    Each has 1.81e9 parameters of 2 bytes, gradients of 2, 12 of Adam's state and master copy; 34 bytes per token and
+    unit of width saved (arXiv 2205.05198), 50 MB sent on; 7.4 TFLOP forward at 400 TFLOP/s.
     """
-    question = "search, 96 layers, 1,024 devices, batch 2,048"
-    whole = profile_of(96)
-    weights = 3_620_000_000
+    whole, weights = profile_of(layers), 3_620_000_000
     size = {"saved_bytes": 855_000_000, "output_bytes": 50_000_000, "forward_peak_bytes": 100_000_000}
 
-    def block(layer: LayerProfile, split: Split | None) -> LayerProfile:
+    def scaled(timing: Timing) -> Timing:
+        return msgspec.structs.replace(
+            timing, **{f: 18.6 * getattr(timing, f) for f in timing.__struct_fields__ if f != "samples"}
+        )
+
+    def block(layer: LayerProfile) -> LayerProfile:
         sizes = tuple(
             msgspec.structs.replace(
                 own,
@@ -439,23 +445,63 @@ def searching(quick: bool) -> Iterator[Figure]:
         bytes_ = {"parameter_bytes": weights, "gradient_bytes": weights, "optimizer_bytes": 6 * weights}
         return msgspec.structs.replace(layer, sizes=sizes, times=slower, split=split, **bytes_)
 
-    def scaled(timing: Timing) -> Timing:
-        return msgspec.structs.replace(
-            timing, **{f: 18.6 * getattr(timing, f) for f in timing.__struct_fields__ if f != "samples"}
-        )
+    return msgspec.structs.replace(whole, layers=tuple(map(block, whole.layers)))
 
-    cluster = cluster_file.find("h100x1024", shipped.clusters())
-    for name, split in (("whole layers", None), ("layers that split", Split(forward=2, backward=2))):
-        if split and quick:
-            continue
-        profile = msgspec.structs.replace(whole, layers=tuple(block(layer, split) for layer in whole.layers))
-        begin = time.perf_counter()
-        search = Search(profile, cluster, 2048, space(profile, cluster, 2048))
-        answer = search.run(seconds=20.0 if quick else 300.0)
-        taken = time.perf_counter() - begin
-        yield Figure(question, f"{name}: candidates", answer.points, "")
-        yield Figure(question, f"{name}: evaluated", answer.evaluated, "")
-        yield Figure(question, f"{name}: the best is proved after", taken, "s", SEARCH_S)
+
+def superpod(count: int) -> Cluster:
+    """The shipped cluster of DGX H100 with so many GPUs, a multiple of 1,024."""
+    text = shipped.clusters()["h100x1024"].read_text()
+    for number in (128, 1024):
+        text = text.replace(f"count = {number}", f"count = {number * count // 1024}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"h100x{count}.toml"
+        path.write_text(text)
+        return cluster_file.read(path)
+
+
+def searching(quick: bool) -> Iterator[Figure]:
+    """How long does a search take over all strategies for 96 GPT-3 sized layers, and how much memory?
+
+    Each in a process of its own, so that its memory is its own.
+    """
+    shapes = [
+        (1024, "whole layers"),
+        (1024, "layers that split"),
+        (16384, "whole layers"),
+        (16384, "layers that split"),
+    ]
+    for count, name in shapes[:1] if quick else shapes:
+        found = subprocess.run(
+            [sys.executable, __file__, "--search", f"{count}", name, "20" if quick else "300"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        answer = json.loads(found.stdout)
+        question = f"search, 96 layers, {count:,} devices, batch {2 * count:,}"
+        large = count > WIDE
+        yield Figure(question, f"{name}: candidates", answer["points"], "")
+        yield Figure(question, f"{name}: evaluated", answer["evaluated"], "")
+        most = LARGE_SEARCH_S if large else SEARCH_S
+        yield Figure(question, f"{name}: the best is proved after", answer["seconds"], "s", most)
+        yield Figure(question, f"{name}: memory", answer["bytes"], "bytes", LARGE_SEARCH_BYTES if large else None)
+
+
+def one_search(count: int, name: str, seconds: float) -> None:
+    """Search once and print how long it took, from the cluster's file to the proof, as JSON."""
+    begin = time.perf_counter()
+    cluster = superpod(count)
+    profile = gpt3_blocks(96, Split(forward=2, backward=2) if name == "layers that split" else None)
+    batch = 2 * count
+    answer = Search(profile, cluster, batch, space(profile, cluster, batch)).run(seconds=seconds)
+    found = {
+        "seconds": time.perf_counter() - begin,
+        "points": answer.points,
+        "evaluated": answer.evaluated,
+        "complete": answer.complete,
+        "best": answer.leaders[0].label,
+        "step_s": answer.leaders[0].step_s,
+        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE,
+    }
+    print(json.dumps(found))
 
 
 def memory(quick: bool) -> Iterator[Figure]:
@@ -503,7 +549,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes: whether it runs at all")
+    parser.add_argument("--search", nargs=3, metavar=("DEVICES", "LAYERS", "SECONDS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.search:
+        count, name, seconds = options.search
+        one_search(int(count), name, float(seconds))
+        return 0
     figures = [figure for question in QUESTIONS for figure in question(options.quick)]
     if options.json:
         found = [figure._asdict() | {"met": figure.met} for figure in figures]

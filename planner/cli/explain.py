@@ -31,7 +31,7 @@ def explain(
         searched.batch,
         searched.space,
         searched.objective,
-        searched.epoch_samples,
+        searched.terms,
         searched.stale,
     )
     if question != searched.question:
@@ -48,7 +48,7 @@ def explain(
         searched.batch,
         searched.space,
         objective=searched.objective,
-        epoch_samples=searched.epoch_samples,
+        terms=searched.terms,
         stale=searched.stale,
         state=State(question=searched.question, done=searched.done),
     )

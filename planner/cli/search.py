@@ -19,6 +19,7 @@ from planner.cli.opened import opened
 from planner.cli.tables import FILTER_HELP, SORT_HELP
 from planner.orders import synchronisation as synchronisations
 from planner.placement import savings, strategies
+from planner.search.cost import Terms
 from planner.search.explain import cheapest_change, explain
 from planner.search.ranking import Ranking, check
 from planner.search.search import Answer, Progress, Search, State
@@ -146,7 +147,10 @@ def _begin(
     restart: bool,
 ) -> Search:
     """Make a search, with what the same one has evaluated before."""
-    question = asked(profile, cluster, batch, of, objective, epoch or batch, stale)
+    from executor.abilities import able
+
+    terms = Terms(epoch or batch)
+    question = asked(profile, cluster, batch, of, objective, terms, stale)
     state = State(question=question)
     if not restart and (store.root / "search.json").exists():
         try:
@@ -161,15 +165,16 @@ def _begin(
         batch,
         of,
         objective=objective,
-        epoch_samples=epoch,
+        terms=terms,
         stale=stale,
         state=state,
+        able=able,
     )
 
 
-def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, epoch: int, stale: bool) -> str:
+def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, terms: Terms, stale: bool) -> str:
     """Return a digest of all that a search's answer depends on."""
-    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, epoch, stale]
+    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, terms, stale]
     return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 
@@ -203,7 +208,7 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
                     batch=searching.batch,
                     space=searching.space,
                     objective=searching.objective.name,
-                    epoch_samples=searching.epoch,
+                    terms=searching.terms,
                     stale=searching.stale,
                     answer=searching.answer(),
                     done=searching.state.done,

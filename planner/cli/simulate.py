@@ -81,6 +81,8 @@ def simulate(
             json=json,
         )
         return
+    from executor.abilities import able
+
     m = 8 if m is None else m
     store, path, measured, hardware = opened(profile, cluster)
     batch = measured.batch if batch is None else batch
@@ -103,6 +105,7 @@ def simulate(
         seed=seed,
         stale=stale,
         failures=failures,
+        able=able,
     )
     store.save_ranking(ranking)
     rows = tables.arranged(ranking.outcomes, sort, words or ())

@@ -7,37 +7,42 @@ from typing import NamedTuple
 
 from planner.basis.errors import PlanError, unknown
 from planner.basis.units import rate, seconds, size
+from planner.search.cost import HOUR_S, Terms, priced
 from planner.values.cluster import Cluster
 
 
 class Reckoned(NamedTuple):
-    """What an objective may look at: step seconds (or a lower bound), peak bytes of the worst device (or 0), K."""
+    """What an objective may look at: seconds of a step, peak bytes of the worst device, price per hour of the hosts.
+
+    A lower bound of a score has lower bounds of them.
+    """
 
     step_s: float
     peak_bytes: float
-    k: int
+    price_per_hour: float
     batch: int
 
 
-Score = Callable[[Reckoned, Cluster, int], float]
+Score = Callable[[Reckoned, Terms], float]
 
 
 class Objective(NamedTuple):
-    """A registered objective: its score, from what was reckoned, the cluster and an epoch's samples; and its words."""
+    """A registered objective: its score, from what was reckoned and the terms; its words; whether it needs prices."""
 
     name: str
     score: Score
     words: Callable[[float], str]
+    priced: bool = False
 
 
 _REGISTRY: dict[str, Objective] = {}
 
 
-def objective(name: str, words: Callable[[float], str]) -> Callable[[Score], Score]:
-    """Register a score that does not fall when step time, peak or K rise."""
+def objective(name: str, words: Callable[[float], str], *, priced: bool = False) -> Callable[[Score], Score]:
+    """Register a score that does not fall when step time, peak or price rise."""
 
     def register(score: Score) -> Score:
-        _REGISTRY[name] = Objective(name, score, words)
+        _REGISTRY[name] = Objective(name, score, words, priced)
         return score
 
     return register
@@ -56,35 +61,35 @@ def get(name: str) -> Objective:
 
 
 @objective("throughput", lambda score: rate(1 / score))
-def throughput(of: Reckoned, cluster: Cluster, epoch: int) -> float:
+def throughput(of: Reckoned, terms: Terms) -> float:
     """Seconds per sample."""
     return of.step_s / of.batch
 
 
 @objective("epoch", lambda score: f"{seconds(score)} per epoch")
-def epoch_time(of: Reckoned, cluster: Cluster, epoch: int) -> float:
+def epoch_time(of: Reckoned, terms: Terms) -> float:
     """Seconds per epoch of so many samples; the last step of an epoch is a whole one."""
-    return of.step_s * -(-epoch // of.batch)
+    return terms.seconds(of.step_s, of.batch)
 
 
 @objective("memory", lambda score: f"{size(score)} on the worst device")
-def memory(of: Reckoned, cluster: Cluster, epoch: int) -> float:
+def memory(of: Reckoned, terms: Terms) -> float:
     """Peak bytes of the worst device; between equals the quicker one, by less than a byte."""
     return of.peak_bytes + of.step_s / (1e6 + of.step_s)
 
 
-@objective("cost", lambda score: f"{score:.3g} per million samples")
-def cost(of: Reckoned, cluster: Cluster, epoch: int) -> float:
-    """Price of a million samples, from the devices' price per hour.
+@objective("cost", lambda score: f"{score:.3g} per million samples", priced=True)
+def cost(of: Reckoned, terms: Terms) -> float:
+    """Price of a million samples; hosts are rented whole."""
+    return of.price_per_hour / HOUR_S * of.step_s / of.batch * 1e6
 
-    Raises `PlanError` (exit 2) where the cluster states none.
-    """
-    price = sum(device.price_per_hour for device in cluster.take(of.k).devices)
-    if price <= 0:
+
+def check(chosen: Objective, terms: Terms, cluster: Cluster) -> None:
+    """Raise `PlanError` (exit 2) for a question about money on a cluster that states no price."""
+    if (chosen.priced or terms.budget is not None) and not priced(cluster):
         raise PlanError(
-            what="the cluster's devices have no price",
+            what="the cluster's devices and hosts have no price",
             where=f"cluster '{cluster.name}'",
-            why="the objective cost needs price_per_hour",
-            fix="add price_per_hour to the [[devices]] of the cluster file, or choose --objective throughput",
+            why=f"{f'the objective {chosen.name}' if chosen.priced else 'a budget'} needs price_per_hour",
+            fix="add price_per_hour to the [[hosts]] or [[devices]] of the cluster file, or give --price",
         )
-    return price / 3600 * of.step_s / of.batch * 1e6

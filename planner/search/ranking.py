@@ -10,6 +10,8 @@ from planner.basis.errors import NOTHING_FITS, PlanError
 from planner.basis.units import size
 from planner.placement.question import Question
 from planner.placement.strategies import Strategy, all_strategies
+from planner.search.choice import Merit, choose, merit
+from planner.search.simplicity import identity
 from planner.simulate.contention import Failure
 from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.values.cluster import Cluster
@@ -26,7 +28,10 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ranking(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcomes, best first: those that fit by throughput, then those that do not by how much they lack."""
+    """The outcomes: those that fit by throughput, then those that do not by how much they lack.
+
+    `able` are the plans, by their labels, that can be run.
+    """
 
     k: int
     m: int
@@ -36,24 +41,36 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: tuple[Outcome, ...]
     stale: bool = False
     rejected: tuple[Rejected, ...] = ()
+    able: tuple[str, ...] = ()
 
     @property
     def best(self) -> Outcome:
-        """The fastest plan that fits and whose gradients are not stale, or, if `stale`, whatever they are.
+        """The plan that fits and is the fastest, or the simplest of those that are as fast (`planner.search.choice`).
 
-        Raises `PlanError` (exit 3) with the nearest plans when none does.
+        Its gradients are not stale unless `stale` lets them be. Raises `PlanError` (exit 3) with the nearest plans when
+        none fits.
         """
-        for outcome in self.outcomes:
-            if outcome.fits and (self.stale or not asynchronous(outcome.plan)):
-                return outcome
-        raise self._nothing_fits()
+        fitting = self._contenders()
+        if not fitting:
+            raise self._nothing_fits()
+        return choose([(self._merit(outcome), outcome) for outcome in fitting])
 
     def runnable(self, able: Callable[[Plan], bool]) -> Outcome:
         """Return the best plan that is `able` to be run, the best one where none is. Raises as `best`."""
         best = self.best
         if able(best.plan):
             return best
-        return next((o for o in self.outcomes if o.fits and not asynchronous(o.plan) and able(o.plan)), best)
+        those = [o for o in self._contenders() if not asynchronous(o.plan) and able(o.plan)]
+        return choose([(self._merit(outcome), outcome) for outcome in those]) if those else best
+
+    def _merit(self, outcome: Outcome) -> Merit:
+        return merit(outcome, runnable=str(outcome.plan) in self.able)
+
+    def _contenders(self) -> list[Outcome]:
+        """Those that may be the best: what recomputes where its twin fits without only differs from it by noise."""
+        fitting = [o for o in self.outcomes if o.fits and (self.stale or not asynchronous(o.plan))]
+        bare = {identity(o.plan) for o in fitting if not _recomputes(o.plan)}
+        return [o for o in fitting if not _recomputes(o.plan) or identity(_without(o.plan)) not in bare]
 
     def _nothing_fits(self) -> PlanError:
         nearest = self.outcomes[:3]
@@ -88,10 +105,12 @@ def rank(
     seed: int = SEED,
     stale: bool = False,
     failures: tuple[Failure, ...] = (),
+    able: Callable[[Plan], bool] = lambda plan: True,
     progress: Callable[[str], None] = lambda label: None,
 ) -> Ranking:
     """Simulate every strategy, with and without recompute, for K devices and M micro-batches.
 
+    Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
     Raises `PlanError` (exit 2) when K, M or the batch are not positive, M does not divide the batch, or K is larger
     than the number of layers.
     """
@@ -107,7 +126,11 @@ def rank(
             outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
         except PlanError as error:
             rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
-    distinct = {str(outcome.plan): outcome for outcome in outcomes}  # with one stage many strategies are one plan
+    distinct: dict[Plan, Outcome] = {}
+    for outcome in outcomes:  # two names of one plan are one: the first registered that needs least memory
+        known = distinct.setdefault(identity(outcome.plan), outcome)
+        if outcome.peak_bytes < known.peak_bytes:
+            distinct[identity(outcome.plan)] = outcome
     outcomes = list(distinct.values())
     outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else _lack(o)))
     return Ranking(
@@ -119,6 +142,7 @@ def rank(
         outcomes=tuple(outcomes),
         stale=stale,
         rejected=tuple(rejected),
+        able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
     )
 
 
@@ -155,6 +179,14 @@ def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple
         yield entry, plan
         if plan.schedule != "forward-only":
             yield entry, msgspec.structs.replace(plan, recompute=True)
+
+
+def _recomputes(plan: Plan) -> bool:
+    return plan.recompute or bool(plan.recompute_layers)
+
+
+def _without(plan: Plan) -> Plan:
+    return msgspec.structs.replace(plan, recompute=False, recompute_layers=())
 
 
 def _lack(outcome: Outcome) -> float:

@@ -2,7 +2,8 @@
 
 A candidate is looked at three times, each dearer and closer to the truth than the one before: a bound that costs
 nothing, the fast interpreter's time, which sharing can only make longer, and SimPy's. Always the most promising look is
-taken next, so the first candidate whose last look comes up is the best: nothing that was left out could beat it.
+taken next, so the first candidate whose last look comes up is the quickest: nothing that was left out could beat it.
+Then the search goes on to what is as good as that (`planner.search.choice`), for the simplest of them is the best.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
 from planner.search import objective as objectives
+from planner.search.bounds import bound as bound_of
+from planner.search.bounds import plan_bound
+from planner.search.choice import TIE, Merit, choose
+from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.objective import Reckoned
-from planner.search.space import Candidate, Space, bare, candidates, make, plan_bound
+from planner.search.simplicity import mechanisms
+from planner.search.space import Candidate, Space, bare, candidates, make
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Cluster
@@ -43,7 +49,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One evaluated candidate, by its `key`; `label` is its plan's, empty where there is none, and `why` says why.
 
     `lack` is peak over capacity on the worst device: above 1 it does not fit. `exact` is off where sharing has not been
-    simulated, `stale` on where gradients are.
+    simulated, `stale` on where gradients are, `late` where the deadline or the budget is not met. `mechanisms` and
+    `runnable` are what decides between plans that are as good.
     """
 
     key: str
@@ -55,7 +62,16 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     lack: float = 0.0
     exact: bool = False
     stale: bool = False
+    late: bool = False
+    mechanisms: int = 0
+    runnable: bool = False
+    price_per_hour: float = 0.0
     why: str = ""
+
+    @property
+    def merit(self) -> Merit:
+        """What a choice between this and others looks at."""
+        return Merit(self.score, self.score, self.score, self.mechanisms, self.runnable, self.peak_bytes)
 
     @property
     def strategy(self) -> str:
@@ -76,13 +92,19 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a search has found so far, best first. `front` are plans that no other beats in both time and memory."""
+    """What a search has found so far: `leaders` begin with the best, then come the others by score.
+
+    The best is the simplest of those that are as good as the quickest. `front` are plans that no other beats in both
+    time and memory, `nearest` those that lack least memory, `late` those that would come nearest to the deadline or the
+    budget.
+    """
 
     objective: str
     batch: int
     leaders: tuple[Found, ...]
     front: tuple[Found, ...]
     nearest: tuple[Found, ...]
+    late: tuple[Found, ...]
     families: tuple[Family, ...]
     points: int
     evaluated: int
@@ -120,17 +142,30 @@ class Search:
         space: Space,
         *,
         objective: str = "throughput",
-        epoch_samples: int = 0,
+        terms: Terms | None = None,
         stale: bool = False,
         state: State | None = None,
+        able: Callable[[Plan], bool] = lambda plan: True,
         allowed: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
-        """Plans that are not `allowed` are not looked at, and not kept with the state."""
-        self.allowed = allowed
+        """Plans that are not `allowed` are not looked at, and not kept with the state.
+
+        Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
+        """
+        self.able, self.allowed = able, allowed
         self.profile, self.cluster, self.batch, self.space = profile, cluster, batch, space
-        self.objective, self.epoch, self.stale = objectives.get(objective), epoch_samples or batch, stale
+        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(batch), stale
+        objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
-        found = candidates(space, profile, cluster, batch)
+        bounds: dict[tuple[Candidate, bool], float] = {}
+
+        def bounded(point: Candidate) -> Candidate:
+            key = point.shape, "recompute" in point.savings  # all else that is saved costs nothing for sure
+            if key not in bounds:
+                bounds[key] = bound_of(point, profile, cluster, batch)
+            return point._replace(bound_s=bounds[key])
+
+        found = map(bounded, candidates(space, profile, batch))
         scored = sorted((self._optimistic(c), len(c.savings), c.key, c) for c in found)
         self.order = [candidate for *_, candidate in scored]
         self.bounds = [score for score, *_ in scored]
@@ -144,20 +179,36 @@ class Search:
             self.families[candidate.family]["points"] += 1
         self.queue: list[tuple[float, str, Found]] = []
         self.leaders: list[Found] = []
+        self.tied: list[Found] = []
         self.hopes: list[Found] = []
         self.nearest: list[Found] = []
+        self.late: list[Found] = []
+        self.frontier = 0.0
         self.seen = self.evaluated = self.simulated = 0
         self.began = time.monotonic()
         self.complete = False
 
     def _optimistic(self, candidate: Candidate) -> float:
-        k = 1 if candidate.strategy == "single" else candidate.k
-        return self.objective.score(Reckoned(candidate.bound_s, 0.0, k, self.batch), self.cluster, self.epoch)
+        """The least score that a candidate can have; infinite where it cannot meet the terms."""
+        price = least_price_per_hour(self.cluster, candidate.devices)
+        if not self.terms.met(candidate.bound_s, self.batch, price):
+            return float("inf")
+        return self.objective.score(Reckoned(candidate.bound_s, 0.0, price, self.batch), self.terms)
 
     @property
     def best(self) -> float:
         """The best score that is certain so far."""
         return self.leaders[0].score if self.leaders else float("inf")
+
+    @property
+    def reach(self) -> float:
+        """The score from which on nothing is as good as the best that is certain."""
+        return self.best * (1 + TIE)
+
+    @property
+    def choice(self) -> Found | None:
+        """The best so far: the simplest of those that are as good as the quickest."""
+        return choose([(found.merit, found) for found in self.tied]) if self.tied else None
 
     def run(self, tell: Callable[[Progress], None] = lambda progress: None, *, seconds: float = float("inf")) -> Answer:
         """Search until nothing can be better, or for so many seconds; `tell` is called about ten times a second."""
@@ -166,7 +217,8 @@ class Search:
             now = time.monotonic()
             bound = self.bounds[self.seen] if self.seen < len(self.order) else float("inf")
             hope = self.queue[0][0] if self.queue else float("inf")
-            if min(bound, hope) >= self.best:
+            self.frontier = min(bound, hope)
+            if self.frontier >= self.reach or self.frontier == float("inf"):
                 break
             if now - self.began > seconds:
                 return self.answer()
@@ -174,19 +226,26 @@ class Search:
                 told = now
                 tell(self.progress())
             if hope <= bound:
-                self._look_closer(heapq.heappop(self.queue)[2])
+                found = heapq.heappop(self.queue)[2]
+                if found.score < self.best or self._simpler(found.mechanisms, found.peak_bytes):
+                    self._look_closer(found)
             else:
-                self._look(self.order[self.seen])
+                self._look(self.order[self.seen], bound)
                 self.seen += 1
         for candidate in self.order[self.seen :]:
             self.families[candidate.family]["slower"] += 1
         self.complete = True
         return self.answer()
 
-    def _look(self, candidate: Candidate) -> None:
+    def _simpler(self, mechanisms: int, peak_bytes: float = 0.0) -> bool:
+        """Whether a plan that is no quicker than the quickest could still be the choice."""
+        chosen = self.choice
+        return chosen is None or (mechanisms, False, peak_bytes) < chosen.merit.simplicity
+
+    def _look(self, candidate: Candidate, bound: float) -> None:
         """Put one candidate through the fast interpreter."""
         counts = self.families[candidate.family]
-        if self._dominated(candidate):
+        if self._dominated(candidate) or (bound >= self.best and not self._simpler(candidate.mechanisms)):
             counts["slower"] += 1
             return
         found = self.state.done.get(candidate.key)
@@ -202,10 +261,12 @@ class Search:
             self.reasons.setdefault(candidate.family, found.why)
             return
         counts["evaluated"] += 1
-        self.known[candidate[:7]].append((frozenset(candidate.savings), found))
+        self.known[candidate.bare].append((frozenset(candidate.savings), found))
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
+        elif found.late:
+            self._too_late(found)
         elif found.stale and not self.stale:
             counts["stale"] += 1
             self.reasons.setdefault(candidate.family, "its gradients are stale; --stale lets it compete")
@@ -219,8 +280,19 @@ class Search:
     def _look_closer(self, found: Found) -> None:
         """Put a candidate that could be the best through SimPy."""
         exact = found if found.exact else self._exact(found)
+        if exact.score <= self.reach and not exact.runnable:
+            exact = msgspec.structs.replace(exact, runnable=self.able(self.plan(exact)))
         self.state.done[found.key] = exact
+        if exact.late:
+            self._too_late(exact)
+            return
         self.leaders = _least(self.leaders, exact, lambda f: (f.score, f.key))
+        self.tied = [f for f in (*self.tied, exact) if f.score <= self.reach]
+
+    def _too_late(self, found: Found) -> None:
+        self.families[found.family]["late"] += 1
+        self.reasons.setdefault(found.family, "it does not meet the deadline or the budget")
+        self.late = _least(self.late, found, lambda f: (f.step_s, f.key))
 
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
@@ -236,21 +308,21 @@ class Search:
             less < mine
             and mine - less <= self.slowing
             and not ("offload" in less and (mine - less) & {"recompute", "recompute-layers"})
-            and (found.lack <= 1 or found.score >= self.best)
+            and (found.lack <= 1 or found.score >= self.reach)
             and not (found.stale and self.stale)
-            for less, found in self.known[candidate[:7]]
+            for less, found in self.known[candidate.bare]
         )
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where its plan cannot beat the best."""
         try:
-            if self.bare_bounds.get(candidate[:6], 0.0) >= self.best:
+            if self._hopeless(self.bare_bounds.get(candidate.shape, 0.0), candidate):
                 return None
             plan = bare(candidate, self.profile, self.cluster, self.batch)
             placed = Placed(self.profile, plan, self.cluster)
             bound = self._score(plan, plan_bound(placed), 0.0)
-            self.bare_bounds[candidate[:6]] = bound
-            if bound >= self.best or not self.allowed(plan):
+            self.bare_bounds[candidate.shape] = bound
+            if self._hopeless(bound, candidate) or not self.allowed(plan):
                 return None
             if candidate.savings:
                 placed = placed.with_plan(make(candidate, self.profile, self.cluster, self.batch))
@@ -267,6 +339,9 @@ class Search:
             family=candidate.family,
             label=str(plan),
             stale=asynchronous(plan),
+            late=self._late(plan, step_s),
+            mechanisms=len(mechanisms(plan)),
+            price_per_hour=price_per_hour(self.cluster, plan.device_names),
             score=self._score(plan, step_s, float(max(peaks))),
             step_s=step_s,
             peak_bytes=float(max(peaks)),
@@ -274,9 +349,19 @@ class Search:
             exact=not shares(placed),
         )
 
+    def _hopeless(self, bound: float, candidate: Candidate) -> bool:
+        """Whether a plan with this bound is neither the quickest nor, being as good, the simplest.
+
+        What is simpler than what is only certain once nothing can be quicker than the quickest.
+        """
+        return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
+
     def _score(self, plan: Plan, step_s: float, peak: float) -> float:
-        reckoned = Reckoned(step_s, peak, len(plan.device_names), self.batch)
-        return self.objective.score(reckoned, self.cluster, self.epoch)
+        price = price_per_hour(self.cluster, plan.device_names)
+        return self.objective.score(Reckoned(step_s, peak, price, self.batch), self.terms)
+
+    def _late(self, plan: Plan, step_s: float) -> bool:
+        return not self.terms.met(step_s, self.batch, price_per_hour(self.cluster, plan.device_names))
 
     def _exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
@@ -286,7 +371,8 @@ class Search:
         step_s = simulated_step(Placed(self.profile, plan, self.cluster))
         self.simulated += 1
         score = self._score(plan, step_s, found.peak_bytes)
-        return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True)
+        late = self._late(plan, step_s)
+        return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True, late=late)
 
     def plan(self, found: Found) -> Plan:
         """Make the plan of a candidate that has been found."""
@@ -319,14 +405,21 @@ class Search:
             )
             for name, c in sorted(self.families.items())
         ]
-        known = self.state.done.values()
-        fitting = (f for f in known if f.label and f.lack <= 1 and (self.stale or not f.stale))
+        fitting = (
+            f
+            for f in self.state.done.values()
+            if f.label and f.lack <= 1 and not f.late and (self.stale or not f.stale)
+        )
+        known = {f.key: self.state.done[f.key] for f in (*self.leaders, *self.hopes)}
+        leaders = _ranked(found for found in known.values() if not found.late)
+        chosen = self.choice
         return Answer(
             objective=self.objective.name,
             batch=self.batch,
-            leaders=tuple(_ranked(self.state.done[f.key] for f in (*self.leaders, *self.hopes))),
+            leaders=tuple(leaders if chosen is None else [chosen, *(f for f in leaders if f.key != chosen.key)]),
             front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),
+            late=tuple(self.late[:3]),
             families=tuple(families),
             points=len(self.order),
             evaluated=self.evaluated,

@@ -1,6 +1,7 @@
 """The space of plans that a search ranks: every strategy, K, M, replicas, tensor split, chunks and saving.
 
-A candidate is a point of it; making its plan costs milliseconds, so each has a bound that costs nothing.
+A candidate is a point of it; making its plan costs milliseconds, so each has a bound that costs nothing
+(`planner.search.bounds`).
 """
 
 from __future__ import annotations
@@ -8,19 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from planner.basis.errors import PlanError
-from planner.basis.memo import memoised
-from planner.costs import tensor
-from planner.costs.placed import Placed
-from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement import savings, strategies
 from planner.placement.question import Question
+from planner.placement.strategies import Strategy
+from planner.search.simplicity import mechanisms_of
 from planner.values.cluster import Cluster
-from planner.values.plan import Plan, asynchronous
+from planner.values.plan import Plan
 from planner.values.profile import Profile
 
 SMALL = 16
@@ -56,13 +51,89 @@ class Candidate(NamedTuple):
     @property
     def family(self) -> str:
         """What a person would call its kind: the strategy and its savings."""
-        way = (self.synchronisation,) if self.synchronisation not in ("", "all-reduce") else ()
-        return "+".join((self.strategy, *way, *self.savings))
+        agreed = () if self.agreed in ("all-reduce", self.how.synchronisation) else (self.agreed,)
+        return "+".join((self.strategy, *agreed, *self.savings))
+
+    @property
+    def how(self) -> Strategy:
+        """The strategy itself."""
+        return strategies.get(self.strategy)
+
+    @property
+    def devices(self) -> int:
+        """How many devices its plan takes."""
+        return 1 if self.how.devices == "one" else self.k
+
+    @property
+    def tensor_ways(self) -> int:
+        """Over how many devices every stage's tensors are split."""
+        return self.k if self.how.devices == "tensor" else self.tensor
+
+    @property
+    def depth(self) -> int:
+        """Devices, or groups that split tensors, of one pipeline; at most, where the strategy chooses by itself."""
+        if self.how.devices in ("one", "tensor", "replicas"):
+            return 1
+        return self.k // (self.tensor * self.replicas)
+
+    @property
+    def copies(self) -> int:
+        """How many replicas take their share of the micro-batches; one where the strategy chooses by itself."""
+        return self.k // self.tensor if self.how.devices == "replicas" else self.replicas
+
+    @property
+    def bare(self) -> Candidate:
+        """The same point without savings."""
+        return self._replace(savings=(), bound_s=0.0)
+
+    @property
+    def shape(self) -> Candidate:
+        """The same point without savings, however its replicas agree."""
+        return self._replace(savings=(), bound_s=0.0, synchronisation="")
+
+    @property
+    def agreed(self) -> str:
+        """How its replicas agree."""
+        return self.how.synchronisation or self.synchronisation or "all-reduce"
+
+    @property
+    def mechanisms(self) -> int:
+        """How many mechanisms its plan has at least (`planner.search.simplicity`)."""
+        if self.how.devices == "chosen":
+            return 1 + len(self.savings)
+        schedule = schedules.get(self.how.schedule)
+        stages = self.depth * max(1, self.chunks, schedule.chunks[0])
+        return len(
+            mechanisms_of(
+                schedule,
+                synchronisation.get(self.agreed),
+                stages=stages,
+                chunks=stages // self.depth,
+                tensor=self.tensor_ways,
+                replicas=self.copies,
+                share=self.m // self.copies,
+                used=self.savings,
+            )
+        )
+
+    @property
+    def does(self) -> tuple[object, ...]:
+        """What its plan does, whatever it is called: equal for two names of one plan.
+
+        With one device per replica there is nothing to arrange but micro-batches one after the other.
+        """
+        schedule, agreed = schedules.get(self.how.schedule), synchronisation.get(self.agreed)
+        if self.depth > 1:
+            return self.shape, agreed, self.savings
+        alone = self.copies == 1 and not agreed.server
+        said = "" if alone else agreed.name
+        return schedule.updates, self.m, self.copies, self.tensor_ways, said, self.savings
 
     @property
     def key(self) -> str:
         """The same point under the same name in every search; `parse` reads it."""
-        return "|".join(map(str, (*self[:7], "+".join(self.savings))))
+        numbers = self.k, self.m, self.replicas, self.chunks, self.tensor
+        return "|".join(map(str, (self.strategy, *numbers, self.synchronisation, "+".join(self.savings))))
 
     @classmethod
     def parse(cls, key: str) -> Candidate:
@@ -71,9 +142,9 @@ class Candidate(NamedTuple):
         >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",)).key).savings
         ('recompute',)
         """
-        strategy, *numbers, way, chosen = key.split("|")
+        strategy, *numbers, agreed, chosen = key.split("|")
         k, m, replicas, chunks, split = map(int, numbers)
-        return cls(strategy, k, m, replicas, chunks, split, way, tuple(chosen.split("+")) if chosen else ())
+        return cls(strategy, k, m, replicas, chunks, split, agreed, tuple(chosen.split("+")) if chosen else ())
 
 
 def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
@@ -104,196 +175,62 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
 
 
-def candidates(of: Space, profile: Profile, cluster: Cluster, batch: int) -> Iterator[Candidate]:
-    """Yield every point that can possibly be a plan, with its bound."""
+def candidates(of: Space, profile: Profile, batch: int) -> Iterator[Candidate]:
+    """Yield every point that can possibly be a plan; of several names of one plan the first."""
+    seen = set[tuple[object, ...]]()
+    every = [strategies.get(name) for name in of.strategies]
+    for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
+        for point in _points(of, chosen, profile, batch):
+            for agreed in of.synchronisations if "synchronisation" in chosen.takes and point.copies > 1 else ("",):
+                for saved in of.savings:
+                    named = point._replace(synchronisation=agreed, savings=saved)
+                    if (does := named.does) not in seen:
+                        seen.add(does)
+                        yield named
+
+
+def _points(of: Space, chosen: Strategy, profile: Profile, batch: int) -> Iterator[Candidate]:
+    """Yield every K, M, tensor split, replicas and chunks that a strategy can have."""
     whole = sum(len(layer.times) > 0 for layer in profile.layers)
-    for name in of.strategies:
-        fixed = _FIXED.get(name)
-        schedule = schedules.get(name) if name in schedules.names() else None
-        for k in of.ks:
-            if name == "single" and k != min(of.ks):
-                continue
-            for ways in of.tensors:
-                for replicas in _replicas(name, k, ways, of):
-                    depth = k // (ways * replicas)
-                    if depth * ways * replicas != k and name != "single":
-                        continue
-                    for chunks in _chunks(schedule, fixed, of):
-                        if depth * max(1, chunks) > whole:
-                            continue
-                        for m in of.ms:
-                            if m % replicas or batch % m:
-                                continue
-                            bounds: dict[bool, float] = {}
-                            for way in of.synchronisations if replicas > 1 else ("",):
-                                for chosen in of.savings:
-                                    point = Candidate(name, k, m, replicas, chunks, ways, way, chosen)
-                                    more = "recompute" in chosen  # all else that is saved costs nothing for sure
-                                    if more not in bounds:
-                                        bounds[more] = bound(point, profile, cluster, batch)
-                                    yield point._replace(bound_s=bounds[more])
+    schedule = schedules.get(chosen.schedule)
+    for k in of.ks if "k" in chosen.takes else (min(of.ks),):
+        for ways in of.tensors if "tensor" in chosen.takes else (1,):
+            for replicas in of.replicas if "replicas" in chosen.takes else (1,):
+                if k % (ways * replicas):
+                    continue
+                for chunks in _chunks(chosen, schedule, of):
+                    for m in of.ms:
+                        point = Candidate(chosen.name, k, m, replicas, chunks, ways, "", ())
+                        if point.depth * max(1, chunks) <= whole and m % point.copies == 0 and batch % m == 0:
+                            yield point
 
 
-_FIXED = {"single": 1, "data-parallel": 1, "naive": 1, "balanced": 1}
-
-
-def _replicas(name: str, k: int, tensor: int, of: Space) -> tuple[int, ...]:
-    """Replicas of a pipeline; strategies that decide about them themselves have none to choose."""
-    if name in schedules.names() and name != "naive":
-        return tuple(r for r in of.replicas if r * tensor <= k and (r * tensor < k or k == 1))
-    return (1,)
-
-
-def _chunks(schedule: schedules.Schedule | None, fixed: int | None, of: Space) -> tuple[int, ...]:
-    if schedule is None or fixed is not None or schedule.chunks[1] is not None:
+def _chunks(chosen: Strategy, schedule: schedules.Schedule, of: Space) -> tuple[int, ...]:
+    if "chunks" not in chosen.takes or schedule.chunks[1] is not None:
         return (0,)
     return tuple(v for v in of.chunks if v > 1)
 
 
-def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> float:
-    """Return seconds that no plan at this point can beat.
-
-    All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
-    where steps do not overlap, one micro-batch must pass through all layers one after the other (of split backwards
-    only the gradients of inputs), and a pipeline is filled and drained. Devices that split tensors count as one, with
-    its collectives. The fastest device's speed counts for all.
-    """
-    count = 1 if point.strategy == "single" else point.k
-    speed, threads = _fastest(cluster, count)
-    split = count if point.strategy == "tensor-parallel" else point.tensor
-    seams = _seams(profile)
-    if split > 1:
-        profile = _split(profile, cluster, count, split)
-    table = layer_table(profile, batch // point.m, threads)
-    known = schedules.get(point.strategy) if point.strategy in schedules.names() else None
-    depth = point.k // (point.tensor * point.replicas)
-    forward = float(table.forward[MEDIAN, -1])
-    back, way_back = float(table.backward[MEDIAN, -1]), float(table.backward[MEDIAN, -1])
-    if known is not None and known.splits:
-        back, way_back = memoised(profile, ("least", batch // point.m, threads), lambda: _least_backward(table))
-    again = 0.0
-    if "recompute" in point.savings:
-        stages = point.k * max(1, point.chunks, known.chunks[0] if known else 1)
-        again = memoised(profile, ("again", batch // point.m, threads, stages), lambda: _least_recompute(table, stages))
-    passes = forward, forward + way_back + again, forward + back + again
-    forward, through, both = (max(0.0, seconds - seams) / speed for seconds in passes)
-    shared = point.m * both * split / count
-    if _asynchronous(point.strategy):
-        return shared  # micro-batches of several steps are on their way at once
-    if known is None or depth < 2:
-        return max(shared, both)
-    if known.placement != "straight":
-        return max(shared, through)
-    return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
-
-
-def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
-    """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
-    taken = cluster.take(count)
-    try:
-        return tensor.split(profile, tuple(device.name for device in taken.devices[:ways]), taken)
-    except PlanError:
-        return profile
-
-
-def _least_backward(table: LayerTable) -> tuple[float, float]:
-    """Least seconds of one micro-batch's backward, whole or in two halves, and of the gradient that it passes on."""
-    whole, first, second = (
-        np.diff(sums[MEDIAN]) for sums in (table.backward, table.backward_input, table.backward_weight)
+def question(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Question:
+    """Return what a point's strategy is asked."""
+    return Question(
+        profile,
+        cluster,
+        k=point.k,
+        m=point.m,
+        batch=batch,
+        replicas=point.replicas,
+        chunks=point.chunks,
+        tensor=point.tensor,
+        synchronisation=point.synchronisation,
     )
-    return float(np.minimum(whole, first + second).sum()), float(np.minimum(whole, first).sum())
-
-
-def _least_recompute(table: LayerTable, stages: int) -> float:
-    """Least seconds of repeating a micro-batch's forward: so many stages may each stop early in their last layer."""
-    again = np.diff(table.forward[MEDIAN])[:-1]
-    early = np.sort(np.maximum(0.0, again - np.diff(table.recompute[MEDIAN])[:-1]))[::-1]
-    return float(again.sum() - early[:stages].sum())
-
-
-def _filled(passing: float, both: float, depth: int, share: int) -> float:
-    """Return a bound on a pipeline's step from what fills and drains its last stage.
-
-    If a micro-batch costs the last stage d seconds, it is busy for `share x d`, and what comes before its first and
-    behind its last micro-batch passes all other stages: at least `passing - d` (of split backwards only the forward, as
-    the rest may be done meanwhile). The other stages share `both - d`, so the slowest of them is busy for at least
-    `share x (both - d) / (depth - 1)`. The least of the larger of the two is where they are equal.
-    """
-    equal = (share * both / (depth - 1) - passing) / ((share - 1) + share / (depth - 1))
-    return max(passing, passing + (share - 1) * max(0.0, equal)) if equal <= both else share * both / depth
-
-
-def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
-    """Speed and threads of the fastest of the first `count` devices, kept with the cluster."""
-
-    def make() -> tuple[float, int]:
-        devices = cluster.take(count).devices
-        return max(d.speed for d in devices), max(d.threads for d in devices)
-
-    return memoised(cluster, ("fastest", count), make)
-
-
-def _asynchronous(strategy: str) -> bool:
-    if strategy in schedules.names():
-        return schedules.get(strategy).asynchronous
-    if strategy in synchronisation.names():
-        return synchronisation.get(strategy).asynchronous
-    return strategy == "pipedream-replicated"
-
-
-def _seams(profile: Profile) -> float:
-    """Most seconds that a pass over all layers can be quicker than its measured layers."""
-    gains = [
-        w.layers_forward_s - w.forward_s + w.layers_backward_s - w.backward_s + w.layers_forward_s - w.forward_s
-        for w in profile.whole
-    ]
-    return max(0.0, *gains, 0.0) if gains else 0.0
 
 
 def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
-    question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
-    return savings.apply(question, bare(point, profile, cluster, batch), point.savings)
+    return savings.apply(question(point, profile, cluster, batch), bare(point, profile, cluster, batch), point.savings)
 
 
 def bare(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point without its savings. Raises `PlanError` where there is none."""
-    question = Question(profile, cluster, point.k, point.m, batch, *point[3:7])
-    return strategies.get(point.strategy).spread(question)
-
-
-def plan_bound(placed: Placed) -> float:
-    """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
-
-    A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
-    are whole, that stage's backward, before those of all earlier stages.
-    """
-    plan, profile = placed.plan, placed.profile
-    if plan.uneven:
-        return 0.0
-    table = layer_table(profile, plan.samples, plan.threads)
-    splits = placed.schedule.splits
-    speeds = placed.cluster.speeds
-    speed, _ = _fastest(placed.cluster, len(plan.device_names))
-    seams = _seams(profile)
-    ways = [table.forward[MEDIAN] + table.backward[MEDIAN]]
-    if splits:
-        ways.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
-    ranges = placed.ranges
-    share = plan.microbatches // plan.replicas
-    found = 0.0
-    for row in range(plan.depth):
-        held = plan.stages_of[row]
-        copies = placed.schedule.copies
-        work = sum(min(_part(way, ranges[s], profile) for way in ways) for s in held) / copies
-        way = table.forward[MEDIAN] if splits else ways[0]
-        before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
-        own = speeds[plan.groups[row][0]]
-        found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return found
-
-
-def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:
-    """Seconds of a run of layers, with the loss behind the last."""
-    last = layers.stop == len(profile.layers)
-    return float(sums[layers.stop + last] - sums[layers.start])
+    return point.how.spread(question(point, profile, cluster, batch))

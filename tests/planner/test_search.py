@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -15,14 +15,18 @@ from planner.basis.errors import PlanError
 from planner.basis.units import percent
 from planner.costs.placed import Placed
 from planner.placement import savings as all_savings
-from planner.placement.question import Question
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
+from planner.search.bounds import bound, plan_bound
+from planner.search.choice import TIE, Merit
+from planner.search.cost import Terms, price_per_hour
 from planner.search.explain import cheapest_change, explain
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
 from planner.search.search import Answer, Found, Search, State, pareto, slowing
-from planner.search.space import Candidate, Space, candidates, make, plan_bound, space
+from planner.search.simplicity import mechanisms
+from planner.search.space import Candidate, Space, candidates, make, space
+from planner.search.space import question as asked_of
 from planner.simulate.contention import simulated_step
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster, Device, Host, Link
@@ -32,6 +36,7 @@ from tests.factory import devices, profile
 
 NAMES = tuple(s.name for s in all_strategies())
 COST = st.one_of(st.integers(1, 9).map(float), st.floats(0.5, 9.0))
+TERMS = Terms(10)
 WAYS = ("all-reduce", "zero-1", "zero-2", "zero-3", "parameter-server")
 
 
@@ -116,7 +121,7 @@ def questions(draw: st.DrawFn, strategies: int = 5, savings: int = 3) -> tuple[P
 def made(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[Candidate, Plan]]:
     """Every candidate that is a plan."""
     found = []
-    for candidate in candidates(of, costs, cluster, batch):
+    for candidate in candidates(of, costs, batch):
         try:
             plan = make(candidate, costs, cluster, batch)
             simulated_step(Placed(costs, plan, cluster))
@@ -130,17 +135,38 @@ def peaks(costs: Profile, plan: Plan, cluster: Cluster) -> list[float]:
     return [point.total for point in simulate(costs, plan, cluster).peak]
 
 
-def brute_force(costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False) -> float:
-    """The best score of all, each plan simulated by itself."""
-    best = math.inf
+class Tried(NamedTuple):
+    """A plan simulated by itself: its score, and what decides a tie."""
+
+    score: float
+    merit: Merit
+    label: str
+
+
+def everything(
+    costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
+) -> list[Tried]:
+    """All plans that fit and may be the best."""
+    found = []
     for _, plan in made(costs, cluster, batch, of):
         held = peaks(costs, plan, cluster)
         fits = all(peak <= room for peak, room in zip(held, Placed(costs, plan, cluster).capacities, strict=True))
         if fits and (stale or not asynchronous(plan)):
             step = simulated_step(Placed(costs, plan, cluster))
-            reckoned = Reckoned(step, max(held), len(plan.device_names), batch)
-            best = min(best, objective_of(objective).score(reckoned, cluster, 10))
-    return best
+            price = price_per_hour(cluster, plan.device_names)
+            if not terms.met(step, batch, price):
+                continue
+            score = objective_of(objective).score(Reckoned(step, max(held), price, batch), terms)
+            own = Merit(score, score, score, len(mechanisms(plan)), True, max(held))
+            found.append(Tried(score, own, str(plan)))
+    return found
+
+
+def brute_force(
+    costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
+) -> float:
+    """The best score of all, each plan simulated by itself."""
+    return min((one.score for one in everything(costs, cluster, batch, of, objective, stale, terms)), default=math.inf)
 
 
 @settings(max_examples=60)
@@ -150,14 +176,44 @@ def test_the_answer_is_that_of_brute_force(
 ) -> None:
     costs, cluster, batch, of = question
     assume(objective != "cost" or cluster.devices[0].price_per_hour > 0)
-    best = brute_force(costs, cluster, batch, of, objective, stale)
-    answer = Search(costs, cluster, batch, of, objective=objective, epoch_samples=10, stale=stale).run()
+    tried = everything(costs, cluster, batch, of, objective, stale)
+    answer = Search(costs, cluster, batch, of, objective=objective, terms=TERMS, stale=stale).run()
     assert answer.complete
-    if best == math.inf:
+    the_simplest_of_the_quickest(answer, tried)
+
+
+def the_simplest_of_the_quickest(answer: Answer, tried: list[Tried]) -> None:
+    """Check a search's answer against all plans: the quickest's score, and of those as good the simplest."""
+    if not tried:
         assert not answer.leaders
-    else:
-        assert answer.leaders[0].exact
-        assert answer.leaders[0].score == pytest.approx(best, rel=1e-9)
+        return
+    best = min(one.score for one in tried)
+    assert all(f.exact for f in answer.leaders[:1])
+    assert min(f.score for f in answer.leaders) == pytest.approx(best, rel=1e-9)
+    least = min(one.merit.simplicity for one in tried if one.score <= best * (1 + TIE) * (1 - 1e-9))
+    chosen = answer.leaders[0].merit
+    assert chosen.score <= best * (1 + TIE) * (1 + 1e-9)
+    assert chosen.simplicity[:2] <= least[:2]
+    if chosen.simplicity[:2] == least[:2]:
+        assert chosen.peak_bytes <= least[2] * (1 + 1e-9)
+
+
+@settings(max_examples=40)
+@given(questions(), st.sampled_from(["throughput", "cost"]), st.floats(0.1, 1.2), st.booleans())
+def test_a_deadline_or_a_budget_is_met_as_by_brute_force(
+    question: tuple[Profile, Cluster, int, Space], objective: str, part: float, money: bool
+) -> None:
+    """The cheapest or quickest of the plans that meet it, each simulated by itself."""
+    costs, cluster, batch, of = question
+    assume(cluster.devices[0].price_per_hour > 0)
+    step = brute_force(costs, cluster, batch, of, "throughput") * batch
+    assume(step < math.inf)
+    limit = 2 * part * TERMS.seconds(step, batch)
+    terms = TERMS._replace(**{"budget": limit / 3600} if money else {"deadline_s": limit})
+    tried = everything(costs, cluster, batch, of, objective, terms=terms)
+    answer = Search(costs, cluster, batch, of, objective=objective, terms=terms).run()
+    assert answer.complete
+    the_simplest_of_the_quickest(answer, tried)
 
 
 @settings(max_examples=25)
@@ -174,9 +230,8 @@ def test_all_savings_are_that_of_brute_force(
     """Little memory, and a quick or slow link to the host's: what is not repeated has to be swapped."""
     cluster = devices(count, memory_bytes=memory_bytes, bandwidth=1e4, host_bandwidth=host_bandwidth)
     of = space(costs, cluster, 8, strategies=tuple(strategies), ks=(count,), ms=(4, 8))
-    best = brute_force(costs, cluster, 8, of, "throughput")
-    answer = Search(costs, cluster, 8, of).run()
-    assert (answer.leaders[0].score if answer.leaders else math.inf) == pytest.approx(best, rel=1e-9)
+    tried = everything(costs, cluster, 8, of, "throughput")
+    the_simplest_of_the_quickest(Search(costs, cluster, 8, of).run(), tried)
 
 
 def test_repeating_spares_swapping() -> None:
@@ -195,7 +250,7 @@ def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, int,
     costs, cluster, batch, of = question
     for candidate, plan in made(costs, cluster, batch, of):
         step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
-        assert candidate.bound_s <= step, candidate
+        assert bound(candidate, costs, cluster, batch) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
 
 
@@ -209,7 +264,7 @@ def test_savings_that_slow_make_no_plan_quicker(
     for candidate, plan in made(costs, cluster, batch, of):
         if asynchronous(plan):
             continue  # their steady state is a mean over few steps
-        asked = Question(costs, cluster, candidate.k, candidate.m, batch, *candidate[3:7])
+        asked = asked_of(candidate, costs, cluster, batch)
         try:
             saved = apply(asked, plan, tuple(names))
             step = simulated_step(Placed(costs, saved, cluster))
@@ -306,7 +361,7 @@ def test_the_front_of_a_search(objective: str) -> None:
 
 def test_stale_plans_compete_only_if_they_may() -> None:
     costs, cluster, batch, _ = example(memory_bytes=10**9)
-    of = space(costs, cluster, batch, strategies=("1f1b", "pipedream"), savings=((),), ks=(4,))
+    of = space(costs, cluster, batch, strategies=("1f1b", "pipedream"), savings=((),), ks=(4,), replicas=(1,))
     plain, stale = (Search(costs, cluster, batch, of, stale=stale).run() for stale in (False, True))
     assert plain.leaders[0].strategy == "1f1b"
     assert not any(f.stale for f in plain.leaders)
@@ -356,7 +411,7 @@ def test_every_candidate_is_counted_once() -> None:
 
 
 def test_keys_are_read_back() -> None:
-    for candidate in candidates(example()[3], *example()[:3]):
+    for candidate in candidates(example()[3], example()[0], example()[2]):
         assert Candidate.parse(candidate.key) == candidate._replace(bound_s=0.0)
 
 
