@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from planner.values.cluster import Cluster
 from planner.values.routes import Path
 
 
@@ -16,3 +19,16 @@ class Flow(NamedTuple):
 
     path: Path
     bytes: float
+
+
+def together(cluster: Cluster, flows: Sequence[Flow]) -> float:
+    """Seconds until all of these are over when they start together and nobody else is on their links.
+
+    Each takes at least what a message of its bytes takes, and a shared link at least what all that it carries takes.
+    """
+    carried: dict[int, float] = defaultdict(float)
+    for path, size in flows:
+        for number in path:
+            carried[number] += size
+    own = (cluster.transfer_seconds(path, size) for path, size in flows)
+    return max((*own, *(size / cluster.bandwidths[number] for number, size in carried.items())), default=0.0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.costs import collectives
-from planner.costs.flows import Flow
+from planner.costs.flows import Flow, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage
@@ -200,8 +200,8 @@ class PriceList:
             ends = [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
             paths = [self.cluster.path(*pair) for pair in ends]
         each = size / max(1, len(self.plan.servers))
-        seconds = max((self.cluster.transfer_seconds(path, each) for path in paths), default=0.0)
-        return TransferKind(op, stage, row, row, size, seconds, 0.0, tuple(Flow(path, each) for path in paths))
+        flows = tuple(Flow(path, each) for path in paths)
+        return TransferKind(op, stage, row, row, size, together(self.cluster, flows), 0.0, flows)
 
     def _host_path(self, device: str, *, back: bool = False) -> Path:
         """Return the links from a device to its host's memory, or back from there."""

@@ -21,11 +21,10 @@ from planner.orders.codes import PULL, PUSH
 from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked
+from planner.simulate.network import Network, load
 from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
-from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
-from planner.values.routes import Path
 from planner.values.trace import COMPUTE, LINK, Event, Trace
 
 
@@ -56,6 +55,9 @@ def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     return run.trace()
 
 
+_ROUNDING = 1e-12  # of a transfer's seconds
+
+
 class Run:
     """One walk of all devices through their rows; `env.run()` plays it."""
 
@@ -78,22 +80,35 @@ class Run:
         self.pushes = [kind.op == PUSH for kind in costs.kinds]
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
-        self.links = _links(self.env, costs.cluster)
+        self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
         self.nothing = Alone(self.env)
         self.server = simpy.Resource(self.env)
         self.pushed: dict[int, list[int]] = {}
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
-        self.parts = [self._parts(kind) for kind in costs.kinds]
+        self.delays = [self._delay(kind) for kind in costs.kinds]
+        self.loads = [
+            load(kind.flows, kind.seconds - delay, costs.cluster.bandwidths)
+            for kind, delay in zip(costs.kinds, self.delays, strict=True)
+        ]
         self.alone = [
-            kind.work == 0 and kind.op not in (PULL, PUSH) and not any(self._shared(flow.path) for flow in kind.flows)
-            for kind in costs.kinds
+            kind.work == 0 and kind.op not in (PULL, PUSH) and own.free
+            for kind, own in zip(costs.kinds, self.loads, strict=True)
         ]
         for device in range(linked.devices):
             self.env.process(self.device(device))
 
-    def _shared(self, path: Path) -> bool:
-        return any(isinstance(self.links[number], FairShare) for number in path)
+    def _delay(self, kind: TransferKind) -> float:
+        """Seconds before a transfer loads its links: of one message its latency, which others may use meanwhile.
+
+        A collective's latencies lie between its rounds.
+        """
+        if len(kind.flows) != 1:
+            return 0.0
+        (path, size), bandwidth = kind.flows[0], self.costs.cluster.bandwidths
+        sending = max((size / bandwidth[number] for number in path), default=0.0)
+        delay = kind.seconds - sending
+        return delay if delay > _ROUNDING * kind.seconds else 0.0
 
     @property
     def last(self) -> float:
@@ -170,12 +185,8 @@ class Run:
 
     def begin(self, number: int, then: Then) -> None:
         """Serve a transfer of a kind on its links and on its ends' cores; call `then` with the last of these parts."""
-        parts = self.parts[number]
-        if len(parts) == 1:
-            part, share = parts[0]
-            part.serve(share, then)
-            return
-        left = len(parts)
+        parts = self._parts(self.costs.kinds[number])
+        left = 1 + len(parts)
 
         def done() -> None:
             nonlocal left
@@ -183,23 +194,28 @@ class Run:
             if not left:
                 then()
 
+        self.send(number, done if parts else then)
         for part, share in parts:
             part.serve(share, done)
 
+    def send(self, number: int, then: Then) -> None:
+        """Bring a transfer's bytes over its links, after its latency."""
+        kind, own, delay = self.costs.kinds[number], self.loads[number], self.delays[number]
+        if own.free:
+            self.nothing.serve(kind.seconds, then)
+        elif delay:
+            self.nothing.serve(delay, lambda: self.network.send(own, kind.seconds - delay, then))
+        else:
+            self.network.send(own, kind.seconds, then)
+
     def _parts(self, kind: TransferKind) -> list[tuple[FairShare | Alone, float]]:
-        """What serves a kind of transfer, each for how long: its links, its ends' cores, or nothing that is shared."""
-        cores, seconds, work = self.cores, kind.seconds, kind.work
-        numbers = [number for flow in kind.flows for number in flow.path]
-        if kind.source < 0:  # a ring does not disturb itself
-            numbers = list(dict.fromkeys(numbers))
-        parts = [(self.links[number], seconds) for number in numbers] if seconds > 0 else []
-        if seconds > 0 and not parts:
-            parts = [(self.nothing, seconds)]
-        if work > 0 and cores[kind.source] is cores[kind.target]:
-            parts.append((cores[kind.source], 2 * work))
-        elif work > 0:
-            parts += [(cores[kind.source], work), (cores[kind.target], work)]
-        return parts or [(self.nothing, 0.0)]
+        """Cores that a kind of transfer uses, each for how long."""
+        cores, work = self.cores, kind.work
+        if not work:
+            return []
+        if cores[kind.source] is cores[kind.target]:
+            return [(cores[kind.source], 2 * work)]
+        return [(cores[kind.source], work), (cores[kind.target], work)]
 
     def push(self, transfer: int, number: int) -> Process:
         """Bring gradients to a server, which updates its parameters with them."""
@@ -243,11 +259,6 @@ class Run:
                     events.append(Event(rows[i], LINK, str(self.linked.actions[i]), begin, begin, end, kind.bytes))
         events.sort(key=lambda event: (event.device, event.start, event.end))
         return Trace(devices=self.devices, events=tuple(events))
-
-
-def _links(env: simpy.Environment, cluster: Cluster) -> list[FairShare | Alone]:
-    both = (link for link in cluster.links for _ in range(2))
-    return [FairShare(env, lambda active: 1.0 / active) if link.shared else Alone(env) for link in both]
 
 
 def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:

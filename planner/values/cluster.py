@@ -145,6 +145,11 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
         """
         return self.routes.path(source, target)
 
+    @cached_property
+    def bandwidths(self) -> tuple[float, ...]:
+        """Bytes/s that all transfers together get on each directed link: infinite where it is not shared."""
+        return tuple(link.bandwidth_bytes_per_s if link.shared else math.inf for link in self.links for _ in range(2))
+
     def link_of(self, number: int) -> Link:
         """Return the link of a directed number: both directions have the same figures."""
         return self.links[number // 2]
