@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
@@ -17,16 +16,13 @@ from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
 from executor.model_file import ModelFile
+from executor.reduction import Buckets
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
 from planner.programs.program import needs
 from planner.programs.waits import completions
 from planner.values.plan import Plan
-
-# DDP reduces in buckets as their gradients become ready; the last one is ready when the last backward ends, where the
-# program's reduction begins. A plan without a bucket size wants one bucket that holds everything.
-_ONE_BUCKET_MIB = 1 << 20
 
 
 @dataclass
@@ -58,25 +54,16 @@ class Rank:
         layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
         pipelines = [dist.new_group(list(range(r * count, (r + 1) * count))) for r in range(plan.replicas)]
-        siblings = [dist.new_group(list(range(s, len(plan.devices), count))) for s in range(count)]
+        holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples)
         self.module = layered.stage(layers, recompute=plan.recompute).to(backend.device)
         self.names = layered.parameter_names()
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        submodule: torch.nn.Module = self.module
-        if plan.replicas > 1 and trained:
-            submodule = DistributedDataParallel(
-                self.module,
-                process_group=siblings[self.stage_index],
-                bucket_cap_mb=plan.bucket_bytes / 2**20 if plan.bucket_bytes else _ONE_BUCKET_MIB,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,
-            )
-            # A lambda, because DDP compares annotations, which are strings here.
-            submodule.register_comm_hook(None, lambda state, bucket: self._reduce(bucket))
-        self.reduces = submodule is not self.module
+        group = holding[self.stage_index]
+        where = f"stage {self.stage_index} of plan {plan}"
+        self.buckets = None if group is None else Buckets(trained, group, plan.bucket_bytes, where)
         self.stage = PipeStage(
-            submodule,
+            self.module,
             self.stage_index,
             count,
             backend.device,
@@ -94,7 +81,6 @@ class Rank:
         self.sending: dict[Action, tuple[list[dist.Work], list[torch.Tensor]]] = {}
         self.stamped: list[Stamped] = []
         self.repeats: list[Any] = []
-        self.ready_to_reduce: Any = None
         self.step_index = 0
         self.backwards = 0
 
@@ -137,13 +123,6 @@ class Rank:
         end = self.backend.stamp() if ended is None else ended
         self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
 
-    def _reduce(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        """DDP's all-reduce, with a stamp of when this rank was ready for it."""
-        self.ready_to_reduce = self.backend.stamp()
-        buffer = bucket.buffer().div_(self.plan.replicas)
-        work = dist.all_reduce(buffer, group=self.stage.submod.process_group, async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]
-
     # The actions. Each returns the stamp of its end where that is not simply now.
 
     def load(self, action: Action) -> None:
@@ -172,8 +151,8 @@ class Rank:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
         return self.backend.stamp()
 
-    def backward(self, action: Action) -> Any:
-        """The whole backward of a micro-batch; the last one also reduces the gradients of replicas."""
+    def backward(self, action: Action) -> None:
+        """The whole backward of a micro-batch."""
         m = _microbatch(action)
         self.backwards += 1
         last = self.backwards == self.share
@@ -185,9 +164,6 @@ class Rank:
         self.stage.release(m)
         if self.is_last:
             self.losses[m] = self.losses[m].detach()
-        if last and self.reduces:
-            return self.ready_to_reduce
-        return None
 
     def send_forward(self, action: Action) -> None:
         """Post the send of the stage's output."""
@@ -206,13 +182,18 @@ class Rank:
         self.receiving[action] = self.stage.post_receive(_microbatch(action), forward=False)
 
     def reduce_gradients(self, action: Action) -> None:
-        """Done by DDP inside the last backward, from where its beginning is stamped."""
+        """Replace the stage's gradients by their means over the ranks that hold it."""
+        assert self.buckets is not None, action
+        self.buckets.reduce()
 
     def optimize(self, action: Action) -> None:
-        """Update the parameters and clear the gradients; DDP's stay, they are its buckets."""
+        """Update the parameters and clear the gradients; those that are reduced stay in their buckets, as zeros."""
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=not self.reduces)
+            if self.buckets is None:
+                self.optimizer.zero_grad()
+            else:
+                self.buckets.clear()
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""

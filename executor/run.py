@@ -51,7 +51,7 @@ def run(
     path.write_bytes(msgspec.json.encode(job))
     launch(main, str(path.resolve()), len(plan.devices), folder / "logs")
     weights: dict[str, torch.Tensor] = {}
-    for rank in range(len(plan.stages)):
+    for rank in sorted({holders[0] for holders in plan.holders}):
         weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)
     for rank in range(len(plan.devices)):
         (folder / f"rank{rank}.pt").unlink()

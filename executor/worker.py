@@ -25,7 +25,7 @@ from executor.model_file import ModelFile, load
 from executor.rank import Rank, Stamped
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders.action import Action
-from planner.orders.codes import RECV_FORWARD, REDUCE_GRAD
+from planner.orders.codes import RECV_FORWARD
 from planner.programs.program import RECEIVES, needs
 from planner.values.plan import Plan
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
@@ -183,8 +183,6 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             repeated = sum(times[1::2]) - sum(times[::2])
             start = ready = repeat.ready + repeated
             found.append(msgspec.structs.replace(repeat, end=start))
-        elif action.op == REDUCE_GRAD:
-            start = ready = found[-1].end
         elif action.op in RECEIVES:
             posted[action] = end
         receive = needs(action)

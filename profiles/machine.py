@@ -23,6 +23,7 @@ from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.rank import Rank
+from executor.reduction import reduce_mean
 from executor.worker import join
 from planner.programs.program import RECEIVES, SENDS
 from planner.values.cluster import Cluster, Device, Host, Link
@@ -189,7 +190,7 @@ def _transfer(size: int, backend: Backend) -> tuple[float, float]:
 def _reduction(size: int, backend: Backend) -> float:
     tensor = torch.ones(max(1, size // 4), device=backend.device)
     dist.barrier()
-    return _timed(backend, ROUNDS, lambda: dist.all_reduce(tensor))
+    return _timed(backend, ROUNDS, lambda: reduce_mean(tensor))
 
 
 _DISPLACING = 2**22

@@ -60,7 +60,7 @@ class MemoryModel:
         self.shards = way.shards
         self.served = bool(way.server)
         self.holders = [len(rows) for rows in placed.holders]
-        # DDP's buckets are the gradients, and stay; so do shards.
+        # The buckets that are reduced are the gradients, and stay; so do shards.
         self.keeps_gradients = [n > 1 and not self.served and not schedule.asynchronous for n in self.holders]
         self.gradients = np.array(
             [0.0 if keeps else of.gradients for of, keeps in zip(self.of, self.keeps_gradients, strict=True)]

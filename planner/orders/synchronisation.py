@@ -85,7 +85,7 @@ def get(name: str) -> Synchronisation:
 
 @synchronisation("all-reduce", "gradients are accumulated locally and all-reduced once, overlapping the last backward")
 def all_reduce(row: Codes, share: int) -> Codes:
-    """Reduce a stage's gradients behind its last backward of the step, as DDP does with its buckets."""
+    """Reduce a stage's gradients behind its last backward of every update."""
     return _behind(row, last_backward(row, share), REDUCE_GRAD)
 
 

@@ -129,6 +129,27 @@ def turned() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 12), Turned(), Summed(), nn.Linear(4, 4))
 
 
+class Sometimes(nn.Module):
+    """Has a parameter that nobody uses, and one that only micro-batches use whose samples come early in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.early = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.early if x.mean() > 0 else x
+
+
+def sometimes() -> nn.Module:
+    return nn.Sequential(Sometimes(), nn.Linear(12, 4))
+
+
+def sometimes_batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.rand(n, 12)
+    inputs[n // 2 :] *= -1
+    return inputs, inputs[:, :4].argmax(dim=1)
+
+
 def unseeded() -> nn.Module:
     return model()
 

@@ -23,7 +23,9 @@ UNET = str(HERE.parent.parent / "examples" / "unet.py")
 BATCH, MICROBATCHES = 16, 4
 
 
-def plan_of(model: str, schedule: str, k: int, *, recompute: bool = False, replicas: int = 1) -> Plan:
+def plan_of(
+    model: str, schedule: str, k: int, *, recompute: bool = False, replicas: int = 1, bucket_bytes: int = 0
+) -> Plan:
     file = load(model)
     names = [layer.name for layer in cut(file, file.build(SEED)).layers]
     stages = tuple(
@@ -31,7 +33,13 @@ def plan_of(model: str, schedule: str, k: int, *, recompute: bool = False, repli
         for s, r in enumerate(partition.equal(len(names), k))
     )
     return Plan(
-        strategy=schedule, schedule=schedule, stages=stages, microbatches=MICROBATCHES, batch=BATCH, recompute=recompute
+        strategy=schedule,
+        schedule=schedule,
+        stages=stages,
+        microbatches=MICROBATCHES,
+        batch=BATCH,
+        recompute=recompute,
+        bucket_bytes=bucket_bytes,
     )
 
 
@@ -65,6 +73,10 @@ def cases(k: int) -> list[Case]:
     ]
     if k == 2:
         found.append(Case(name="replicas", model=MODELS, plan=plan_of(MODELS, "1f1b", 1, replicas=2)))
+        many = plan_of(MODELS, "1f1b", 1, replicas=2, bucket_bytes=500)
+        found.append(Case(name="buckets", model=MODELS, plan=many))
+        some = f"{MODELS}:sometimes"
+        found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
     if k == 4:
         found.append(Case(name="turned", model=f"{MODELS}:turned", plan=plan_of(f"{MODELS}:turned", "gpipe", 4)))

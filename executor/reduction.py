@@ -1,0 +1,93 @@
+"""The gradients of a stage that several ranks hold: kept in flat buckets, reduced where the program says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from planner.basis.errors import RUN_FAILED, PlanError
+
+
+def reduce_mean(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace a tensor by its mean over a group's ranks: what a run does with a bucket, and what the profiler times.
+
+    Divided first, as DDP does, so that the sum of many halves does not overflow.
+    """
+    flat.div_(dist.get_world_size(group))
+    dist.all_reduce(flat, group=group)
+
+
+class Buckets:
+    """The gradients of one stage on one of the ranks that hold it.
+
+    A parameter's gradient is a view of its bucket, so that nothing is copied: backwards add to it. Which parameters
+    take part is agreed on in the first reduction: those with a gradient on any rank, with zeros where a rank has none;
+    what nobody uses keeps no gradient, as in one process, and is not updated.
+    """
+
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup, bucket_bytes: int, where: str
+    ) -> None:
+        self.parameters, self.group, self.bucket_bytes, self.where = tuple(parameters), group, bucket_bytes, where
+        self.unused = self.parameters
+        self.flats: list[torch.Tensor] = []
+
+    def reduce(self) -> None:
+        """Reduce all gradients to their means, bucket by bucket.
+
+        Raises `PlanError` (exit 6) when a parameter gets its first gradient after the first step.
+        """
+        if not self.parameters:
+            return
+        if not self.flats:
+            self._agree()
+        if any(parameter.grad is not None for parameter in self.unused):
+            raise PlanError(
+                what="a parameter that had no gradient in the first step has one now",
+                where=self.where,
+                why="replicas agree in their first step on the gradients that they reduce",
+                fix="use every parameter in every step, freeze it (requires_grad = False), or plan without replicas",
+                code=RUN_FAILED,
+            )
+        for flat in self.flats:
+            reduce_mean(flat, self.group)
+
+    def clear(self) -> None:
+        """Set all gradients to zero; they stay where they are."""
+        for flat in self.flats:
+            flat.zero_()
+
+    def _agree(self) -> None:
+        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.uint8)
+        used = used.to(self.parameters[0].device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+        taking = used.tolist()
+        self.unused = tuple(p for p, takes in zip(self.parameters, taking, strict=True) if not takes)
+        mine = [p for p, takes in zip(self.parameters, taking, strict=True) if takes]
+        self.flats = [_bucket(group) for group in _filled(reversed(mine), self.bucket_bytes)]
+
+
+def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:
+    """Group parameters until each group has `bucket_bytes` (0: all of them) of one dtype, in the order given."""
+    filled: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        full = bucket_bytes and sum(p.nbytes for p in filled) >= bucket_bytes
+        if filled and (full or parameter.dtype != filled[0].dtype):
+            yield filled
+            filled = []
+        filled.append(parameter)
+    if filled:
+        yield filled
+
+
+def _bucket(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Return a tensor of which the parameters' gradients are parts from now on."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        own = part.view_as(parameter)
+        if parameter.grad is not None:
+            own.copy_(parameter.grad)
+        parameter.grad = own
+    return flat
