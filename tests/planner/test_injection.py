@@ -38,7 +38,7 @@ def test_a_slow_device_computes_longer(drawn: tuple[str, Any], factor: float, da
     for device in range(shape.devices):
         times = factor if device == slow else 1.0
         expected = {action: times * seconds for action, seconds in work(plain, COMPUTE, device).items()}
-        assert work(faulty, COMPUTE, device) == pytest.approx(expected)
+        assert work(faulty, COMPUTE, device) == pytest.approx(expected, abs=1e-11)  # Chimera's reductions take 1e-12
     assert faulty.step_s >= plain.step_s
 
 
