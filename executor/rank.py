@@ -74,8 +74,9 @@ class Rank:
         self.stage.prepare(plan.microbatches)
         self.optimizer = file.optimizer(trained) if trained else None
         self.share = plan.microbatches // plan.replicas
-        self.inputs: list[tuple[torch.Tensor, ...]] = []
-        self.targets: list[Any] = []
+        self.replica = rank // count
+        self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self.receiving: dict[Action, list[dist.Work]] = {}
         self.sending: dict[Action, tuple[list[dist.Work], list[torch.Tensor]]] = {}
@@ -105,7 +106,7 @@ class Rank:
                 work.wait()
         self.sending.clear()
         self.stage.clear_runtime_states()
-        self.inputs, self.targets = [], []
+        self.inputs, self.targets = {}, {}
         self.step_index += 1
 
     def _perform(self, action: Action) -> None:
@@ -126,15 +127,16 @@ class Rank:
     # The actions. Each returns the stamp of its end where that is not simply now.
 
     def load(self, action: Action) -> None:
-        """Draw the step's batch and keep this stage's part of it, cut into micro-batches."""
-        inputs, targets = self.file.draw(self.plan.batch, seed=self.seed + self.step_index)
+        """Draw this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
+        seed = share_seed(self.plan, self.seed + self.step_index, self.replica)
+        inputs, targets = self.file.draw(self.plan.loaded(self.stage_index), seed=seed)
+        mine = range(self.replica * self.share, (self.replica + 1) * self.share)
         if self.is_first:
-            chunks = [_to(tensor, self.backend.device).chunk(self.plan.microbatches) for tensor in inputs]
-            self.inputs = list(zip(*chunks, strict=True))
+            chunks = [_to(tensor, self.backend.device).chunk(self.share) for tensor in inputs]
+            self.inputs = dict(zip(mine, zip(*chunks, strict=True), strict=True))
         if self.is_last:
-            self.targets = split(
-                pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.plan.microbatches
-            )
+            parts = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.share)
+            self.targets = dict(zip(mine, parts, strict=True))
 
     def forward(self, action: Action) -> None:
         """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
@@ -222,6 +224,11 @@ class Rank:
 
 
 OPS: dict[str, Callable[[Rank, Action], Any]] = {op: getattr(Rank, method) for op, method in PERFORMS.items()}
+
+
+def share_seed(plan: Plan, step: int, replica: int) -> int:
+    """Return the seed of a replica's share of a step's batch: no two shares of any two steps have the same."""
+    return step * plan.replicas + replica
 
 
 def split(tree: Any, parts: int) -> list[Any]:

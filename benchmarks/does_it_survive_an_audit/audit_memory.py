@@ -18,7 +18,7 @@ def _counted(checkpointed: Collection[int]) -> Found:
     parameters = sum(layer.parameter_bytes for layer in costs.layers)
     batch = 2 * 8 * SAMPLES * model.CONTEXT
     counted = gpt.counted(model, SAMPLES, checkpointed)
-    peak, _ = gpt.predicted(costs, SAMPLES, checkpointed)
+    peak = gpt.predicted(costs, SAMPLES, checkpointed)
     return Found(peak / MIB, (3 * parameters + batch + counted) / MIB)
 
 

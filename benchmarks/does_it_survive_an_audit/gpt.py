@@ -75,8 +75,8 @@ def profile(samples: int, **sizes: int) -> Profile:
     )
 
 
-def predicted(costs: Profile, samples: int, checkpointed: Collection[int]) -> tuple[float, float]:
-    """Return the peak of a step on one device, one micro-batch in flight, and what of it is there from the start."""
+def predicted(costs: Profile, samples: int, checkpointed: Collection[int]) -> float:
+    """Return the peak of a step on one device, one micro-batch in flight."""
     plan = Plan(
         strategy="single",
         schedule="1f1b",
@@ -86,7 +86,7 @@ def predicted(costs: Profile, samples: int, checkpointed: Collection[int]) -> tu
         recompute_layers=tuple(f"blocks.{i}" for i in checkpointed),
     )
     model = MemoryModel(Placed(costs, plan, costs.machine), Linked(unroll(plan)))
-    return float(model.peaks()[0]), float(model.static.sum() + sum(model.batch))
+    return float(model.peaks()[0])
 
 
 class _Checkpointed(nn.Module):

@@ -52,10 +52,8 @@ class MemoryModel:
     """
 
     def __init__(self, placed: Placed, linked: Linked) -> None:
-        profile, plan = placed.profile, placed.plan
-        self.placed, self.linked, self.plan = placed, linked, plan
+        self.placed, self.linked, self.plan = placed, linked, placed.plan
         self.of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
-        self.batch = _batch_bytes(profile, plan.batch)
         way, schedule = placed.synchronisation, placed.schedule
         self.shards = way.shards
         self.served = bool(way.server)
@@ -98,7 +96,7 @@ class MemoryModel:
         whole = of.reduced if "gradients" in self.shards else 0.0
         repeated = of.saved - of.kept
         trains = self.placed.schedule.trains
-        inputs, targets = self.batch
+        inputs, targets = _batch_bytes(self.placed.profile, self.plan.loaded(stage))
         first, last = stage == 0, stage == len(self.of) - 1
         self._set(stage, LOAD, inside=inputs + targets, input=inputs * first + targets * last)
         self._set(stage, RECV_FORWARD, communication=received)

@@ -73,7 +73,7 @@ class PriceList:
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
         if op == LOAD:
-            return np.array([at(self.profile.load, self.plan.batch, quantile) for quantile in QUANTILES])
+            return np.array([at(self.profile.load, self.plan.loaded(stage), quantile) for quantile in QUANTILES])
         posts = {SEND_FORWARD: (stage + 1, True), RECV_FORWARD: (stage, True)}
         posts |= {SEND_BACKWARD: (stage - 1, False), RECV_BACKWARD: (stage, False)}
         if op in posts:

@@ -186,6 +186,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Samples per micro-batch."""
         return self.batch // self.microbatches
 
+    def loaded(self, stage: int) -> int:
+        """Samples that each holder of a stage loads per step: those of its own micro-batches, not the whole batch."""
+        return self.samples * -(-self.microbatches // len(self.holders[stage]))
+
     @functools.cached_property
     def stages_of(self) -> tuple[tuple[int, ...], ...]:
         """Stages that every row holds."""

@@ -8,11 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import load
-from executor.rank import split
+from executor.rank import share_seed, split
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
@@ -43,11 +44,19 @@ def plan_of(
     )
 
 
-def reference(model: str) -> tuple[dict[str, torch.Tensor], float]:
+def drawn(model: str, replicas: int) -> tuple[tuple[torch.Tensor, ...], object]:
+    """A step's batch: the shares that its replicas draw, one behind the other."""
+    file, plan = load(model), plan_of(model, "1f1b", 1, replicas=replicas)
+    shares = [file.draw(BATCH // replicas, seed=share_seed(plan, SEED, r)) for r in range(replicas)]
+    inputs, targets = zip(*shares, strict=True)
+    return tuple(map(torch.cat, zip(*inputs, strict=True))), pytree.tree_map(lambda *parts: torch.cat(parts), *targets)
+
+
+def reference(model: str, replicas: int) -> tuple[dict[str, torch.Tensor], float]:
     """The whole model in this process, gradients accumulated over the micro-batches in ascending order."""
     file = load(model)
     whole = file.build(SEED)
-    inputs, targets = file.draw(BATCH, seed=SEED)
+    inputs, targets = drawn(model, replicas)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     total = 0.0
@@ -100,7 +109,7 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
     spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(todo))))
     launch(main, str(spec), k, tmp_path / "logs")
     for case in todo:
-        expected, total = reference(case.model)
+        expected, total = reference(case.model, case.plan.replicas)
         ranks = [torch.load(tmp_path / f"{case.name}.{r}.pt", weights_only=True) for r in range(k)]
         exact = case.plan.replicas == 1
         for rank, found in enumerate(ranks):
