@@ -21,13 +21,13 @@ class Placed:
     """A plan with its own devices and the model as each of them sees it.
 
     `whole` is the profile of the unsplit model, `profile` what one of the devices that split a stage's tensors sees;
-    `cluster` has exactly the plan's devices. Raises `PlanError` when the cluster has too few, or no layer says how it
-    splits where the plan splits tensors.
+    `cluster` has exactly the plan's devices. Raises `PlanError` when the cluster lacks one, or no layer says how
+    it splits where the plan splits tensors.
     """
 
     def __init__(self, profile: Profile, plan: Plan, cluster: Cluster) -> None:
         self.whole, self.plan = profile, plan
-        self.cluster = cluster.take(len(plan.device_names))
+        self.cluster = cluster.only(plan.device_names)
         self.profile = tensor.split(profile, plan.groups[0], self.cluster)
 
     def with_plan(self, plan: Plan) -> Placed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,8 +14,10 @@ from planner.costs.stage_costs import MEDIAN, StageCosts
 from planner.orders import schedules
 from planner.orders import synchronisation as synchronisations
 from planner.placement import partition
+from planner.placement.mapping import Position, estimated, mappings, positions
+from planner.placement.ordering import ordered
 from planner.placement.question import Question
-from planner.placement.tables import StageTables, in_flight
+from planner.placement.tables import StageTables
 from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 
@@ -40,14 +43,79 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         )
     count = depth * chunks
     _enough_layers(q, count)
+    asked = _Pipeline(strategy, schedule, chunks, synchronisation or q.synchronisation or "all-reduce")
     layers = len(q.profile.layers)
-    trial = _plan(q, strategy, schedule, partition.equal(layers, count), chunks, synchronisation)
-    if cut == "equal" or count == 1:
-        Placed(q.profile, trial, q.cluster)
-        return trial
-    seen = q._replace(profile=Placed(q.profile, trial, q.cluster).profile)
-    plan = _plan(q, strategy, schedule, balanced(seen, trial), chunks, synchronisation)
-    return measured(seen, plan) if chosen.measured else plan
+    plans: list[tuple[float, Plan]] = []
+    choice = mappings(q, depth)
+    for mapping in choice:
+        places = positions(q, depth, mapping)
+        plan = _plan(q, asked, partition.equal(layers, count), places)
+        seen = q._replace(profile=Placed(q.profile, plan, q.cluster).profile)
+        if cut != "equal" and count > 1:
+            plan = _placed(seen, asked, plan, places)
+        seconds = estimated(seen, plan, _ranges(plan), StageTables(seen, plan)) if len(choice) > 1 else 0.0
+        plans.append((seconds, measured(seen, plan) if chosen.measured else plan))
+    return min(plans, key=lambda one: one[0])[1]
+
+
+class _Pipeline(NamedTuple):
+    """What is placed."""
+
+    strategy: str
+    schedule: str
+    chunks: int
+    synchronisation: str
+
+
+def _placed(q: Question, asked: _Pipeline, trial: Plan, places: tuple[Position, ...]) -> Plan:
+    """Cut for the devices in their order, and in the order that is best for unequal ones; return the better plan."""
+    plan = _plan(q, asked, balanced(q, trial), places)
+    order = reordered(q, trial, places)
+    if order == places:
+        return plan
+    other = _plan(q, asked, balanced(q, _plan(q, asked, _ranges(trial), order)), order)
+    return min(plan, other, key=lambda plan: _slowest(q, plan))
+
+
+def reordered(q: Question, plan: Plan, places: tuple[Position, ...]) -> tuple[Position, ...]:
+    """Return the places of a pipeline in the order in which its slowest stage is fastest (`ordering.ordered`).
+
+    It heeds speed and memory, exactly; links only in that devices of one host stay together where they may. Places that
+    are alike, and schedules that put several stages on a device, keep their order.
+    """
+    tables = StageTables(q, plan)
+    weakest = [tables.weakest([device.name for group in place for device in group]) for place in places]
+    kinds = [(device.speed, device.threads, device.memory_bytes) for device in weakest]
+    sorts = list(dict.fromkeys(kinds))
+    if len(sorts) == 1 or len(plan.stages) > len(places) or schedules.get(plan.schedule).copies > 1:
+        return places
+    example = [weakest[kinds.index(sort)] for sort in sorts]
+    order = ordered(
+        [tables.computing_on(device) for device in example],
+        [kinds.count(sort) for sort in sorts],
+        lambda stage, kind: tables.filled_on(stage, example[kind]),
+    )
+    if order is None:
+        return places
+    left = {kind: [p for p, own in zip(places, kinds, strict=True) if own == sort] for kind, sort in enumerate(sorts)}
+    found: list[Position] = []
+    for kind in order:
+        near = [p for p in left[kind] if found and p[0][0].host == found[-1][0][0].host]
+        found.append((near or left[kind])[0])
+        left[kind].remove(found[-1])
+    return tuple(found)
+
+
+def _slowest(q: Question, plan: Plan) -> float:
+    """Seconds of a plan's slowest stage, infinite where one does not fit: as `partition.cut` minimises it."""
+    tables = StageTables(q, plan)
+    fits = all(tables.filled(s)[own.start, own.stop] <= 1 for s, own in enumerate(_ranges(plan)))
+    seconds = max(float(tables.seconds(s)[own.start, own.stop]) for s, own in enumerate(_ranges(plan)))
+    return seconds if fits else float("inf")
+
+
+def _ranges(plan: Plan) -> tuple[range, ...]:
+    return plan.layer_ranges([name for stage in plan.stages for name in stage.layers])
 
 
 def measured(q: Question, plan: Plan) -> Plan:
@@ -68,7 +136,6 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
     """
 
     def make() -> tuple[range, ...]:
-        tables = StageTables(q, plan)
         found = partition.cut(tables.seconds, len(plan.stages), tables.filled, tables.computing)
         found = found or partition.lightest(tables.filled, len(plan.stages))
         assert found is not None, "there are enough layers"
@@ -79,10 +146,9 @@ def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
             found, [schedule.homes(s, plan.depth)[0] for s in range(len(plan.stages))], tables.seconds, tables.filled
         )
 
-    homes = tuple(stage.devices[0] for stage in plan.stages)
-    return memoised(
-        q.profile, ("cut", q.cluster.identity, q.k, q.samples, homes, in_flight(plan), plan.recompute), make
-    )
+    tables = StageTables(q, plan)
+    homes = tuple((device.name, device.speed, device.memory_bytes) for device in tables.device)
+    return memoised(q.profile, ("cut", q.cluster.identity, q.samples, homes, tables.held, plan.recompute), make)
 
 
 BUCKET_BYTES = 25 * 2**20
@@ -130,41 +196,33 @@ def _next(number: int, multiple: int) -> int:
     return (number // multiple + 1) * multiple
 
 
-def _plan(
-    q: Question, strategy: str, schedule: str, ranges: tuple[range, ...], chunks: int, synchronisation: str
-) -> Plan:
-    chosen = schedules.get(schedule)
-    way = synchronisations.get(synchronisation or q.synchronisation or "all-reduce")
-    depth, names = len(ranges) // chunks, [device.name for device in q.devices]
+def _plan(q: Question, asked: _Pipeline, ranges: tuple[range, ...], places: tuple[Position, ...]) -> Plan:
+    chosen, agreed = schedules.get(asked.schedule), synchronisations.get(asked.synchronisation)
     layers = [layer.name for layer in q.profile.layers]
 
     def held(s: int) -> tuple[str, ...]:
         """The devices of stage s: replica by replica its home, or homes, each a group of `tensor`."""
-        homes, width = chosen.homes(s, depth), q.tensor
-        if len(homes) == width == 1:
-            return tuple(names[homes[0] :: depth])
-        firsts = [(replica * depth + home) * width for replica in range(q.replicas) for home in homes]
-        if width == 1:
-            return tuple(names[first] for first in firsts)
-        return tuple(itertools.chain.from_iterable(names[first : first + width] for first in firsts))
+        homes = [places[home] for home in chosen.homes(s, len(places))]
+        groups = itertools.chain.from_iterable(zip(*homes, strict=True))
+        return tuple(device.name for group in groups for device in group)
 
     return Plan(
-        strategy=strategy,
-        schedule=schedule,
-        stages=tuple(
-            Stage(
-                layers=tuple(layers[i] for i in own),
-                devices=held(s),
-            )
-            for s, own in enumerate(ranges)
-        ),
+        strategy=asked.strategy,
+        schedule=asked.schedule,
+        stages=tuple(Stage(layers=tuple(layers[i] for i in own), devices=held(s)) for s, own in enumerate(ranges)),
         microbatches=q.m,
         batch=q.batch,
-        chunks=chunks,
+        chunks=asked.chunks,
         tensor=q.tensor,
-        synchronisation=way.name,
-        servers=tuple(names) if way.server == "devices" else (q.devices[0].host,) if way.server == "host" else (),
+        synchronisation=agreed.name,
+        servers=_servers(q, agreed),
         bucket_bytes=bucket(q) if q.replicas * chosen.copies > 1 else 0,
         tied=tied(q.profile, ranges),
         threads=q.devices[0].threads,
     )
+
+
+def _servers(q: Question, agreed: synchronisations.Synchronisation) -> tuple[str, ...]:
+    if agreed.server == "devices":
+        return tuple(device.name for device in q.devices)
+    return (q.devices[0].host,) if agreed.server == "host" else ()

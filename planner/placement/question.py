@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from planner.placement.devices import choose
 from planner.values.cluster import Cluster, Device
 from planner.values.profile import Profile
+
+Mapping = Literal["", "stages", "pipelines"]
 
 
 class Question(NamedTuple):
@@ -13,6 +16,10 @@ class Question(NamedTuple):
 
     `replicas` copies of the pipeline, `chunks` stages per device (0: as few as the schedule takes, two where it takes
     any number), each stage's tensors split over `tensor` devices, replicas kept equal by `synchronisation`.
+
+    `mapping` says which devices stand side by side: the replicas of a stage (`stages`: gradients stay within a host,
+    activations go from host to host) or the stages of a pipeline (`pipelines`: the other way round); "" for the one
+    that is quicker by `planner.placement.mapping`.
     """
 
     profile: Profile
@@ -24,6 +31,7 @@ class Question(NamedTuple):
     chunks: int = 0
     tensor: int = 1
     synchronisation: str = ""
+    mapping: Mapping = ""
 
     @property
     def samples(self) -> int:
@@ -32,5 +40,5 @@ class Question(NamedTuple):
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The K devices."""
-        return self.cluster.take(self.k).devices
+        """The K devices, the fastest there are (`planner.placement.devices.choose`)."""
+        return choose(self.cluster, self.k)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from planner.basis.memo import memoised
 from planner.costs.stage_costs import MEDIAN, layer_table
@@ -34,44 +36,58 @@ class StageTables:
     def __init__(self, q: Question, plan: Plan) -> None:
         self.q, self.plan = q, plan
         self.held = in_flight(plan)
-        names = {device.name: device for device in q.devices}
-        self.device = [names[stage.devices[0]] for stage in plan.stages]
-        self.cluster = q.cluster.take(q.k)
+        self.names = {device.name: device for device in q.devices}
+        self.device = [self.weakest(stage.devices) for stage in plan.stages]
+        self.cluster = q.cluster.only(plan.device_names)
         self.tables: dict[tuple[object, ...], Table] = {}
+
+    def weakest(self, names: Sequence[str]) -> Device:
+        """Return the first of a stage's devices, as slow and as small as any of them: replicas wait for each other."""
+        own = [self.names[name] for name in names]
+        speed, memory = min(device.speed for device in own), min(device.memory_bytes for device in own)
+        if speed == own[0].speed and memory == own[0].memory_bytes:
+            return own[0]
+        return msgspec.structs.replace(own[0], speed=speed, memory_bytes=memory)
 
     def seconds(self, stage: int) -> Table:
         """Seconds per micro-batch on the stage's device."""
         device = self.device[stage]
         other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
-        way = self.cluster.path(device.name, other) if other != device.name else ()
-        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in map(self.cluster.link_of, way))
-        return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, way))
+        path = self.cluster.path(device.name, other) if other != device.name else ()
+        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in map(self.cluster.link_of, path))
+        return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, path))
 
     def computing(self, stage: int) -> Table:
         """Seconds per micro-batch without waiting for links: what is evened out where links are the bottleneck."""
-        device = self.device[stage]
-        seconds: Table = run_seconds(self.q.profile, self.q.samples, device.threads) / device.speed
-        return seconds
+        return self.computing_on(self.device[stage])
 
-    def _seconds(self, device: Device, way: tuple[int, ...]) -> Table:
+    def computing_on(self, device: Device) -> Table:
+        """Seconds per micro-batch on a device."""
+        found: Table = run_seconds(self.q.profile, self.q.samples, device.threads) / device.speed
+        return found
+
+    def _seconds(self, device: Device, path: tuple[int, ...]) -> Table:
         import numpy as np
 
-        q = self.q
-        computing = run_seconds(q.profile, q.samples, device.threads) / device.speed
-        if not way:
+        q, computing = self.q, self.computing_on(device)
+        if not path:
             return computing
         sizes = crossing(q.profile, q.samples)
         posts, wires = [0.0] * len(sizes), [0.0] * len(sizes)
         for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
             posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
-            wires[i] = max(self.cluster.transfer_seconds(way, size) for size in (forward, backward))
+            wires[i] = max(self.cluster.transfer_seconds(path, size) for size in (forward, backward))
         posting = partition.spans([0.0] * len(q.profile.layers), posts, posts)
         found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
         return found
 
     def filled(self, stage: int) -> Table:
         """Share of the stage's device that its layers would fill."""
-        share = self.device[stage].memory_bytes / self.plan.chunks
+        return self.filled_on(stage, self.device[stage])
+
+    def filled_on(self, stage: int, device: Device) -> Table:
+        """Share of a device that a stage's layers would fill."""
+        share = device.memory_bytes / self.plan.chunks
         return self._once(("filled", self.held[stage], share), lambda: self._filled(self.held[stage], share))
 
     def _filled(self, held: int, share: float) -> Table:

@@ -11,6 +11,7 @@ from planner.costs import tensor
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.orders import schedules
+from planner.placement.devices import choose
 from planner.search.space import Candidate
 from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
@@ -55,9 +56,9 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> f
 
 def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
     """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
-    taken = cluster.take(count)
+    names = tuple(device.name for device in choose(cluster, count))
     try:
-        return tensor.split(profile, tuple(device.name for device in taken.devices[:ways]), taken)
+        return tensor.split(profile, names[:ways], cluster.only(names))
     except PlanError:
         return profile
 
@@ -90,10 +91,10 @@ def _filled(passing: float, both: float, depth: int, share: int) -> float:
 
 
 def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
-    """Speed and threads of the fastest of the first `count` devices, kept with the cluster."""
+    """Speed and threads of the fastest of the `count` devices that a plan takes, kept with the cluster."""
 
     def make() -> tuple[float, int]:
-        devices = cluster.take(count).devices
+        devices = choose(cluster, count)
         return max(d.speed for d in devices), max(d.threads for d in devices)
 
     return memoised(cluster, ("fastest", count), make)

@@ -73,6 +73,27 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
             self._taken[count] = self._reduced(count)
         return self._taken[count]
 
+    def only(self, names: Sequence[str]) -> Cluster:
+        """Return the cluster with exactly the devices called `names`, in its own order; the rest as in `take`.
+
+        An elastic host makes as many devices as there are names. Raises `PlanError` (exit 5) for an unknown name.
+        """
+        if self.elastic or set(names) == {device.name for device in self.devices[: len(names)]}:
+            return self.take(len(names))
+        wanted = frozenset(names)
+        if wanted not in self._chosen:
+            unknown_names = wanted - {device.name for device in self.devices}
+            if unknown_names:
+                raise PlanError(
+                    what=f"the cluster has no device {', '.join(sorted(unknown_names))}",
+                    where=f"cluster '{self.name}'",
+                    why="the plan places stages there",
+                    fix="name devices of the cluster in the plan, or give the cluster that the plan is for (--cluster)",
+                    code=DEVICE,
+                )
+            self._chosen[wanted] = self._with(tuple(d for d in self.devices if d.name in wanted))
+        return self._chosen[wanted]
+
     @cached_property
     def tables(self) -> dict[object, object]:
         """What others have derived from this cluster and keep with it (`planner.basis.memo`)."""
@@ -92,6 +113,24 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
     def _taken(self) -> dict[int, Cluster]:
         return {}
 
+    @cached_property
+    def _chosen(self) -> dict[frozenset[str], Cluster]:
+        return {}
+
+    def _with(self, devices: tuple[Device, ...]) -> Cluster:
+        """The cluster with these of its devices; others on their hosts pass messages on, the rest goes."""
+        if len(devices) == len(self.devices):
+            return self
+        hosts, names = {device.host for device in devices}, {device.name for device in devices}
+        left = [device for device in self.devices if device.name not in names]
+        gone = {device.name for device in left if device.host not in hosts}
+        return msgspec.structs.replace(
+            self,
+            devices=devices,
+            switches=(*self.switches, *(device.name for device in left if device.host in hosts)),
+            links=tuple(link for link in self.links if gone.isdisjoint(link.between)),
+        )
+
     def _reduced(self, count: int) -> Cluster:
         if not self.elastic:
             if count > len(self.devices):
@@ -102,17 +141,7 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
                     fix=f"plan simulate --k {len(self.devices)}",
                     code=DEVICE,
                 )
-            if count == len(self.devices):
-                return self
-            hosts = {device.host for device in self.devices[:count]}
-            left = self.devices[count:]
-            gone = {device.name for device in left if device.host not in hosts}
-            return msgspec.structs.replace(
-                self,
-                devices=self.devices[:count],
-                switches=(*self.switches, *(device.name for device in left if device.host in hosts)),
-                links=tuple(link for link in self.links if gone.isdisjoint(link.between)),
-            )
+            return self._with(self.devices[:count])
         host = self.hosts[0]
         threads = max(1, host.cores // count)
         devices = tuple(
