@@ -29,7 +29,7 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
     gradients = partition.spans([float(layer.gradient_bytes) for layer in q.profile.layers])
     shares = q.m if schedules.get(schedule).updates != "microbatch" else 1
     names = tuple(d.name for d in q.devices)
-    cluster = q.cluster.take(q.k)
+    cluster = q.cluster.only(names)
 
     def seconds(r: int) -> Table:
         if r == 1:
