@@ -229,3 +229,23 @@ def shapes(
         return chosen.name, shape
 
     return draw()
+
+
+def hosts_of(hosts: int, each: int, *, nic: float, latency_s: float = 0.0, inside: float = 1e4) -> Cluster:
+    """Hosts of devices that all have a shared link to their host, and a shared link from each host to one switch."""
+    links = [
+        *((f"d{h * each + i}", f"h{h}", inside, 0.0) for h in range(hosts) for i in range(each)),
+        *((f"h{h}", "switch", nic, latency_s / 2) for h in range(hosts)),
+    ]
+    return Cluster(
+        name=f"{hosts} x {each}",
+        hosts=tuple(Host(name=f"h{h}", cores=each, memory_bytes=10**9) for h in range(hosts)),
+        devices=tuple(
+            Device(name=f"d{h * each + i}", memory_bytes=10**9, host=f"h{h}") for h in range(hosts) for i in range(each)
+        ),
+        switches=("switch",),
+        links=tuple(
+            Link(between=(a, b), bandwidth_bytes_per_s=bandwidth, latency_s=latency)
+            for a, b, bandwidth, latency in links
+        ),
+    )

@@ -95,7 +95,8 @@ class Prices(NamedTuple):
     """The price list of a plan before it is written beside every action.
 
     An action's kind is a number made of its device's class, stage and operation: `shift[row] + stage x ops + op`.
-    `place` says where each kind stands in `spread` (kinds, quantiles), the rest is as in `Costs`.
+    `place` says where each kind stands in `spread` (kinds, quantiles), `listing` prices others; the rest is as in
+    `Costs`.
     """
 
     shift: npt.NDArray[np.int64]
@@ -104,6 +105,7 @@ class Prices(NamedTuple):
     kinds: tuple[TransferKind, ...]
     transfer_kind: Numbers
     applying: dict[int, float]
+    listing: PriceList
 
     @property
     def by_number(self) -> Floats:
@@ -132,7 +134,7 @@ def prices_of(placed: Placed, linked: Linked) -> Prices:
     )
     kinds, transfer_kind = _transfers(linked, prices)
     applying = {s: prices.applying(s) for s in range(linked.stages)} if placed.synchronisation.server else {}
-    return Prices(shift, place, spread, kinds, transfer_kind, applying)
+    return Prices(shift, place, spread, kinds, transfer_kind, applying, prices)
 
 
 def costs_of(placed: Placed, linked: Linked) -> Costs:

@@ -17,6 +17,7 @@ from planner.costs.priced import costs_of, prices_of
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.extrapolate import extrapolate
+from planner.simulate.link_bound import link_bound
 from planner.simulate.longest_path import makespan, walk
 from planner.simulate.steady import steady_step
 from planner.values.plan import asynchronous
@@ -51,5 +52,7 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
         step_s = steady_step(plan, linked, walk(costs_of(placed, linked)).end)
     else:
         walked = linked.buffered() if placed.cluster.buffered else linked
-        step_s = makespan(walked, prices_of(placed, walked))
+        prices = prices_of(placed, walked)
+        step_s, begun = makespan(walked, prices)
+        step_s = max(step_s, link_bound(placed, walked, prices, begun))
     return Evaluation(float(step_s), MemoryModel(placed, linked).peaks())

@@ -14,9 +14,8 @@ import numpy.typing as npt
 from planner.basis.compiled import kernel
 from planner.basis.errors import PlanError
 from planner.costs.priced import Costs, Prices
-from planner.costs.prices import TransferKind
-from planner.orders.codes import OP, OPS, STAGE, STAGES
-from planner.programs.waits import Linked, Numbers
+from planner.orders.codes import OP, OPS, PUSH, STAGE, STAGES
+from planner.programs.waits import Linked
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,36 +32,43 @@ class Walked(NamedTuple):
         return float(self.end.max(initial=0.0))
 
 
+class Makespan(NamedTuple):
+    """Seconds of a step, and when each of its transfers begins."""
+
+    step_s: float
+    begun: Floats
+
+
 def walk(costs: Costs) -> Walked:
     """Return when everything happens. Raises `PlanError` when actions wait for each other for ever."""
     ready, end = np.zeros(len(costs.linked.flat)), np.zeros(len(costs.linked.flat))
     shift = np.zeros(costs.linked.devices, np.int64)
-    _run(costs.linked, shift, costs.seconds, costs.kinds, costs.transfer_kind, ready, end)
+    _run(costs.linked, shift, costs.seconds, costs, ready, end)
     return Walked(ready, end)
 
 
-def makespan(linked: Linked, prices: Prices) -> float:
+def makespan(linked: Linked, prices: Prices) -> Makespan:
     """Return `walk(...).step_s` of a program at its medians, without writing down when everything happens."""
     none = np.zeros(0)
-    return _run(linked, prices.shift, prices.by_number, prices.kinds, prices.transfer_kind, none, none)
+    return _run(linked, prices.shift, prices.by_number, prices, none, none)
 
 
 def _run(
     linked: Linked,
     shift: npt.NDArray[np.int64],
     seconds: Floats,
-    kinds: tuple[TransferKind, ...],
-    transfer_kind: Numbers,
+    prices: Costs | Prices,
     ready: Floats,
     end: Floats,
-) -> float:
-    now = np.zeros(linked.devices)
+) -> Makespan:
+    kinds = prices.kinds
+    now, begun = np.zeros(linked.devices), np.zeros(linked.transfers)
     stuck = _walk(
         len(linked.flat),
         *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, len(OPS), shift, seconds),
-        *(np.array([kind.seconds for kind in kinds]), np.array([kind.lane for kind in kinds], np.int64)),
+        *(taken(prices), np.array([kind.lane for kind in kinds], np.int64)),
         *(np.array([kind.busy for kind in kinds]), np.array([kind.early for kind in kinds])),
-        *(transfer_kind, linked.parties.copy(), np.zeros(linked.transfers), np.zeros(3 * linked.devices)),
+        *(prices.transfer_kind, linked.parties.copy(), begun, np.zeros(3 * linked.devices)),
         *(linked.offsets[:-1].copy(), linked.offsets[:-1].copy(), now, ready, end),
     )
     if stuck >= 0:
@@ -72,7 +78,13 @@ def _run(
             why=f"{linked.actions[stuck]} waits for ever",
             fix="correct the schedule that generated it (planner/schedules)",
         )
-    return float(now.max(initial=0.0))
+    return Makespan(float(now.max(initial=0.0)), begun)
+
+
+def taken(prices: Costs | Prices) -> Floats:
+    """Seconds from the begin of each kind of transfer until those who wait go on: a push is applied, too."""
+    served = ((kind, prices.applying.get(kind.stage, 0.0) if kind.op == PUSH else 0.0) for kind in prices.kinds)
+    return np.array([kind.seconds + applying for kind, applying in served])
 
 
 @kernel

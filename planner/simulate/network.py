@@ -40,20 +40,25 @@ class Load(NamedTuple):
         return not self.links
 
 
-def load(flows: Sequence[Flow], seconds: float, bandwidth: Sequence[float]) -> Load:
-    """Return the load of a transfer that takes `seconds` alone on links of so many bytes/s (infinite: not shared)."""
+def carried(flows: Sequence[Flow], seconds: float, bandwidth: Sequence[float]) -> dict[int, float]:
+    """Return the bytes that a transfer of `seconds` brings over each shared link: no more than it can in that time."""
     total: dict[int, float] = {}
-    largest: dict[int, float] = {}
     for path, size in flows:
         for number in path:
             if size > 0 and bandwidth[number] < math.inf:
                 total[number] = total.get(number, 0.0) + size
-                largest[number] = max(largest.get(number, 0.0), size)
+    return {number: min(size, bandwidth[number] * seconds) for number, size in total.items()}
+
+
+def load(flows: Sequence[Flow], seconds: float, bandwidth: Sequence[float]) -> Load:
+    """Return the load of a transfer that takes `seconds` alone on links of so many bytes/s (infinite: not shared)."""
+    total = carried(flows, seconds, bandwidth)
     if not total or seconds <= 0:
         return Load((), (), 0.0)
-    tightest = max(total, key=lambda number: (total[number] / bandwidth[number], largest[number]))
-    rates = tuple(min(size / seconds, bandwidth[number]) for number, size in total.items())
-    return Load(tuple(total), rates, min(largest[tightest] / seconds, bandwidth[tightest]))
+    tightest = max(total, key=lambda number: total[number] / bandwidth[number])
+    largest = max(size for path, size in flows if tightest in path)
+    rates = tuple(size / seconds for size in total.values())
+    return Load(tuple(total), rates, min(largest / seconds, bandwidth[tightest]))
 
 
 class _Sending:
