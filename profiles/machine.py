@@ -26,7 +26,7 @@ from executor.rank import Rank
 from executor.reduction import reduce_mean
 from executor.worker import join
 from planner.programs.program import RECEIVES, SENDS
-from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.plan import Plan, Stage
 from profiles.chain import Chain
 
@@ -114,8 +114,7 @@ def measure(model: str, kind: str, samples: int) -> Machine:
         links=(link,),
         posts=found.posts,
         transfer_work=found.transfer_work if kind == "cpu" else (),
-        all_reduce=found.reductions,
-        all_reduce_devices=ranks,
+        all_reduces=(AllReduce(devices=ranks, points=found.reductions),),
     )
     return Machine(cluster=cluster, action_s=found.action_s)
 

@@ -1,75 +1,240 @@
-"""What collectives take on a cluster's links: rings, trees, and what of them hides behind a backward or a forward."""
+"""What collectives take on a cluster's links, which links their bytes pass, and what of them hides behind computing.
+
+A collective is as measured where it was measured (`Cluster.all_reduces`), else the quickest of the patterns that the
+devices allow (`planner.costs.patterns`), as NCCL chooses. Several groups may run theirs at the same time (every tensor
+rank reduces its own part): links that they share carry all of it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from planner.basis.memo import memoised
+from planner.costs import patterns
 from planner.costs.flows import Flow
-from planner.values.cluster import Cluster
+from planner.costs.patterns import PATTERNS, Group, Phase
+from planner.values.cluster import Cluster, by_size
+from planner.values.hardware import Link
 from planner.values.routes import Path
+
+Groups = tuple[tuple[str, ...], ...]
+"""Devices that reduce together, and the other such groups that do so at the same time."""
+
+ALL_REDUCE, HALF = 2, 1
+"""Passes over the bytes: an all-reduce is a reduce-scatter and an all-gather."""
+
+_WRITTEN_OUT = 4
+"""Hosts of a regular group that are written out to find its seconds: from four on a tree's fullest link is as full."""
+
+_AT_ONCE = 64
+"""Groups side by side on regular hosts that are looked at: no host has more devices, so the rest repeats them."""
+
+
+class Timed(NamedTuple):
+    """A phase, as its seconds need it: the largest share of the bytes per round on any link with the same figures."""
+
+    rounds: int
+    latency_s: float
+    loads: tuple[tuple[Link, float], ...]
+
+    def seconds(self, size: float) -> float:
+        """Seconds of all rounds: the latencies, and the bytes of the slowest link."""
+        slowest = max((link.seconds(load * size) - link.seconds(0.0) for link, load in self.loads), default=0.0)
+        return self.latency_s + self.rounds * slowest
+
+
+class Collective(NamedTuple):
+    """One way of doing it: the sum of its phases, or a measured curve, read at a number of bytes, times a factor."""
+
+    name: str
+    phases: tuple[Timed, ...] = ()
+    points: tuple[tuple[int, float], ...] = ()
+    bytes_factor: float = 1.0
+    factor: float = 1.0
+
+    def seconds(self, size: float) -> float:
+        """Seconds for `size` bytes."""
+        if self.points:
+            return self.factor * by_size(self.points, self.bytes_factor * size)
+        return sum(phase.seconds(size) for phase in self.phases)
+
+
+class Choice:
+    """What groups of devices can do to reduce or gather; `passes` is `ALL_REDUCE` or `HALF`."""
+
+    def __init__(self, cluster: Cluster, groups: Groups, passes: int) -> None:
+        self.cluster, self.passes = cluster, passes
+        self.groups = tuple(group for group in groups if len(group) > 1)
+        self.ways = self._ways() if self.groups else ()
+
+    def quickest(self, size: float) -> Collective:
+        """Return the pattern that is taken for `size` bytes."""
+        return min(self.ways, key=lambda way: way.seconds(size))
+
+    def seconds(self, size: float) -> float:
+        """Seconds of `size` bytes of every group, all groups at the same time."""
+        return self.quickest(size).seconds(size) if self.ways else 0.0
+
+    def flows(self, size: float, *, calls: int = 1) -> tuple[Flow, ...]:
+        """Return what passes the links while `size` bytes of every group are reduced, in so many calls.
+
+        A measured collective may use links in ways that are not known: it loads those of a ring, with as much as they
+        can carry in the time that was measured.
+        """
+        if not self.ways or size <= 0:
+            return ()
+        way = self.quickest(size / calls)
+        name = "ring" if way.points else way.name
+        hops = memoised(self.cluster, ("hops", name, self.groups, self.passes), lambda: self._hops(name))
+        scale = size
+        if way.points:
+            loads = _loads(self.cluster, hops)
+            per_byte = max(load / self.cluster.link_of(n).bandwidth_bytes_per_s for n, load in loads.items())
+            scale = min(size, calls * way.seconds(size / calls) / per_byte)
+        return tuple(Flow(path, share * scale) for path, share in hops)
+
+    def _ways(self) -> tuple[Collective, ...]:
+        measured = _measured(self.cluster, self.groups, self.passes)
+        if measured:
+            return (measured,)
+        groups = _representative(self.cluster, self.groups)
+        found = {name: [_timed(self.cluster, phase) for phase in self._phases(name, groups)] for name in PATTERNS}
+        return tuple(Collective(name, tuple(phases)) for name, phases in found.items() if phases)
+
+    def _phases(self, name: str, groups: Sequence[Group]) -> list[Phase]:
+        """The phases of all groups at the same time; none where one of the groups cannot have the pattern."""
+        each = [PATTERNS[name](self.cluster, group, self.passes) for group in groups]
+        own = [phases for phases in each if phases is not None]
+        if len(own) < len(each):
+            return []
+        return [
+            Phase(max(p.rounds for p in at), max(p.latency_s for p in at), [hop for p in at for hop in p.hops])
+            for at in zip(*own, strict=True)
+        ]
+
+    def _hops(self, name: str) -> tuple[tuple[Path, float], ...]:
+        """Every path with its share of the bytes over all rounds."""
+        groups = [_group(patterns.by_host(self.cluster, devices)) for devices in self.groups]
+        shares: dict[Path, float] = {}
+        for phase in self._phases(name, groups):
+            for path, share in phase.hops:
+                shares[path] = shares.get(path, 0.0) + phase.rounds * share
+        return tuple(shares.items())
+
+
+def over(cluster: Cluster, groups: Groups, passes: int) -> Choice:
+    """Return the choices of groups that reduce (`ALL_REDUCE`) or gather (`HALF`) together, kept with the cluster."""
+    return memoised(cluster, ("collective", groups, passes), lambda: Choice(cluster, groups, passes))
 
 
 def all_reduce(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
-    """Seconds of an all-reduce of `size` bytes: as measured, or the quicker of a ring and a tree, as NCCL chooses."""
-    if len(devices) < 2:
-        return 0.0
-    if cluster.all_reduce:
-        return cluster.all_reduce_seconds(devices, size)
-    return min(ring(cluster, devices, size), tree(cluster, devices, size))
-
-
-def ring(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
-    """Seconds of a ring all-reduce: 2 (n - 1) rounds of size / n (Patarasu and Yuan, JPDC 2009)."""
-    n = len(devices)
-    return 2 * (n - 1) * max(cluster.transfer_seconds(path, size / n) for path in _hops(cluster, devices))
-
-
-def tree(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
-    """Seconds of a double binary tree all-reduce (Sanders, Speck, Träff, Parallel Computing 2009).
-
-    Up and down 2 ceil(log2 n) latencies; each of two trees moves half of the bytes, pipelined, so every link carries
-    2 x size bytes less one n-th.
-    """
-    n = len(devices)
-    paths = _hops(cluster, devices)
-    latency = max(cluster.transfer_seconds(path, 0.0) for path in paths)
-    bulk = max(cluster.transfer_seconds(path, size) for path in paths) - latency
-    return 2 * math.ceil(math.log2(n)) * latency + 2 * bulk
+    """Seconds of an all-reduce of `size` bytes."""
+    return over(cluster, (devices,), ALL_REDUCE).seconds(size)
 
 
 def half(cluster: Cluster, devices: tuple[str, ...], size: float) -> float:
-    """Seconds of a reduce-scatter or an all-gather of `size` bytes: one half of a ring all-reduce, n - 1 rounds."""
-    if len(devices) < 2:
-        return 0.0
-    whole = cluster.all_reduce_seconds(devices, size) if cluster.all_reduce else ring(cluster, devices, size)
-    return whole / 2
+    """Seconds of a reduce-scatter or an all-gather of `size` bytes."""
+    return over(cluster, (devices,), HALF).seconds(size)
 
 
-def ring_flows(cluster: Cluster, devices: tuple[str, ...], size: float, halves: int) -> tuple[Flow, ...]:
-    """Return what each hop of a ring carries: (n - 1) / n of `size` in each half, of which an all-reduce has two."""
-    if len(devices) < 2:
-        return ()
-    carried = halves * (len(devices) - 1) / len(devices) * size
-    return tuple(Flow(path, carried) for path in ring_paths(cluster, devices))
+def _loads(cluster: Cluster, parts: Iterable[tuple[Path, float]]) -> dict[int, float]:
+    """What passes every directed link at the same time; where a link is not shared, the most of one part."""
+    loads: dict[int, float] = {}
+    for path, size in parts:
+        for number in path:
+            before = loads.get(number, 0.0)
+            loads[number] = before + size if cluster.link_of(number).shared else max(before, size)
+    return loads
 
 
-def ring_paths(cluster: Cluster, devices: tuple[str, ...]) -> list[Path]:
-    """Return the links from each device to the next around the ring, kept with the cluster."""
-    pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
-    return memoised(cluster, ("ring", devices), lambda: [cluster.path(a, b) for a, b in pairs])
+def _timed(cluster: Cluster, phase: Phase) -> Timed:
+    """Add up what every link carries in a round; of links with the same figures the fullest counts."""
+    loads = _loads(cluster, phase.hops)
+    fullest: dict[object, tuple[Link, float]] = {}
+    for number, load in loads.items():
+        link = cluster.link_of(number)
+        figures = link.bandwidth_bytes_per_s, link.points
+        if figures not in fullest or fullest[figures][1] < load:
+            fullest[figures] = link, load
+    return Timed(phase.rounds, phase.latency_s, tuple(fullest.values()))
 
 
-def _hops(cluster: Cluster, devices: tuple[str, ...]) -> list[Path]:
-    """Return one of each sort of hop around the ring: hops over links with the same figures take equally long."""
+def _group(hosts: patterns.Hosts) -> Group:
+    return Group(hosts, len(hosts), sum(map(len, hosts)))
 
-    def make() -> list[Path]:
-        figures = [(link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in cluster.links]
-        sorts = {tuple(figures[number // 2] for number in path): path for path in ring_paths(cluster, devices)}
-        return list(sorts.values())
 
-    return memoised(cluster, ("hops", devices), make)
+def _representative(cluster: Cluster, groups: Groups) -> list[Group]:
+    """The groups with as few of their hosts as tell their seconds: all, or four of hosts that are alike."""
+    found = []
+    for devices in groups[:_AT_ONCE] if len(set(_looks(cluster).values())) == 1 else groups:
+        whole = _group(patterns.by_host(cluster, devices))
+        looks = _looks(cluster)
+        rank = cluster.routes.rank
+        kinds = {(looks[cluster.routes.host_of[own[0]]], *(rank[name] for name in own)) for own in whole.hosts}
+        found.append(whole._replace(hosts=whole.hosts[:_WRITTEN_OUT]) if len(kinds) == 1 else whole)
+    return found
+
+
+def _looks(cluster: Cluster) -> dict[str, int]:
+    """Number the hosts by what they look like: the links that they and their devices have, and to what.
+
+    Hosts with the same number are joined by the same switches, so that all pairs of them are alike.
+    """
+
+    def make() -> dict[str, int]:
+        routes = cluster.routes
+        owner = {host.name: host.name for host in cluster.hosts} | routes.host_of
+        around: dict[str, set[str]] = {switch: set() for switch in cluster.switches}
+        for link in cluster.links:
+            for one, other in (link.between, link.between[::-1]):
+                if one in around:
+                    around[one].add(owner.get(other, other))
+        owner |= {s: next(iter(near)) for s, near in around.items() if len(near) == 1 and not near & around.keys()}
+        seen: dict[str, list[object]] = {host.name: [] for host in cluster.hosts}
+        for link in cluster.links:
+            figures = link.latency_s, link.bandwidth_bytes_per_s, link.points, link.shared
+            for one, other in {link.between, link.between[::-1]}:
+                home = owner.get(one)
+                if home in seen:
+                    inside = owner.get(other) == home
+                    far = (other in around, routes.rank.get(other, -1)) if inside else other
+                    seen[home].append((figures, one in around, routes.rank.get(one, -1), far))
+        numbers: dict[object, int] = {}
+        return {name: numbers.setdefault(tuple(sorted(map(repr, links))), len(numbers)) for name, links in seen.items()}
+
+    return memoised(cluster, "looks", make)
+
+
+def _measured(cluster: Cluster, groups: Groups, passes: int) -> Collective | None:
+    """The measured all-reduce of groups inside one host that are joined as those were that it was measured on.
+
+    Half of it for one pass. Devices that share their host's cores are alike: measured with another number of them, an
+    all-reduce takes the seconds of as many bytes per round, times the ratio of the rounds (2 (n - 1) of a ring).
+    """
+    if not cluster.all_reduces or len({len(group) for group in groups}) > 1:
+        return None
+    n, host_of = len(groups[0]), cluster.routes.host_of
+    if any(len({host_of[name] for name in group}) > 1 for group in groups):
+        return None
+    curve = min(cluster.all_reduces, key=lambda curve: abs(curve.devices - n))
+    if all(device.shares_cores for device in cluster.devices):
+        ratio = (n - 1) / (curve.devices - 1)
+        return Collective("measured", (), curve.points, curve.devices / n, ratio * passes / ALL_REDUCE)
+    if curve.devices == n and all(_as_measured(cluster, group) for group in groups):
+        return Collective("measured", (), curve.points, 1.0, passes / ALL_REDUCE)
+    return None
+
+
+def _as_measured(cluster: Cluster, group: tuple[str, ...]) -> bool:
+    """Whether a group is joined like the first devices of its host, on which measurements are made."""
+
+    def joints(devices: Sequence[str]) -> list[tuple[tuple[float, float], ...]]:
+        links = [[cluster.link_of(n) for n in cluster.path(a, b)] for a in devices for b in devices if a < b]
+        return sorted(tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in path) for path in links)
+
+    first = cluster.routes.devices_of[cluster.routes.host_of[group[0]]][: len(group)]
+    return sorted(first) == sorted(group) or joints(first) == joints(group)
 
 
 def tail(ready: Sequence[float], seconds: Sequence[float], end: float) -> float:
@@ -89,9 +254,9 @@ def tail(ready: Sequence[float], seconds: Sequence[float], end: float) -> float:
 
 
 def lead(needed: Sequence[float], seconds: Sequence[float]) -> float:
-    """Return how long before its first use a chain of gathers must begin so that no layer waits.
+    """Return how long before its first use a chain of gathers must begin so that no block waits.
 
-    Layer i is reached `needed[i]` after the compute's begin, and has its parameters after the first i + 1 gathers.
+    Block i is reached `needed[i]` after the compute's begin, and has its parameters after the first i + 1 gathers.
 
     >>> lead([0.0, 1.0], [0.5, 0.5]), lead([0.0, 1.0], [0.5, 2.0])
     (0.5, 1.5)

@@ -28,7 +28,7 @@ class Placed:
     def __init__(self, profile: Profile, plan: Plan, cluster: Cluster) -> None:
         self.whole, self.plan = profile, plan
         self.cluster = cluster.only(plan.device_names)
-        self.profile = tensor.split(profile, plan.groups[0], self.cluster)
+        self.profile = tensor.split(profile, plan.groups, self.cluster)
 
     def with_plan(self, plan: Plan) -> Placed:
         """Return another plan for the same devices in the same place."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.costs import collectives
+from planner.costs.blocks import blocks
 from planner.costs.flows import Flow, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
@@ -96,10 +97,12 @@ class PriceList:
         """Price one kind of transfer."""
         if op in MESSAGES:
             size = self.message_bytes(stage, forward=op == RECV_FORWARD)
-            path = self.cluster.path(self.groups[source][0], self.groups[target][0])
-            seconds = self.cluster.transfer_seconds(path, size)
+            # Each of the devices that split a stage's tensors has all of its activations, and sends them to its like.
+            pairs = zip(self.groups[source], self.groups[target], strict=True)
+            flows = tuple(Flow(self.cluster.path(*pair), size) for pair in pairs)
+            seconds = together(self.cluster, flows)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
-            return TransferKind(op, stage, source, target, size, seconds, work, (Flow(path, size),))
+            return TransferKind(op, stage, source, target, size, seconds, work, flows)
         if op in (OFFLOAD, FETCH):
             size = of_stage(self.placed, stage).kept
             path = self._host_path(self.groups[source][0], back=op == FETCH)
@@ -111,62 +114,74 @@ class PriceList:
         return self._collective(op, stage)
 
     def _collective(self, op: str, stage: int) -> TransferKind:
-        layers = self.ranges[stage]
-        devices = tuple(self.groups[row][0] for row in self.holders[stage])
         if op == REDUCE_TIED:
             group = next(group for group in self.plan.tied if group[0] == stage)
-            rows = dict.fromkeys(row for s in group for row in self.holders[s])
-            devices = tuple(self.groups[row][0] for row in rows)
-            size = self.tied_bytes(group)
-            busy = seconds = collectives.all_reduce(self.cluster, devices, size)
+            rows = tuple(dict.fromkeys(row for s in group for row in self.holders[s]))
+            choice, sizes = self._among(rows, collectives.ALL_REDUCE), [self.tied_bytes(group)]
+            busy = seconds = choice.seconds(sizes[0])
         elif op == REDUCE_GRAD:
-            per_layer = [float(self.profile.layers[i].gradient_bytes) for i in layers]
-            size = sum(per_layer)
-            busy, seconds = self._reduced(stage, devices, per_layer)
+            passes = collectives.HALF if self.way.shards else collectives.ALL_REDUCE
+            choice = self._among(self.holders[stage], passes)
+            sizes, ready, end = self._buckets(stage)
+            each = [choice.seconds(size) for size in sizes]
+            busy, seconds = sum(each), collectives.tail(ready, each, end)
         else:
-            per_layer = [float(self.profile.layers[i].parameter_bytes) for i in layers]
-            size = sum(per_layer)
-            gathers = [collectives.half(self.cluster, devices, bytes_) for bytes_ in per_layer]
-            busy = sum(gathers)
-            seconds = busy
-            if "parameters" in self.way.shards and self.overlaps:
-                needed = self._reached(stage, forward=op == UNSHARD_FORWARD)
-                ordered = gathers if op == UNSHARD_FORWARD else gathers[::-1]
-                seconds = collectives.lead(needed, ordered)
-        halves = 2 if op == REDUCE_TIED or (op == REDUCE_GRAD and not self.way.shards) else 1
-        flows = collectives.ring_flows(self.cluster, devices, size, halves)
+            choice = self._among(self.holders[stage], collectives.HALF)
+            sizes, needed = self._gathered(stage, forward=op == UNSHARD_FORWARD)
+            each = [choice.seconds(size) for size in sizes]
+            busy, seconds = sum(each), collectives.lead(needed, each)
+        size = sum(sizes)
         early = busy - seconds if op == REDUCE_GRAD else 0.0
-        lane = 3 * self.holders[stage][0] if len(devices) > 1 else -1
+        lane = 3 * self.holders[stage][0] if choice.groups else -1
+        flows = choice.flows(size, calls=len(sizes))
         return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy, early)
 
-    def _reduced(self, stage: int, devices: tuple[str, ...], per_layer: list[float]) -> tuple[float, float]:
-        """Seconds that a stage's reduction takes, and what of them its last backward does not hide.
+    def _among(self, rows: tuple[int, ...], passes: int) -> collectives.Choice:
+        """What these rows can do together: of devices that split tensors each with its like, all at the same time."""
+        groups = tuple(zip(*(self.groups[row] for row in rows), strict=True))
+        return collectives.over(self.cluster, groups, passes)
+
+    def _buckets(self, stage: int) -> tuple[list[float], list[float], float]:
+        """The bytes that a stage reduces at once, when in its last backward they are ready, and when that ends.
 
         Gradients become ready from the last layer to the first. DDP reduces them in buckets as they fill, sharded
-        gradients layer by layer.
+        gradients are reduced block by block; where nothing overlaps, all at the end.
         """
-        whole = collectives.all_reduce if not self.way.shards else collectives.half
+        layers = self.ranges[stage]
+        each = [float(self.profile.layers[i].gradient_bytes) for i in layers]
         sharded = "gradients" in self.way.shards
         if not self.overlaps or not (self.plan.bucket_bytes or sharded):
-            at_once = whole(self.cluster, devices, sum(per_layer))
-            return at_once, at_once
-        times = self._reached(stage, forward=False)
-        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
-        op = table.backward_weight if self._splits else table.backward
+            return [sum(each)], [0.0], 0.0
+        done = [*self._reached(stage, forward=False)[1:], self._pass_seconds(stage)]
+        starts = {block.start for block in blocks(self.profile, layers)}
+        sizes, ready, full = [0.0], [0.0], False
+        for layer, size, end in zip(reversed(layers), reversed(each), done, strict=True):
+            if full:
+                sizes.append(0.0)
+                ready.append(end)
+            sizes[-1] += size
+            ready[-1] = end
+            full = layer in starts if sharded else sizes[-1] >= self.plan.bucket_bytes
+        return sizes, ready, self._pass_seconds(stage)
+
+    def _gathered(self, stage: int, *, forward: bool) -> tuple[list[float], list[float]]:
+        """The bytes of parameters that a stage gathers at once, and when in a pass they are needed.
+
+        Sharded parameters are gathered block by block before they are used; after a sharded update, and where
+        nothing overlaps, all at once.
+        """
         layers = self.ranges[stage]
-        end = float(op[MEDIAN, layers.stop] - op[MEDIAN, layers.start])
-        ready: list[float] = []
-        sizes: list[float] = []
-        for index, size in enumerate(reversed(per_layer)):
-            done = times[index + 1] if index + 1 < len(times) else end
-            if sizes and not sharded and sizes[-1] < self.plan.bucket_bytes:
-                sizes[-1] += size
-                ready[-1] = done
-            else:
-                sizes.append(size)
-                ready.append(done)
-        seconds = [whole(self.cluster, devices, size) for size in sizes]
-        return sum(seconds), collectives.tail(ready, seconds, end)
+        each = [float(self.profile.layers[i].parameter_bytes) for i in layers]
+        if "parameters" not in self.way.shards:
+            return [sum(each)], [0.0]
+        own = blocks(self.profile, layers)
+        sizes = [sum(each[i - layers.start] for i in block) for block in own]
+        if not self.overlaps:
+            return sizes, [0.0] * len(sizes)
+        reached = self._reached(stage, forward=forward)
+        if forward:
+            return sizes, [reached[block.start - layers.start] for block in own]
+        return sizes[::-1], [reached[layers.stop - block.stop] for block in reversed(own)]
 
     @property
     def _splits(self) -> bool:
@@ -174,14 +189,25 @@ class PriceList:
 
     def _reached(self, stage: int, *, forward: bool) -> list[float]:
         """Seconds after a pass's begin at which it reaches each of the stage's layers, in its own direction."""
-        layers = self.ranges[stage]
-        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
-        sums = table.forward if forward else table.backward_weight if self._splits else table.backward
-        reached = sums[MEDIAN, layers.start : layers.stop]
+        layers, sums = self.ranges[stage], self._sums(forward=forward)
+        speed = min(self.devices[row].speed for row in self.holders[stage])
+        reached = sums[layers.start : layers.stop] / speed
         if forward:
             return [float(r) for r in reached - reached[0]]
-        ends = sums[MEDIAN, layers.start + 1 : layers.stop + 1]
+        ends = sums[layers.start + 1 : layers.stop + 1] / speed
         return [float(e) for e in (ends[-1] - ends)[::-1]]
+
+    def _pass_seconds(self, stage: int) -> float:
+        """Seconds of the backward, or of its half, that gradients become ready in."""
+        layers, sums = self.ranges[stage], self._sums(forward=False)
+        speed = min(self.devices[row].speed for row in self.holders[stage])
+        return float(sums[layers.stop] - sums[layers.start]) / speed
+
+    def _sums(self, *, forward: bool) -> Spread:
+        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+        sums = table.forward if forward else table.backward_weight if self._splits else table.backward
+        own: Spread = sums[MEDIAN]
+        return own
 
     def tied_bytes(self, group: tuple[int, ...]) -> float:
         """Bytes of the parameters that a group of stages shares: at most those of the smallest layer that has them."""

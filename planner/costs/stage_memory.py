@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.basis.memo import memoised
+from planner.costs.blocks import blocks
 from planner.costs.placed import Placed
 from planner.values.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
 
@@ -23,7 +24,7 @@ class StageMemory:
     backward, `saved` is the same with everything repeated that checkpoints forgot. Every `*_peak` is the most that is
     live inside the action above what was live when it began: `backward_peak` of a whole backward that repeats what it
     needs as it goes, `input_peak` of a backward that finds everything there. `gathered` is the most that two
-    neighbouring layers' parameters need, `reduced` what one layer's gradients need: sharded ones are whole only for a
+    neighbouring blocks' parameters need, `reduced` what one block's gradients need: sharded ones are whole only for a
     moment.
     """
 
@@ -61,6 +62,8 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
     own = [profile.layers[i] for i in layers]
     plain, forgetful = _Walk(profile, layers, samples, ()), _Walk(profile, layers, samples, checkpoints)
     weights = [float(layer.parameter_bytes) for layer in own]
+    gathered = [sum(profile.layers[i].parameter_bytes for i in block) for block in blocks(profile, layers)]
+    reduced = [sum(profile.layers[i].gradient_bytes for i in block) for block in blocks(profile, layers)]
     return StageMemory(
         parameters=sum(weights),
         buffers=sum(layer.buffer_bytes for layer in own),
@@ -76,8 +79,8 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
         backward_first_peak=forgetful.backward_peak(first=True),
         backward_peak=forgetful.backward_peak(first=False),
         input_peak=plain.backward_peak(first=False),
-        gathered=max((a + b for a, b in zip(weights, [*weights[1:], 0.0], strict=True)), default=0.0),
-        reduced=max(float(layer.gradient_bytes) for layer in own),
+        gathered=float(max(a + b for a, b in zip(gathered, [*gathered[1:], 0], strict=True))),
+        reduced=float(max(reduced)),
     )
 
 

@@ -18,31 +18,34 @@ from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile
 _PASSES = {"forward": "forward", "recompute": "forward", "backward": "backward", "backward_input": "backward"}
 
 
-def split(profile: Profile, devices: tuple[str, ...], cluster: Cluster) -> Profile:
-    """Return the profile of one of `devices`, which split the layers' tensors between them.
+def split(profile: Profile, groups: collectives.Groups, cluster: Cluster) -> Profile:
+    """Return the profile of one device of `groups`, which each split a stage's tensors between them.
 
     Raises `PlanError` (exit 2) when no layer declares how it splits.
     """
-    if len(devices) == 1:
+    tensor = len(groups[0])
+    if tensor == 1:
         return profile
     if not any(layer.split for layer in profile.layers):
         raise PlanError(
             what="no layer says how its tensors split",
             where=f"profile of {profile.key.model}",
-            why=f"a stage over {len(devices)} devices needs layers that split by column, row or block",
+            why=f"a stage over {tensor} devices needs layers that split by column, row or block",
             fix="define splits(model) in the model file, which returns {'layer name': 'block'}",
         )
 
     def make() -> Profile:
-        layers = tuple(_layer(layer, devices, cluster) for layer in profile.layers)
+        # All groups reduce at the same time; the slowest one's seconds hold for all.
+        reduce = collectives.over(cluster, groups, collectives.ALL_REDUCE)
+        layers = tuple(_layer(layer, tensor, reduce) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.
         return msgspec.structs.replace(profile, layers=layers, whole=())
 
-    return memoised(profile, ("split", devices, cluster.identity), make)
+    return memoised(profile, ("split", groups, cluster.identity), make)
 
 
-def _layer(layer: LayerProfile, devices: tuple[str, ...], cluster: Cluster) -> LayerProfile:
-    how, n = layer.split, len(devices)
+def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice) -> LayerProfile:
+    how = layer.split
     if how is None:
         return layer
     outputs = {size.samples: float(size.output_bytes) for size in layer.sizes}
@@ -53,7 +56,7 @@ def _layer(layer: LayerProfile, devices: tuple[str, ...], cluster: Cluster) -> L
 
     def reduced(samples: int) -> float:
         known = min(outputs, key=lambda s: abs(s - samples))
-        return collectives.all_reduce(cluster, devices, outputs[known] * samples / known)
+        return reduce.seconds(outputs[known] * samples / known)
 
     def of(own: LayerTimes) -> LayerTimes:
         changed = {

@@ -58,7 +58,7 @@ def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile
     """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
     names = tuple(device.name for device in choose(cluster, count))
     try:
-        return tensor.split(profile, names[:ways], cluster.only(names))
+        return tensor.split(profile, (names[:ways],), cluster.only(names))
     except PlanError:
         return profile
 

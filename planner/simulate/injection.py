@@ -9,7 +9,7 @@ import msgspec
 
 from planner.basis.errors import PlanError, unknown
 from planner.simulate.contention import Failure
-from planner.values.cluster import Cluster, Link
+from planner.values.cluster import AllReduce, Cluster, Link
 
 
 def slow_device(cluster: Cluster, name: str, factor: float) -> Cluster:
@@ -39,7 +39,10 @@ def with_bandwidth(cluster: Cluster, factor: float) -> Cluster:
         cluster,
         name=f"{cluster.name}, bandwidth x {factor:g}",
         links=tuple(_slower(link, 1 / factor) for link in cluster.links),
-        all_reduce=tuple((size, seconds / factor) for size, seconds in cluster.all_reduce),
+        all_reduces=tuple(
+            AllReduce(devices=curve.devices, points=tuple((size, seconds / factor) for size, seconds in curve.points))
+            for curve in cluster.all_reduces
+        ),
     )
 
 

@@ -14,10 +14,10 @@ from itertools import pairwise
 import msgspec
 
 from planner.basis.errors import DEVICE, PlanError
-from planner.values.hardware import Device, Host, Link, by_size
+from planner.values.hardware import AllReduce, Device, Host, Link, by_size
 from planner.values.routes import Path, Routes
 
-__all__ = ["Cluster", "Communication", "Device", "Host", "Link", "by_size"]
+__all__ = ["AllReduce", "Cluster", "Communication", "Device", "Host", "Link", "by_size"]
 
 
 class Communication(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -27,16 +27,15 @@ class Communication(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     buffer, and what the backend copies before it returns. `transfer_work` pairs message bytes with the core seconds
     that a transfer takes from each end's host: the backend's own threads compute where CPU devices do.
 
-    `all_reduce` pairs bytes with the measured seconds of an all-reduce over `all_reduce_devices` devices; without
-    measurements it follows from the links (ring: 2 (n - 1) messages of bytes / n).
+    `all_reduces` are measured, each for a number of devices of one host; others follow from the links
+    (`planner.costs.collectives`).
     Where messages are `buffered` they begin when they are sent; otherwise (rendezvous, as NCCL and large messages of
     gloo have it) when the receive has been posted, too.
     """
 
     posts: tuple[tuple[int, float], ...] = ()
     transfer_work: tuple[tuple[int, float], ...] = ()
-    all_reduce: tuple[tuple[int, float], ...] = ()
-    all_reduce_devices: int = 2
+    all_reduces: tuple[AllReduce, ...] = ()
     buffered: bool = False
 
 
@@ -58,9 +57,8 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
             raise ValueError("devices: a cluster needs at least one device")
         _check_nodes(self)
         _check_links(self)
-        if self.all_reduce_devices < 2:
-            raise ValueError("all_reduce_devices: an all-reduce needs two devices")
-        for name in ("posts", "transfer_work", "all_reduce"):
+        _check_all_reduces(self.all_reduces)
+        for name in ("posts", "transfer_work"):
             _check_points(name, getattr(self, name))
 
     def take(self, count: int) -> Cluster:
@@ -193,22 +191,6 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
         """Time that posting a message of `size` bytes keeps the device from computing."""
         return by_size(self.posts, size) if self.posts else 0.0
 
-    def all_reduce_seconds(self, devices: tuple[str, ...], size: float) -> float:
-        """Time of a ring all-reduce of `size` bytes over `devices`.
-
-        A ring moves bytes / n in each of 2 (n - 1) rounds (Patarasu and Yuan, JPDC 2009). Seconds measured with
-        another number of devices are those of as many bytes per round, times the ratio of the rounds.
-        """
-        count = len(devices)
-        if count < 2:
-            return 0.0
-        if self.all_reduce:
-            rounds, measured_rounds = 2 * (count - 1), 2 * (self.all_reduce_devices - 1)
-            round_bytes, measured_devices = size / count, self.all_reduce_devices
-            return by_size(self.all_reduce, round_bytes * measured_devices) * rounds / measured_rounds
-        ring = [self.path(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
-        return 2 * (count - 1) * max(self.transfer_seconds(path, size / count) for path in ring)
-
 
 def _check_nodes(cluster: Cluster) -> None:
     """Raise `ValueError` for a host or device whose numbers make no sense, or two nodes with one name."""
@@ -252,6 +234,16 @@ def _check_links(cluster: Cluster) -> None:
         for end in link.between:
             if end not in known and not cluster.elastic:
                 raise ValueError(f"links {link.between}: there is no device, host or switch '{end}'")
+
+
+def _check_all_reduces(curves: tuple[AllReduce, ...]) -> None:
+    """Raise `ValueError` unless every curve is one of several devices, and the only one of so many."""
+    for curve in curves:
+        if curve.devices < 2 or not curve.points:
+            raise ValueError("all_reduces: an all-reduce needs two devices, and points")
+        _check_points(f"all_reduces of {curve.devices} devices", curve.points)
+    if len({curve.devices for curve in curves}) < len(curves):
+        raise ValueError("all_reduces: two curves are of the same number of devices")
 
 
 def _check_points(what: str, points: Sequence[tuple[int, float]]) -> None:

@@ -70,6 +70,13 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
         return by_size(self.points, size)
 
 
+class AllReduce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measured all-reduces over so many devices of one host, the first: `points` pairs bytes with seconds."""
+
+    devices: int
+    points: tuple[tuple[int, float], ...]
+
+
 def by_size(points: tuple[tuple[int, float], ...], size: float) -> float:
     """Interpolate seconds measured by message bytes: constant below the smallest, the last slope beyond the largest.
 

@@ -164,7 +164,7 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     torch: str
     python: str
-    schema: int = 1
+    schema: int = 2
 
     def differences(self, other: ProfileKey) -> list[str]:
         """List the fields that differ, as `name: mine -> theirs`."""

@@ -15,6 +15,7 @@ from planner.placement.strategies import get
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject, slow_device, slow_link, with_bandwidth
 from planner.simulate.predict import simulate
+from planner.values.cluster import AllReduce
 from planner.values.outcome import Outcome
 from planner.values.profile import Split
 from planner.values.trace import COMPUTE, LINK
@@ -53,11 +54,13 @@ def test_a_slow_link_transfers_longer() -> None:
 
 def test_measured_points_of_a_link_are_slower_too() -> None:
     link = msgspec.structs.replace(devices(2).links[0], points=((10, 1.0), (20, 2.0)))
-    cluster = msgspec.structs.replace(devices(2), links=(link,), all_reduce=((10, 1.0),))
+    cluster = msgspec.structs.replace(
+        devices(2), links=(link,), all_reduces=(AllReduce(devices=2, points=((10, 1.0),)),)
+    )
     assert slow_link(cluster, ("h", "h"), 3.0).links[0].seconds(20) == 6.0
     quick = with_bandwidth(cluster, 2.0)
     assert quick.links[0].seconds(20) == 1.0
-    assert quick.all_reduce == ((10, 0.5),)
+    assert quick.all_reduces[0].points == ((10, 0.5),)
 
 
 @given(st.integers(0, 3), st.floats(0.0, 30.0), st.floats(0.1, 20.0))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from planner.values.cluster import Cluster, Device, Host, Link
+from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.cluster_file import read
 
 FILE = """
 name = "pair"
 buffered = true
-all_reduce_devices = 4
 posts = [[1, 2.0]]
+all_reduces = [{ devices = 4, points = [[1, 3.0]] }]
 [[hosts]]
 name = "h"
 cores = 2
@@ -86,7 +86,8 @@ def test_a_cluster_file_has_every_field_of_communication(tmp_path: Path) -> None
     """`buffered`, promised and once refused, and all others."""
     (tmp_path / "c.toml").write_text(FILE)
     cluster = read(tmp_path / "c.toml")
-    assert (cluster.buffered, cluster.all_reduce_devices, cluster.posts) == (True, 4, ((1, 2.0),))
+    assert (cluster.buffered, cluster.posts) == (True, ((1, 2.0),))
+    assert cluster.all_reduces == (AllReduce(devices=4, points=((1, 3.0),)),)
     assert cluster.path("d0", "d1") == (0,)
     assert cluster.path("d1", "d0") == (1,)
 

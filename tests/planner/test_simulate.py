@@ -113,13 +113,6 @@ def test_data_parallel_is_the_longest_path(k: int, share: int, f: float) -> None
     assert interpret(costs, plan.devices).end == pytest.approx(longest_path(program, costs), rel=1e-12)
 
 
-def test_ring_all_reduce_formula() -> None:
-    """2 (n - 1) rounds of bytes / n (Patarasu and Yuan, 2009)."""
-    cluster = devices(4, latency_s=1.0, bandwidth=100.0)
-    assert cluster.all_reduce_seconds(("d0", "d1", "d2", "d3"), 400.0) == 2 * 3 * (1.0 + 1.0)
-    assert cluster.all_reduce_seconds(("d0",), 400.0) == 0.0
-
-
 def shared_cores(count: int, cores: int) -> Cluster:
     return Cluster(
         name="shared",

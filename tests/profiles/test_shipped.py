@@ -321,7 +321,8 @@ def test_a_ring_of_hosts_without_a_switch() -> None:
         ('"fabric"]', '"fibre"]', "no device, host or switch 'fibre'"),
         ('name = "fabric"', 'name = "gpu0"', "gpu0"),
         ('between = ["host*", "fabric"]', 'between = ["host0", "fabric"]', "no link leads from gpu1 to gpu2"),
-        ('name = "pair"', 'name = "pair"\nall_reduce = [[1, nan]]', "all_reduce"),
+        ('name = "pair"', 'name = "pair"\nall_reduces = [{devices = 2, points = [[1, nan]]}]', "all_reduces"),
+        ('name = "pair"', 'name = "pair"\nall_reduces = [{devices = 1, points = [[1, 1.0]]}]', "two devices"),
     ],
 )
 def test_clusters_that_cannot_be(

@@ -1,0 +1,84 @@
+"""Blocks: the runs of layers whose sharded parameters are gathered, and gradients reduced, in one collective.
+
+Users of FSDP2 call `fully_shard` on each block of a model (a transformer's, a residual one), and every call makes one
+group of parameters. A profile's blocks are found in the same way; layers without parameters are never alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from planner.basis.memo import memoised
+from planner.values.profile import Profile
+
+WORTH_A_COLLECTIVE = 2**20
+"""Bytes below which single layers join the next: DDP's first, smallest bucket (torch.distributed, reducer.hpp,
+`kDefaultFirstBucketBytes`), the least that its authors found worth a call of its own (Li et al., arXiv 2006.15704)."""
+
+LARGE = 25 * 2**20
+"""Bytes above which a run of layers is looked into once more: DDP's other buckets, which keep a network busy."""
+
+
+def blocks(profile: Profile, layers: range) -> tuple[range, ...]:
+    """Cut a stage's layers into blocks.
+
+    A block ends where the name's module does: `layers.3.attention` and `layers.3.mlp` are of `layers.3`, the first
+    number included. Between names that do not tell, it ends where a single value crosses, as a residual block has its
+    skip inside; what is then still large (an encoder's output crosses all of a decoder), where the fewest values cross.
+    Single layers join their neighbours behind them until they are worth a collective, or the last block at the end.
+    """
+    return memoised(profile, ("blocks", layers), lambda: _merged(profile, _modules(profile, layers)))
+
+
+def _modules(profile: Profile, layers: range) -> list[range]:
+    homes = {i: _home(profile.layers[i].name) for i in layers}
+    cuts = {i for i in layers[1:] if _ends(profile, homes, i)}
+    return [part for module in _parts(layers, cuts) for part in _smaller(profile, homes, module)]
+
+
+def _ends(profile: Profile, homes: dict[int, str], i: int) -> bool:
+    before, here = homes[i - 1], homes[i]
+    return before != here if before or here else len(profile.crossing(i)) == 1
+
+
+def _smaller(profile: Profile, homes: dict[int, str], module: range) -> list[range]:
+    if len(module) == 1 or homes[module.start] or _parameters(profile, module) <= LARGE:
+        return [module]
+    crossing = {i: len(profile.crossing(i)) for i in module[1:]}
+    cuts = {i for i, values in crossing.items() if values == min(crossing.values())}
+    return [part for run in _parts(module, cuts) for part in _smaller(profile, homes, run)]
+
+
+def _parts(layers: range, cuts: set[int]) -> list[range]:
+    return [range(a, b) for a, b in itertools.pairwise([layers.start, *sorted(cuts), layers.stop])]
+
+
+def _parameters(profile: Profile, layers: range) -> int:
+    return sum(profile.layers[i].parameter_bytes for i in layers)
+
+
+def _home(name: str) -> str:
+    """The module that a layer belongs to, as far as its name tells; nothing for one that stands alone.
+
+    >>> _home("encoder.layers.3.attention.query"), _home("layer1.0.conv1"), _home("features.0"), _home("conv1")
+    ('encoder.layers.3', 'layer1.0', 'features.0', '')
+    """
+    parts = name.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if numbered is not None:
+        return ".".join(parts[: numbered + 1])
+    return ".".join(parts[:-1])
+
+
+def _merged(profile: Profile, modules: list[range]) -> tuple[range, ...]:
+    found: list[range] = []
+    begin = modules[0].start
+    for module in modules:
+        size = _parameters(profile, range(begin, module.stop))
+        if size >= WORTH_A_COLLECTIVE or (len(module) > 1 and _parameters(profile, module)):
+            found.append(range(begin, module.stop))
+            begin = module.stop
+    if begin < modules[-1].stop:
+        begin = found.pop().start if found else begin
+        found.append(range(begin, modules[-1].stop))
+    return tuple(found)
