@@ -117,6 +117,14 @@ class Store:
         names = [*(path.stem for path in known), *shipped]
         raise unknown("profile", given, names, where="--profile", fix="plan profile model.py", code=ARTEFACT)
 
+    def name_of(self, path: Path) -> str:
+        """Return what `profile_path` finds a profile by again: its name where it is kept, else its path."""
+        known = (
+            path.parent == self.root / "profiles"
+            or path in (self.catalogue.profiles() if self.catalogue else {}).values()
+        )
+        return path.stem if known else str(path)
+
     def load_profile(self, path: Path) -> Profile:
         """Read a profile, measured (JSON) or of the catalogue (CSV). Raises `PlanError` (exit 4) when it is damaged."""
         if self.catalogue and is_table(path):

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 from planner import __version__
 from planner.basis.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
 from planner.basis.files import write
-from planner.cli import explain, init, profile, report, run, search, simulate
+from planner.cli import explain, init, profile, report, run, search, show, simulate
 from planner.cli.output import failure
 from planner.store import FOLDER
 
@@ -53,7 +53,11 @@ def _interrupted(command: str) -> PlanError:
     )
 
 
-for _command in (init.init, profile.profile, simulate.simulate, search.search, explain.explain, run.run, report.report):
+_COMMANDS = (
+    *(init.init, profile.profile, simulate.simulate, search.search, show.show, explain.explain, run.run),
+    report.report,
+)
+for _command in _COMMANDS:
     app.command(_command.__name__)(_interruptible(_command))
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError
+from planner.search.ranking import Ranking
 from planner.store import Store
 from planner.values import cluster_file
 from planner.values.cluster import Cluster
+from planner.values.plan import Plan
 from planner.values.profile import Profile, ProfileKey
 
 
@@ -26,6 +31,58 @@ def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profi
     if profile is None:
         check_fresh(measured, path)
     return store, path, measured, cluster_file.find(cluster, shipped.clusters()) if cluster else measured.machine
+
+
+class Meant(NamedTuple):
+    """A plan, and the profile and the cluster that it is looked at with. `ranking` is the simulation it comes from."""
+
+    plan: Plan
+    profile: Profile
+    path: Path
+    cluster: Cluster
+    ranking: Ranking | None
+
+
+def is_file(reference: str) -> bool:
+    """Whether a plan is meant by its file."""
+    return reference.endswith(".toml") or os.sep in reference
+
+
+def meant(reference: str, profile: str | None, cluster: str | None) -> Meant:
+    """Return the plan that a name or a file means, with what the last simulation was about where nothing else is said.
+
+    Raises `PlanError` when there is no such plan, or it is for another model or for more devices than there are.
+    """
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
+    plan = store.plan(reference, lambda plan: True)
+    known = not is_file(reference) or (profile is None and (store.root / "simulation.json").exists())
+    ranking = store.load_ranking() if known else None
+    path = store.profile_path(profile or (ranking.profile if ranking else None))
+    measured = store.load_profile(path)
+    hardware = ranking.cluster if ranking and profile is None else measured.machine
+    if cluster is not None:
+        hardware = cluster_file.find(cluster, shipped.clusters())
+    plan.layer_ranges([layer.name for layer in measured.layers])
+    return Meant(on_devices_of(plan, hardware), measured, path, hardware, None if is_file(reference) else ranking)
+
+
+def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
+    """Return the plan on a cluster's own devices; where it names others, on the first ones in their order.
+
+    Raises `PlanError` (exit 5) when the cluster has fewer.
+    """
+    taken = cluster.take(len(plan.device_names)).devices
+    known = {device.name: device for device in (cluster.devices or taken)}
+    if set(plan.device_names) <= known.keys():
+        return msgspec.structs.replace(plan, threads=known[plan.device_names[0]].threads)
+    renamed = dict(zip(plan.device_names, (device.name for device in taken), strict=True))
+    stages = tuple(
+        msgspec.structs.replace(stage, devices=tuple(renamed[name] for name in stage.devices)) for stage in plan.stages
+    )
+    servers = tuple(renamed.get(name, name) for name in plan.servers)
+    return msgspec.structs.replace(plan, stages=stages, servers=servers, threads=taken[0].threads)
 
 
 def check_fresh(measured: Profile, path: Path) -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
 from planner.basis.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.basis.units import percent
 from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
-from planner.cli.opened import require_same
+from planner.cli.opened import is_file, on_devices_of, require_same
 from planner.cli.report import write_page
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
 from planner.values.outcome import Comparison
-from planner.values.plan import Plan, Stage
-from planner.values.profile import Profile
+from planner.values.plan import Plan
 
 
 def run(
@@ -43,6 +41,8 @@ def run(
 
     store = Store(catalogue=shipped)
     store.check_writable()
+    if plan == "best":
+        _check_meant_for_this_machine(store)
     wanted = store.plan(plan, able)
     _check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
@@ -62,7 +62,7 @@ def run(
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
     require_same(measured_profile, key_of(measured_profile.model_path, kind), path)
-    chosen = on_this_machine(wanted, measured_profile)
+    chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     folder = store.new_run(chosen)
     output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {steps} steps …")
@@ -116,13 +116,7 @@ def _beyond(comparison: Comparison, check: float, data: dict[str, Any]) -> PlanE
 
 def _simulated_with(store: Store, reference: str) -> str | None:
     """The profile that the last simulation used, for the plans that come from it."""
-    if reference.endswith(".toml"):
-        return None
-    name = store.load_ranking().profile
-    known = (store.root / "profiles" / f"{name}.json").exists() or (
-        store.catalogue is not None and name in store.catalogue.profiles()
-    )
-    return name if known else None
+    return None if is_file(reference) else store.load_ranking().profile
 
 
 def _check_runnable(plan: Plan) -> None:
@@ -141,6 +135,22 @@ def _check_runnable(plan: Plan) -> None:
         )
 
 
+def _check_meant_for_this_machine(store: Store) -> None:
+    """Raise `PlanError` (exit 4) where the last simulation was for other hardware than its profile's."""
+    ranking = store.load_ranking()
+    path = store.profile_path(ranking.profile)
+    profile = store.load_profile(path)
+    if is_table(path) or profile.estimated or ranking.cluster == profile.machine:
+        return  # the first two are refused with more to say
+    raise PlanError(
+        what="the last simulation was for other hardware",
+        where=f"cluster '{ranking.cluster.name}'",
+        why="its best plan says nothing about this machine",
+        fix=f"plan simulate --k {ranking.k} --m {ranking.m}, then plan run best; or plan run {ranking.best.plan}",
+        code=ARTEFACT,
+    )
+
+
 def _check_has_model(path: Path) -> None:
     """Raise `PlanError` (exit 4) for a shipped profile: there is nothing to run."""
     if is_table(path):
@@ -151,15 +161,3 @@ def _check_has_model(path: Path) -> None:
             fix="plan profile model.py   (profiles a model of your own; then plan simulate and plan run)",
             code=ARTEFACT,
         )
-
-
-def on_this_machine(plan: Plan, profile: Profile) -> Plan:
-    """Return the plan on this machine's devices, in its own order.
-
-    Raises `PlanError` (exit 5) when the machine has fewer.
-    """
-    names = [device.name for device in profile.machine.take(len(plan.devices)).devices]
-    renamed = dict(zip(plan.devices, names, strict=True))
-    threads = profile.machine.take(len(plan.devices)).devices[0].threads
-    stages = tuple(Stage(layers=s.layers, devices=tuple(renamed[d] for d in s.devices)) for s in plan.stages)
-    return msgspec.structs.replace(plan, stages=stages, threads=threads)

@@ -122,7 +122,7 @@ def run(
             k=len(best.plan.device_names),
             m=best.plan.microbatches,
             batch=batch,
-            profile=path.stem,
+            profile=store.name_of(path),
             cluster=hardware,
             outcomes=tuple(outcomes),
             stale=stale,

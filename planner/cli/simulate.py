@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, rate, seconds
-from planner.cli import output, tables
+from planner.cli import output, runnable, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
 from planner.cli.opened import opened
@@ -99,7 +100,7 @@ def simulate(
         k=k,
         m=m,
         batch=batch,
-        name=path.stem,
+        name=store.name_of(path),
         strategies=chosen,
         samples=samples,
         seed=seed,
@@ -110,12 +111,12 @@ def simulate(
     store.save_ranking(ranking)
     rows = tables.arranged(ranking.outcomes, sort, words or ())
     if json:
-        output.document("simulate", {**as_data(ranking, rows), "estimated": measured.estimated})
+        output.document("simulate", as_data(ranking, rows, measured, path))
     else:
-        _print(ranking, rows, measured, shown=len(rows) if every else SHOWN)
+        _print(ranking, rows, measured, path, shown=len(rows) if every else SHOWN)
 
 
-def as_data(ranking: Ranking, rows: Sequence[Outcome]) -> dict[str, Any]:
+def as_data(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: Path) -> dict[str, Any]:
     """The ranking as JSON data, with units in the names."""
     return {
         "k": ranking.k,
@@ -123,14 +124,15 @@ def as_data(ranking: Ranking, rows: Sequence[Outcome]) -> dict[str, Any]:
         "batch_samples": ranking.batch,
         "cluster": ranking.cluster.name,
         "profile": ranking.profile,
-        "best": str(ranking.best.plan),
+        "estimated": measured.estimated,
+        **runnable.as_data(ranking, measured, path),
         "limits": [limit.text for limit in limits(ranking.best, ranking.cluster)],
         "plans": [figures(outcome) for outcome in rows],
         "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
     }
 
 
-def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, *, shown: int) -> None:
+def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: Path, *, shown: int) -> None:
     best = ranking.best
     where = ranking.cluster
     cores = where.hosts[0].cores
@@ -156,16 +158,7 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, *, show
     print(ascii_timeline(best.trace, width=min(90, output.results.width)))
     for limit in limits(best, where):
         output.results.print(f"limited by {limit.text}", markup=False)
-    output.results.print(f"next: {_next(ranking, best)}")
-
-
-def _next(ranking: Ranking, best: Outcome) -> str:
-    """The one next command, and what it will do where the best plan cannot be run yet."""
-    from executor.abilities import able, missing
-
-    if able(best.plan):
-        return "plan run best"
-    runnable, reasons = ranking.runnable(able), ", ".join(missing(best.plan))
-    if runnable is best:
-        return f"plan report --simulated   ({reasons}: simulated only, so far)"
-    return f"plan run best   (runs {runnable.plan}; {reasons}: simulated only, so far)"
+    note, command = runnable.words(ranking, measured, path)
+    if note:
+        output.results.print(note, markup=False)
+    output.results.print(f"next: {command}", markup=False)

@@ -70,10 +70,11 @@ def show(outcomes: Sequence[Outcome], *, title: str, best: Outcome | None, witho
     from planner.cli import output
 
     columns = [column for column in COLUMNS if column.name not in without]
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column.heading, justify="left" if column.name in ("plan", "fits") else "right", no_wrap=True)
     for outcome in outcomes:
         bold = best is not None and outcome.plan == best.plan
         table.add_row(*(column.cell(outcome) for column in columns), style="bold" if bold else None)
+    output.results.print(title, markup=False, soft_wrap=True)
     output.results.print(table)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import heapq
+from collections.abc import Iterable
 
 from planner.basis.errors import PlanError
-from planner.basis.units import percent, rate, seconds, size
+from planner.basis.units import percent, seconds, size
 from planner.costs.placed import Placed
 from planner.search import objective as objectives
 from planner.search.search import Answer, Found, Search, shares
@@ -20,6 +21,10 @@ from planner.values.plan import Plan, actions
 
 QUICK_ACTIONS = 20_000
 """Programs up to so many actions go through SimPy when changes are tried."""
+LOOKS = 12
+"""So many plans are put through SimPy, so that a figure stands in a sentence and not a bound."""
+NAMED = 4
+"""Plans that one sentence names."""
 FACTORS = (1.5, 2.0, 4.0, 10.0)
 """How much faster or slower links are tried to be, or memory larger or smaller."""
 
@@ -29,33 +34,85 @@ def explain(
 ) -> list[str]:
     """Return sentences about a plan that a search has found, the best if not another, whose outcome is given.
 
-    `changes` asks what would change the answer.
+    `changes` asks what would change the answer. Of a plan whose time is only a lower bound it is said how much worse it
+    is at least; the few that are named are simulated first, where that is quick.
     """
     best, cluster = answer.leaders[0], search.cluster
     everything = [f for f in search.state.done.values() if f.label and (search.stale or not f.stale)]
     if of is not None and of.key != best.key:
-        behind = f"{percent(of.score / best.score - 1)} behind {best.label}, the best for {answer.objective}"
-        return [_what(outcome, of, answer, behind), *_bounds(outcome, cluster)]
-    text = [_what(outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
-    text += [*_next(best, answer, everything), *_ruled_out(best, everything)]
+        rank = f"{_behind(best, _settled(search, of))}, compared with {best.label}, the best for {answer.objective}"
+        return [_what(search, outcome, of, answer, rank), *_bounds(outcome, cluster)]
+    text = [_what(search, outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
+    rivals = _first_of_each(search, (f for f in everything if f.lack <= 1 and f.strategy != best.strategy))
+    larger = [f for f in _first_of_each(search, (f for f in everything if f.lack > 1)) if f.score < best.score]
+    text += [*_next(best, rivals), *_ruled_out(best, larger)]
     if changes:
-        text += _bandwidth(search, best, everything)
-        text += _memory(best, everything)
-        text += _microbatches(best, everything)
+        if answer.objective != "memory":
+            text += _bandwidth(search, best, everything)
+        text += _memory(best, larger, everything)
+        text += _microbatches(search, best, everything)
     return text
 
 
-def _what(outcome: Outcome, found: Found, answer: Answer, rank: str) -> str:
+def _settled(search: Search, found: Found) -> Found:
+    """The same plan with its own time instead of a bound, where that is quick to find."""
+    if found.exact or actions(search.plan(found)) > QUICK_ACTIONS:
+        return found
+    return search._exact(found)
+
+
+def _first_of_each(search: Search, found: Iterable[Found]) -> list[Found]:
+    """The best of each strategy, best first, as many as a sentence names.
+
+    What is behind the first of a strategy may be better than it once what they share is simulated; so the least bound
+    is always replaced by its plan's own time, until the least is no bound, or enough has been simulated.
+    """
+    waiting = [(f.score, not f.exact, f.key, f) for f in found]
+    heapq.heapify(waiting)
+    first: dict[str, Found] = {}
+    looks = 0
+    while waiting and len(first) < NAMED:
+        *_, one = heapq.heappop(waiting)
+        if one.strategy in first:
+            continue
+        if not one.exact and looks < LOOKS:
+            looks += 1
+            exact = _settled(search, one)
+            if exact.exact:
+                heapq.heappush(waiting, (exact.score, False, exact.key, exact))
+                continue
+        first[one.strategy] = one
+    return list(first.values())
+
+
+def _behind(best: Found, found: Found) -> str:
+    """How much worse a plan is than the best: a figure where both times are known, else what it is at least."""
+    worse = found.score / best.score - 1
+    if not best.exact and not found.exact:
+        return f"{percent(abs(worse))} {'behind' if worse >= 0 else 'ahead'}, what devices share left out"
+    if abs(worse) < 0.0005:
+        return "as good" if found.exact else "as good at best"
+    if worse < 0:
+        return f"{percent(-worse)} ahead{'' if found.exact else ' at best'}, within the prediction's uncertainty"
+    return f"{'' if found.exact else 'at least '}{percent(worse)} behind"
+
+
+def _better(best: Found, found: Found) -> str:
+    """How much better a plan would be that does not fit: at most so much where its time is only a bound."""
+    return f"{'' if found.exact else 'at most '}{percent(1 - found.score / best.score)} better"
+
+
+def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: str) -> str:
     plan = outcome.plan
     devices = len(plan.device_names)
     worst = max(range(len(outcome.peak)), key=lambda d: outcome.peak[d].total / outcome.capacity_bytes[d])
     held = size(outcome.peak[worst].total)
-    words = objectives.get(answer.objective).words(found.score)
+    words = objectives.get(answer.objective).words(search._score(plan, outcome.step_s, outcome.peak_bytes))
     on = "1 device" if devices == 1 else f"{devices} devices"
     checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, the others cannot be better"
     if not answer.complete:
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
-    if not found.exact:
+    if not found.exact and outcome.idle is not None:
         checked += "; what its devices share has not been simulated"
     step = f"{seconds(outcome.step_s)} per step of {plan.batch} samples on {on}"
     memory = f"{outcome.trace.devices[worst]} holds most, {held} of {size(outcome.capacity_bytes[worst])}"
@@ -71,35 +128,33 @@ def _bounds(outcome: Outcome, cluster: Cluster) -> list[str]:
     return [f"It is bound by {'; and by '.join(limit.text for limit in found[:2])}."]
 
 
-def _next(best: Found, answer: Answer, known: list[Found]) -> list[str]:
+def _next(best: Found, others: list[Found]) -> list[str]:
     """The best plan of each other strategy that fits."""
-    others = _of_each_strategy(f for f in known if f.lack <= 1 and f.strategy != best.strategy)
     if not others:
         return []
     nearest = others[0]
-    worse = nearest.score / best.score - 1
     less = (best.peak_bytes - nearest.peak_bytes) / best.peak_bytes
-    text = f"The next best of another kind is {nearest.label}, {percent(worse)} behind"
+    text = f"Of the other kinds that were evaluated, {nearest.label} is next, {_behind(best, nearest)}"
     if abs(less) > 0.05:
-        text += f" with {percent(abs(less))} {'less' if less > 0 else 'more'} memory"
-    more = [f"{f.label} (+{percent(f.score / best.score - 1)})" for f in others[1:4]]
+        text += f", with {percent(abs(less))} {'less' if less > 0 else 'more'} memory"
+    more = [f"{f.label} ({_behind(best, f)})" for f in others[1:]]
     return [text + (f"; then {', '.join(more)}." if more else ".")]
 
 
-def _ruled_out(best: Found, known: list[Found]) -> list[str]:
+def _ruled_out(best: Found, better: list[Found]) -> list[str]:
     """What would be better and does not fit."""
-    better = _of_each_strategy(f for f in known if f.lack > 1 and f.score < best.score)
     if not better:
         return []
-    names = [f"{f.label} ({percent(1 - f.score / best.score)} better) lacks {percent(f.lack - 1)}" for f in better[:2]]
+    names = [f"{f.label} ({_better(best, f)}) lacks {percent(f.lack - 1)}" for f in better[:2]]
     return [f"Memory rules out {'; '.join(names)} of its worst device's memory."]
 
 
 def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
-    """The smallest change of all links' bandwidth after which another strategy wins."""
+    """The smallest change of all links' bandwidth after which another strategy wins, by the objective asked for."""
     rivals = [best, *_of_each_strategy(f for f in known if f.lack <= 1 and f.strategy != best.strategy)[:8]]
     if len(rivals) == 1:
         return []
+    words = search.objective.words
 
     def winner(factor: float) -> tuple[Found, float]:
         changed = with_bandwidth(search.cluster, factor)
@@ -107,16 +162,23 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
         for rival in rivals:
             plan = search.plan(rival)
             try:
-                scores.append((_step_s(search, plan, changed) / plan.batch, rival.key, rival))
+                step_s = _step_s(search, plan, changed)
             except PlanError:
                 continue
+            scores.append((search._score(plan, step_s, rival.peak_bytes), rival.key, rival))
         least, _, rival = min(scores)
         return rival, least
 
-    return [
-        _first_change(winner, best, [1 / f for f in FACTORS], "With links {:g} times slower", invert=True),
-        _first_change(winner, best, list(FACTORS), "With links {:g} times faster", invert=False),
-    ]
+    def first_change(factors: Iterable[float], change: str) -> str:
+        for factor in factors:
+            found, score = winner(factor)
+            if found.strategy != best.strategy:
+                times = max(factor, 1 / factor)
+                return f"With links {times:g} times {change}, {found.label} would win: {words(score)}."
+        others = f"the best of {len(rivals) - 1} other kinds"
+        return f"With links {FACTORS[-1]:g} times {change}, it would still win against {others}."
+
+    return [first_change((1 / f for f in FACTORS), "slower"), first_change(FACTORS, "faster")]
 
 
 def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
@@ -127,40 +189,25 @@ def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
     return evaluate(placed).step_s
 
 
-def _first_change(
-    winner: Callable[[float], tuple[Found, float]], best: Found, factors: list[float], words: str, *, invert: bool
-) -> str:
-    """The first factor at which another plan wins, or that none does."""
-    for factor in factors:
-        found, score = winner(factor)
-        if found.strategy != best.strategy:
-            shown = 1 / factor if invert else factor
-            return f"{words.format(shown)}, {found.label} would win with {rate(1 / score)}."
-    shown = 1 / factors[-1] if invert else factors[-1]
-    return f"{words.format(shown)}, it would still win."
-
-
-def _memory(best: Found, known: list[Found]) -> list[str]:
+def _memory(best: Found, better: list[Found], known: list[Found]) -> list[str]:
     """What more memory would buy, and how much less the plan can do with."""
-    better = sorted((f for f in known if f.lack > 1 and f.score < best.score), key=lambda f: f.lack)
     text = []
     if better:
-        gain = 1 - better[0].score / best.score
-        text.append(
-            f"With {percent(better[0].lack - 1)} more memory, {better[0].label} would be {percent(gain)} better."
-        )
+        nearest = min(better, key=lambda f: f.lack)
+        more = percent(nearest.lack - 1)
+        text.append(f"With {more} more memory, {nearest.label} would be {_better(best, nearest)}.")
     else:
         text.append("More memory would not change the answer.")
     smaller = sorted((f for f in known if f.lack < min(0.8, 0.8 * best.lack)), key=lambda f: f.score)
     if smaller:
         text.append(
-            f"With {percent(1 - best.lack)} less memory it would not fit any more; {smaller[0].label} needs "
-            f"{percent(1 - smaller[0].lack / best.lack)} less, {percent(smaller[0].score / best.score - 1)} behind."
+            f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {smaller[0].label} needs "
+            f"{percent(1 - smaller[0].lack / best.lack)} less, {_behind(best, smaller[0])}."
         )
     return text
 
 
-def _microbatches(best: Found, known: list[Found]) -> list[str]:
+def _microbatches(search: Search, best: Found, known: list[Found]) -> list[str]:
     """The same point with other numbers of micro-batches."""
     mine = Candidate.parse(best.key)
     same = {}
@@ -168,12 +215,13 @@ def _microbatches(best: Found, known: list[Found]) -> list[str]:
         other = Candidate.parse(found.key)
         if other._replace(m=mine.m) == mine and found.lack <= 1 and found.key != best.key:
             same[other.m] = found
-    others = [f"M={m} is {percent(f.score / best.score - 1)} behind" for m, f in sorted(same.items())]
-    return [f"M={mine.m} is its best: {', '.join(others[:4])}."] if others else []
+    near = sorted(sorted(same, key=lambda m: same[m].score)[:NAMED])
+    others = [f"M={m} is {_behind(best, _settled(search, same[m]))}" for m in near]
+    return [f"With other M: {', '.join(others)}."] if others else []
 
 
 def _of_each_strategy(found: Iterable[Found]) -> list[Found]:
-    """The best of each strategy, best first."""
+    """The best of each strategy by its bound, best first."""
     best: dict[str, Found] = {}
     for one in sorted(found, key=lambda f: (f.score, f.key)):
         best.setdefault(one.strategy, one)
