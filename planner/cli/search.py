@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -12,7 +13,7 @@ import typer
 from planner import __version__
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
 from planner.basis.units import percent, seconds, size
-from planner.cli import output, tables
+from planner.cli import output, runnable, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.opened import opened
@@ -109,6 +110,8 @@ def run(
     for number in axes.get("ms") or ():
         check(measured, k=1, m=number, batch=batch)
     of = space(measured, hardware, batch, **axes)
+    from executor.abilities import able
+
     searching = _begin(store, measured, hardware, batch, of, objective, epoch, stale, restart)
     answer = _searched(store, searching, str(path), budget)
     if not answer.leaders:
@@ -117,22 +120,25 @@ def run(
     if cluster is None and not measured.estimated:
         outcomes += _runnable(searching, outcomes, budget, samples, seed)
     best = outcomes[0]
-    store.save_ranking(
-        Ranking(
-            k=len(best.plan.device_names),
-            m=best.plan.microbatches,
-            batch=batch,
-            profile=store.name_of(path),
-            cluster=hardware,
-            outcomes=tuple(outcomes),
-            stale=stale,
-        )
+    ranking = Ranking(
+        k=len(best.plan.device_names),
+        m=best.plan.microbatches,
+        batch=batch,
+        profile=store.name_of(path),
+        cluster=hardware,
+        outcomes=tuple(outcomes),
+        stale=stale,
+        able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
+        chosen=str(best.plan),
     )
-    rows = tables.arranged(outcomes, sort, words)
+    store.save_ranking(ranking)
+    shown = sorted(outcomes, key=lambda o: searching.score(o.plan, o.step_s, o.peak_bytes))
+    rows = tables.arranged(shown, sort, words)
     if json:
-        output.document("search", as_data(searching, answer, outcomes, rows))
+        data = as_data(searching, answer, outcomes, rows)
+        output.document("search", {**data, **runnable.as_data(ranking, measured, path)})
     else:
-        _print(searching, answer, outcomes, rows)
+        _print(searching, answer, outcomes, rows, ranking, path)
 
 
 def _begin(
@@ -284,7 +290,14 @@ def as_data(searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows
     }
 
 
-def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows: Sequence[Outcome]) -> None:
+def _print(
+    searching: Search,
+    answer: Answer,
+    outcomes: Sequence[Outcome],
+    rows: Sequence[Outcome],
+    ranking: Ranking,
+    path: Path,
+) -> None:
     title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
     tables.show(rows, title=title, best=outcomes[0], without=("interval", "fits"))
@@ -303,12 +316,9 @@ def _print(searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows:
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
         output.results.print(sentence, markup=False)
-    from executor.abilities import able, missing
-
-    runs = next((o.plan for o in outcomes if able(o.plan)), None)
-    if runs is not None and runs != outcomes[0].plan:
-        reasons = ", ".join(missing(outcomes[0].plan))
-        output.results.print(f"plan run best runs {runs}; {reasons}: simulated only, so far")
+    note, _ = runnable.words(ranking, searching.profile, path)
+    if note:
+        output.results.print(note, markup=False)
     output.results.print("next: plan explain best   (what would change the answer)")
 
 

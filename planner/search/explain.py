@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+import msgspec
+
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, seconds, size
 from planner.costs.placed import Placed
 from planner.search import objective as objectives
+from planner.search.choice import choose
 from planner.search.search import Answer, Found, Search, shares
 from planner.search.space import Candidate
 from planner.simulate.contention import simulated_step
@@ -38,7 +41,7 @@ def explain(
     is at least; the few that are named are simulated first, where that is quick.
     """
     best, cluster = answer.leaders[0], search.cluster
-    everything = [f for f in search.state.done.values() if f.label and (search.stale or not f.stale)]
+    everything = [f for f in search.state.done.values() if f.label and not f.late and (search.stale or not f.stale)]
     if of is not None and of.key != best.key:
         rank = f"{_behind(best, _settled(search, of))}, compared with {best.label}, the best for {answer.objective}"
         return [_what(search, outcome, of, answer, rank), *_bounds(outcome, cluster)]
@@ -49,7 +52,7 @@ def explain(
     if changes:
         if answer.objective != "memory":
             text += _bandwidth(search, best, everything)
-        text += _memory(best, larger, everything)
+        text += _memory(search, best, larger, everything)
         text += _microbatches(search, best, everything)
     return text
 
@@ -58,7 +61,7 @@ def _settled(search: Search, found: Found) -> Found:
     """The same plan with its own time instead of a bound, where that is quick to find."""
     if found.exact or actions(search.plan(found)) > QUICK_ACTIONS:
         return found
-    return search._exact(found)
+    return search.exact(found)
 
 
 def _first_of_each(search: Search, found: Iterable[Found]) -> list[Found]:
@@ -93,7 +96,7 @@ def _behind(best: Found, found: Found) -> str:
     if abs(worse) < 0.0005:
         return "as good" if found.exact else "as good at best"
     if worse < 0:
-        return f"{percent(-worse)} ahead{'' if found.exact else ' at best'}, within the prediction's uncertainty"
+        return f"{percent(-worse)} ahead{'' if found.exact else ' at best'}, a tie that goes to the simpler plan"
     return f"{'' if found.exact else 'at least '}{percent(worse)} behind"
 
 
@@ -107,7 +110,7 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
     devices = len(plan.device_names)
     worst = max(range(len(outcome.peak)), key=lambda d: outcome.peak[d].total / outcome.capacity_bytes[d])
     held = size(outcome.peak[worst].total)
-    words = objectives.get(answer.objective).words(search._score(plan, outcome.step_s, outcome.peak_bytes))
+    words = objectives.get(answer.objective).words(search.score(plan, outcome.step_s, outcome.peak_bytes))
     on = "1 device" if devices == 1 else f"{devices} devices"
     checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, the others cannot be better"
     if not answer.complete:
@@ -158,16 +161,17 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
 
     def winner(factor: float) -> tuple[Found, float]:
         changed = with_bandwidth(search.cluster, factor)
-        scores = []
+        found = []
         for rival in rivals:
             plan = search.plan(rival)
             try:
                 step_s = _step_s(search, plan, changed)
             except PlanError:
                 continue
-            scores.append((search._score(plan, step_s, rival.peak_bytes), rival.key, rival))
-        least, _, rival = min(scores)
-        return rival, least
+            score = search.score(plan, step_s, rival.peak_bytes)
+            found.append(msgspec.structs.replace(rival, score=score, step_s=step_s, exact=True))
+        best = choose([(one.merit, one) for one in found])
+        return best, best.score
 
     def first_change(factors: Iterable[float], change: str) -> str:
         for factor in factors:
@@ -189,7 +193,7 @@ def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
     return evaluate(placed).step_s
 
 
-def _memory(best: Found, better: list[Found], known: list[Found]) -> list[str]:
+def _memory(search: Search, best: Found, better: list[Found], known: list[Found]) -> list[str]:
     """What more memory would buy, and how much less the plan can do with."""
     text = []
     if better:
@@ -202,7 +206,7 @@ def _memory(best: Found, better: list[Found], known: list[Found]) -> list[str]:
     if smaller:
         text.append(
             f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {smaller[0].label} needs "
-            f"{percent(1 - smaller[0].lack / best.lack)} less, {_behind(best, smaller[0])}."
+            f"{percent(1 - smaller[0].lack / best.lack)} less, {_behind(best, _settled(search, smaller[0]))}."
         )
     return text
 

@@ -30,7 +30,8 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
 class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     """The outcomes: those that fit by throughput, then those that do not by how much they lack.
 
-    `able` are the plans, by their labels, that can be run.
+    `able` are the plans, by their labels, that can be run. Where a search has decided, by whatever objective, `chosen`
+    is its best plan's label, and the outcomes are in its order.
     """
 
     k: int
@@ -42,6 +43,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     stale: bool = False
     rejected: tuple[Rejected, ...] = ()
     able: tuple[str, ...] = ()
+    chosen: str = ""
 
     @property
     def best(self) -> Outcome:
@@ -50,6 +52,9 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
         Its gradients are not stale unless `stale` lets them be. Raises `PlanError` (exit 3) with the nearest plans when
         none fits.
         """
+        decided = next((outcome for outcome in self.outcomes if str(outcome.plan) == self.chosen), None)
+        if decided is not None:
+            return decided
         fitting = self._contenders()
         if not fitting:
             raise self._nothing_fits()
@@ -61,6 +66,8 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
         if able(best.plan):
             return best
         those = [o for o in self._contenders() if not asynchronous(o.plan) and able(o.plan)]
+        if self.chosen:
+            return those[0] if those else best
         return choose([(self._merit(outcome), outcome) for outcome in those]) if those else best
 
     def _merit(self, outcome: Outcome) -> Merit:

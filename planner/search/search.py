@@ -279,7 +279,7 @@ class Search:
 
     def _look_closer(self, found: Found) -> None:
         """Put a candidate that could be the best through SimPy."""
-        exact = found if found.exact else self._exact(found)
+        exact = found if found.exact else self.exact(found)
         if exact.score <= self.reach and not exact.runnable:
             exact = msgspec.structs.replace(exact, runnable=self.able(self.plan(exact)))
         self.state.done[found.key] = exact
@@ -320,7 +320,7 @@ class Search:
                 return None
             plan = bare(candidate, self.profile, self.cluster, self.batch)
             placed = Placed(self.profile, plan, self.cluster)
-            bound = self._score(plan, plan_bound(placed), 0.0)
+            bound = self.score(plan, plan_bound(placed), 0.0)
             self.bare_bounds[candidate.shape] = bound
             if self._hopeless(bound, candidate) or not self.allowed(plan):
                 return None
@@ -342,7 +342,7 @@ class Search:
             late=self._late(plan, step_s),
             mechanisms=len(mechanisms(plan)),
             price_per_hour=price_per_hour(self.cluster, plan.device_names),
-            score=self._score(plan, step_s, float(max(peaks))),
+            score=self.score(plan, step_s, float(max(peaks))),
             step_s=step_s,
             peak_bytes=float(max(peaks)),
             lack=float(lack),
@@ -356,21 +356,22 @@ class Search:
         """
         return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
 
-    def _score(self, plan: Plan, step_s: float, peak: float) -> float:
+    def score(self, plan: Plan, step_s: float, peak: float) -> float:
+        """Return the objective's score of a plan with this step time and peak; less is better."""
         price = price_per_hour(self.cluster, plan.device_names)
         return self.objective.score(Reckoned(step_s, peak, price, self.batch), self.terms)
 
     def _late(self, plan: Plan, step_s: float) -> bool:
         return not self.terms.met(step_s, self.batch, price_per_hour(self.cluster, plan.device_names))
 
-    def _exact(self, found: Found) -> Found:
+    def exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
         plan = self.plan(found)
         if actions(plan) > ACTIONS:
             return found
         step_s = simulated_step(Placed(self.profile, plan, self.cluster))
         self.simulated += 1
-        score = self._score(plan, step_s, found.peak_bytes)
+        score = self.score(plan, step_s, found.peak_bytes)
         late = self._late(plan, step_s)
         return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True, late=late)
 

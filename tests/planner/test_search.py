@@ -311,9 +311,9 @@ def test_a_stopped_search_is_taken_up(objective: str, count: int, monkeypatch: p
         closely[found.key] += 1
         return exact(self, found)
 
-    evaluate, exact = Search._evaluate, Search._exact
+    evaluate, exact = Search._evaluate, Search.exact
     monkeypatch.setattr(Search, "_evaluate", evaluated)
-    monkeypatch.setattr(Search, "_exact", looked_at)
+    monkeypatch.setattr(Search, "exact", looked_at)
     state = State(question="")
     with pytest.raises(StoppedError):
         Search(*question, objective=objective, state=state).run()
@@ -397,7 +397,7 @@ def test_everything_is_explained() -> None:
     text = explain(search, answer, outcome)
     assert text[0].startswith(f"{outcome.plan} is the best for throughput")
     assert text[1].startswith("It is bound by")
-    assert any(sentence.startswith("The next best of another kind is") for sentence in text)
+    assert any(sentence.startswith("Of the other kinds that were evaluated") for sentence in text)
     assert any("times slower" in sentence for sentence in text)
     assert any("times faster" in sentence for sentence in text)
     assert any("memory" in sentence for sentence in text[2:])
