@@ -8,11 +8,13 @@ worst layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
+from planner.costs import host_memory
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage
 from planner.orders import codes
@@ -84,7 +86,31 @@ class MemoryModel:
                     static[row, _INDEX["optimizer"]] += of.optimizer / (n if "optimizer" in self.shards else 1)
                 if self.keeps_gradients[stage] and schedule.trains:
                     static[row, _INDEX["gradients"]] += of.gradients / (n if "gradients" in self.shards else 1)
+        if self.placed.synchronisation.server == "devices" and schedule.trains:
+            self._serve(static)
         return static
+
+    def _serve(self, static: Floats) -> None:
+        """Add what servers keep beside what they compute with: their parts of the parameters and optimizer state.
+
+        One server has all of it (central), of n each one n-th. Of a program of the first replicas only, each row
+        stands for those of the others: it has what the fullest of them has.
+        """
+        servers, layers = set(self.plan.servers), self.placed.whole.layers
+        serving = {row % len(static) for row, group in enumerate(self.plan.groups) if servers & set(group)}
+        for row in serving:
+            static[row, _INDEX["parameters"]] += sum(layer.parameter_bytes for layer in layers) / len(servers)
+            static[row, _INDEX["optimizer"]] += sum(layer.optimizer_bytes for layer in layers) / len(servers)
+
+    @cached_property
+    def host_bytes(self) -> Floats:
+        """Most bytes that each row keeps in its host's memory at once."""
+        return host_memory.by_row(self.placed, self.linked, self.of)
+
+    @property
+    def hosts(self) -> dict[str, float]:
+        """Most bytes that the plan keeps in each host's memory, by the host's name."""
+        return host_memory.by_host(self.placed, self.host_bytes)
 
     def _describe(self, stage: int) -> None:
         of = self.of[stage]
