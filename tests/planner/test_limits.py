@@ -103,5 +103,5 @@ def test_the_best_is_the_fastest_that_fits() -> None:
     assert ranking.best.plan != fastest.plan
     assert ranking.best.fits
     fitting = [o for o in ranking.outcomes if o.fits and not asynchronous(o.plan)]
-    assert ranking.best.throughput == max(o.throughput for o in fitting)
+    assert ranking.best.throughput == pytest.approx(max(o.throughput for o in fitting)), "but for ties"
     assert [o.fits for o in ranking.outcomes] == sorted((o.fits for o in ranking.outcomes), reverse=True)
