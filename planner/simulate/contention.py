@@ -21,7 +21,7 @@ from planner.orders.codes import PULL, PUSH
 from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked
-from planner.simulate.network import Network, load
+from planner.simulate.network import Network, carried, load
 from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
 from planner.values.plan import asynchronous
@@ -103,10 +103,11 @@ class Run:
 
         A collective's latencies lie between its rounds.
         """
-        if len(kind.flows) != 1:
+        if kind.source < 0:
             return 0.0
-        (path, size), bandwidth = kind.flows[0], self.costs.cluster.bandwidths
-        sending = max((size / bandwidth[number] for number in path), default=0.0)
+        bandwidth = self.costs.cluster.bandwidths
+        sizes = carried(kind.flows, kind.seconds, bandwidth)
+        sending = max((size / bandwidth[number] for number, size in sizes.items()), default=0.0)
         delay = kind.seconds - sending
         return delay if delay > _ROUNDING * kind.seconds else 0.0
 

@@ -17,7 +17,7 @@ from planner.costs.priced import costs_of, prices_of
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.extrapolate import extrapolate
-from planner.simulate.link_bound import link_bound
+from planner.simulate.link_bound import crowded, everybody, link_bound
 from planner.simulate.longest_path import makespan, walk
 from planner.simulate.steady import steady_step
 from planner.values.plan import asynchronous
@@ -53,6 +53,8 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
     else:
         walked = linked.buffered() if placed.cluster.buffered else linked
         prices = prices_of(placed, walked)
+        meeting = everybody(placed, prices, walked.devices)
+        prices = crowded(placed, prices, meeting)
         step_s, begun = makespan(walked, prices)
-        step_s = max(step_s, link_bound(placed, walked, prices, begun))
+        step_s = max(step_s, link_bound(placed, walked, prices, meeting, begun))
     return Evaluation(float(step_s), MemoryModel(placed, linked).peaks())

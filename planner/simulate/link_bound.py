@@ -18,6 +18,7 @@ from planner.basis.compiled import kernel
 from planner.basis.memo import memoised
 from planner.costs.placed import Placed
 from planner.costs.priced import Prices
+from planner.costs.prices import TransferKind
 from planner.orders.codes import OP, OPS, STAGE, STAGES
 from planner.orders.operations import named
 from planner.programs.waits import Linked
@@ -29,6 +30,8 @@ Floats = npt.NDArray[np.float64]
 
 LOOKED_AT = 6
 """So many links, those with most to carry, are looked at closely."""
+Everybody = list[list[TransferKind]]
+"""For each kind of transfer its own price, and those of the same transfers of other replicas."""
 SERVED = named(group="server")
 WIDE = 32
 """Of collectives with more flows than that only a few are counted, where every device has links of its own."""
@@ -38,19 +41,20 @@ def link_bound(
     placed: Placed,
     linked: Linked,
     prices: Prices,
+    everybody: Everybody,
     begun: Floats,
 ) -> float:
     """Return seconds that a step takes at least because of what its links carry, 0 where nothing is shared.
 
-    `begun` is when the walk begins each transfer. Where `linked` is one replica for all, the others' transfers begin
-    when its own do.
+    `begun` is when the walk begins each transfer. Where `linked` is one replica for all, the others' transfers
+    (`everybody`) begin when its own do.
     """
     kinds, transfer_kind = prices.kinds, prices.transfer_kind
     waiting = _waiting(linked)
     used = np.flatnonzero((linked.parties > 0) & (waiting > 0))  # what nobody waits for may outlast the step
     numbers = transfer_kind[used]
     counts = np.bincount(numbers, minlength=len(kinds))
-    on_link = _busy(placed, prices, linked.devices)
+    on_link = _busy(placed.cluster, everybody)
     total = {link: sum(counts[kind] * busy for kind, busy in users.items()) for link, users in on_link.items()}
     heavy = sorted((busy, link) for link, busy in total.items() if busy > 0)[-LOOKED_AT:]
     if not heavy:
@@ -78,17 +82,60 @@ def link_bound(
     return bound
 
 
-def _busy(placed: Placed, prices: Prices, rows: int) -> dict[int, dict[int, float]]:
-    """Seconds for which each kind of transfer keeps each shared link busy, together with those of other replicas."""
-    cluster, bandwidth = placed.cluster, placed.cluster.bandwidths
-    found: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    common = _common(cluster)
-    for number, kind in enumerate(prices.kinds):
+def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
+    """Return prices in which replicas that do the same at the same moments share the links that they have in common.
+
+    Replicas whose paths have the same links of several devices, all of them, cannot be told apart: nothing is quicker
+    for one than for the others. So where one begins a message, all do, and each gets its part of the link.
+    """
+    bandwidth, common = placed.cluster.bandwidths, _common(placed.cluster)
+    patterns = zip(*([_pattern(one, common) for one in alike] for alike in everybody if len(alike) > 1), strict=True)
+    found = list(patterns)
+    same = [replica for replica, pattern in enumerate(found) if pattern == found[0]]
+    if len(same) < 2:
+        return prices
+    kinds = list(prices.kinds)
+    for number, alike in enumerate(everybody):
+        if len(alike) < 2 or alike[0].op in SERVED:
+            continue
+        own = alike[0]
+        alone = max(
+            (size / bandwidth[n] for n, size in carried(own.flows, own.seconds, bandwidth).items()), default=0.0
+        )
+        total: dict[int, float] = defaultdict(float)
+        for replica in same:
+            for link, size in carried(alike[replica].flows, own.seconds, bandwidth).items():
+                total[link] += size / bandwidth[link]
+        longer = max((total[link] for link in total if link in common), default=0.0) - alone
+        if longer > 0:
+            busy = own.busy + longer if own.busy else 0.0
+            kinds[number] = own._replace(seconds=own.seconds + longer, busy=busy)
+    return prices._replace(kinds=tuple(kinds))
+
+
+def _pattern(kind: TransferKind, common: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(number for number in flow.path if number in common) for flow in kind.flows)
+
+
+def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:
+    """Return for each kind of transfer those of all replicas, where others may meet them and one is walked for all."""
+    common = _common(placed.cluster)
+    found: Everybody = []
+    for kind in prices.kinds:
         alike = [kind]
         if kind.source >= 0 and (common or kind.op in SERVED):
             shifts = range(rows, len(placed.plan.groups), rows)
             ends = ((kind.op, kind.stage, kind.source + shift, kind.target + shift) for shift in shifts)
             alike += [prices.listing.transfer(*end) for end in ends]
+        found.append(alike)
+    return found
+
+
+def _busy(cluster: Cluster, everybody: Everybody) -> dict[int, dict[int, float]]:
+    """Seconds for which each kind of transfer keeps each shared link busy, together with those of other replicas."""
+    bandwidth, common = cluster.bandwidths, _common(cluster)
+    found: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for number, alike in enumerate(everybody):
         for one in alike:
             flows = one.flows if common or len(one.flows) <= WIDE else one.flows[:1]
             for link, size in carried(flows, one.seconds, bandwidth).items():
