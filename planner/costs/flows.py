@@ -26,9 +26,14 @@ def together(cluster: Cluster, flows: Sequence[Flow]) -> float:
 
     Each takes at least what a message of its bytes takes, and a shared link at least what all that it carries takes.
     """
+    own = (cluster.transfer_seconds(path, size) for path, size in flows)
+    return max((*own, carrying(cluster, flows)), default=0.0)
+
+
+def carrying(cluster: Cluster, flows: Sequence[Flow]) -> float:
+    """Seconds that the busiest of the shared links and ports on these paths needs for all bytes that it carries."""
     carried: dict[int, float] = defaultdict(float)
     for path, size in flows:
         for number in path:
             carried[number] += size
-    own = (cluster.transfer_seconds(path, size) for path, size in flows)
-    return max((*own, *(size / cluster.bandwidths[number] for number, size in carried.items())), default=0.0)
+    return max((size / cluster.bandwidths[number] for number, size in carried.items()), default=0.0)

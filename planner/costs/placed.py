@@ -88,8 +88,10 @@ class Placed:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether one replica of the pipeline stands for all, as far as their devices go."""
+        """Whether one replica of the pipeline stands for all, as far as their devices go; a server is not like others."""
         if self.plan.uneven:
+            return False
+        if self.synchronisation.server == "devices" and set(self.plan.servers) != set(self.plan.device_names):
             return False
         return len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) == 1
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.costs import collectives
 from planner.costs.blocks import blocks
-from planner.costs.flows import Flow, together
+from planner.costs.flows import Flow, carrying
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage
@@ -217,17 +217,27 @@ class PriceList:
         return float(sum(min(size[name] for name in names) for names in shared))
 
     def _served(self, op: str, stage: int, row: int) -> TransferKind:
-        """A pull or push: every server's shard at the same time, all workers through the servers' own links."""
-        size = float(sum(self.profile.layers[i].parameter_bytes for i in self.ranges[stage]))
+        """A pull or push: every server's shard at the same time.
+
+        Whatever a device sends or receives at the same time passes its port, whether or not its links are shared: a
+        worker's from all servers (here), a server's for all workers (where transfers meet).
+        """
+        layers = [self.profile.layers[i] for i in self.ranges[stage]]
+        size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
+        each, mine = size / max(1, len(self.plan.servers)), self.groups[row][0]
         if self.way.server == "host":
-            paths = [self._host_path(self.groups[row][0], back=op == PULL)]
+            paths = [self._host_path(mine, back=op == PULL)]
+            flows = tuple(Flow(path, each) for path in paths)
         else:
-            mine = self.groups[row][0]
             ends = [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
             paths = [self.cluster.path(*pair) for pair in ends]
-        each = size / max(1, len(self.plan.servers))
-        flows = tuple(Flow(path, each) for path in paths)
-        return TransferKind(op, stage, row, row, size, together(self.cluster, flows), 0.0, flows)
+            flows = tuple(
+                Flow(self.cluster.through_ports(path, *pair), each) for path, pair in zip(paths, ends, strict=True)
+            )
+        seconds = max(
+            (0.0, *(self.cluster.transfer_seconds(path, each) for path in paths), carrying(self.cluster, flows))
+        )
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
 
     def _host_path(self, device: str, *, back: bool = False) -> Path:
         """Return the links from a device to its host's memory, or back from there."""

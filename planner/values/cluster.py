@@ -174,8 +174,31 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def bandwidths(self) -> tuple[float, ...]:
-        """Bytes/s that all transfers together get on each directed link: infinite where it is not shared."""
-        return tuple(link.bandwidth_bytes_per_s if link.shared else math.inf for link in self.links for _ in range(2))
+        """Bytes/s that all transfers together get on each directed link (infinite: not shared), then on each port."""
+        links = [link.bandwidth_bytes_per_s if link.shared else math.inf for link in self.links for _ in range(2)]
+        ports = [self.links[index].bandwidth_bytes_per_s for _, index in self._ports for _ in range(2)]
+        return (*links, *ports)
+
+    @cached_property
+    def _ports(self) -> dict[tuple[str, int], int]:
+        """By device and index of a link that is not shared: the number of its port out of there; the next one is in."""
+        ends = [
+            (device, index)
+            for index, link in enumerate(self.links)
+            if not link.shared
+            for device in self.routes.devices_of.get(link.between[0], ()) * (link.between[0] == link.between[1])
+            or [end for end in link.between if end in self.routes.host_of]
+        ]
+        return {end: 2 * (len(self.links) + place) for place, end in enumerate(ends)}
+
+    def through_ports(self, path: Path, source: str, target: str) -> Path:
+        """Return the path with the ports at its ends, for a device that talks to many at the same time.
+
+        Links that are not shared disturb no two transfers, but what one device sends or receives over one of them,
+        to or from however many others, passes its port there, at the link's bandwidth.
+        """
+        out, into = self._ports.get((source, path[0] // 2)), self._ports.get((target, path[-1] // 2))
+        return (*path, *(() if out is None else (out,)), *(() if into is None else (into + 1,)))
 
     def link_of(self, number: int) -> Link:
         """Return the link of a directed number: both directions have the same figures."""

@@ -23,6 +23,7 @@ from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.simulate.predict import simulate
 from planner.simulate.staleness import staleness
+from planner.values.hardware import Link
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan, Stage, windows
 from planner.values.profile import Profile, Split, Value
@@ -136,13 +137,16 @@ def test_shards_are_gathered_for_the_next_forward() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_share_the_servers_link(workers: int) -> None:
-    """The server works too; the others pull and push 1000 bytes, in one second each where they have the link alone."""
+    """The server works too; the others pull and push 1000 bytes each.
+
+    Whether they share the host's link or each pair has all of it: everything passes the server's own port, each way.
+    """
     costs = profile([1.0], [2.0])
     k = workers + 1
     plan = msgspec.structs.replace(spread("parameter-server", costs, k, k), servers=("d0",))
     shared, own = (simulate(costs, plan, devices(k, bandwidth=1000.0, shared=s)).step_s for s in (True, False))
     assert shared == pytest.approx(3.0 + 2 * workers)
-    assert own == pytest.approx(3.0 + 2)
+    assert own == pytest.approx(3.0 + 2 * workers)
 
 
 def test_every_device_serves_its_shard() -> None:
@@ -151,6 +155,24 @@ def test_every_device_serves_its_shard() -> None:
     plan = spread("parameter-server", costs, 3, 3)
     assert plan.servers == ("d0", "d1", "d2")
     assert simulate(costs, plan, devices(3, bandwidth=1000.0, shared=True)).step_s == pytest.approx(3 + 2 * 2 + 0.3)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_a_servers_port_carries_its_shard_to_all_others(k: int) -> None:
+    """Each of k servers sends and receives (k - 1) / k of 1000 bytes, however many pairs have links of their own."""
+    costs = profile([1.0], [2.0])
+    plan = spread("parameter-server", costs, k, k)
+    cluster = devices(k, bandwidth=1000.0)
+    expected = pytest.approx(3.0 + 2 * (k - 1) / k)
+    assert simulate(costs, plan, cluster).step_s == expected
+    assert evaluate(Placed(costs, plan, cluster)).step_s == expected
+    crossed = [
+        Link(between=(f"d{a}", f"d{b}"), latency_s=0.0, bandwidth_bytes_per_s=1000.0, shared=False)
+        for a in range(k)
+        for b in range(a)
+    ]
+    mesh = msgspec.structs.replace(cluster, links=tuple(crossed))
+    assert simulate(costs, plan, mesh).step_s == pytest.approx(3.0 + 2 / k), "each pair has ports of its own"
 
 
 def test_servers_are_devices_of_the_plan() -> None:
