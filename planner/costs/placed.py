@@ -88,7 +88,7 @@ class Placed:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether one replica of the pipeline stands for all, as far as their devices go; a server is not like others."""
+        """Whether one replica of the pipeline stands for all, as far as devices go: one that serves is another sort."""
         if self.plan.uneven:
             return False
         if self.synchronisation.server == "devices" and set(self.plan.servers) != set(self.plan.device_names):

@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.costs import collectives
 from planner.costs.blocks import blocks
-from planner.costs.flows import Flow, carrying
+from planner.costs.flows import Flow, carrying, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage

@@ -5,50 +5,79 @@ from __future__ import annotations
 import bisect
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 
+from planner.orders import schedules
 from planner.orders.action import parse
 from planner.values.outcome import Outcome
+from planner.values.plan import Plan, steady_windows, windows
 from planner.values.trace import COMPUTE
 
 
 def staleness(outcome: Outcome) -> float:
-    """Return how many updates a gradient's parameters lack when it is applied: the mean over the trace.
+    """Return how many updates a gradient's parameters lack when it is applied: the mean over the steady steps.
 
-    In a pipeline, the updates of a stage between a micro-batch's forward and the end of its backward (with weight
-    stashing the backward uses the forward's parameters, so that is what it lacks); with a parameter server, the other
-    workers' pushes between a worker's pull and its own push.
+    In a pipeline, the updates of the micro-batch's stage before its own that are not in the version that its gradient
+    is computed with (`Schedule.reads`): PipeDream's stage s of p lacks p - 1 - s, with vertical sync p - 1 (Harlap et
+    al., arXiv 1806.03377, section 3.3), PipeDream-2BW's 1 (arXiv 2006.09503). With a parameter server, the other
+    workers' pushes between the begin of a worker's pull and its own push: K - 1 for K equal workers (Dutta et al.,
+    arXiv 1803.01113).
     """
-    forwards: dict[tuple[int, int, int], float] = {}
-    updates: dict[tuple[int, int], list[float]] = defaultdict(list)
-    pushes: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    backwards: list[tuple[int, int, int, float]] = []
+    lags = list(_of_server(outcome)) or list(_of_pipeline(outcome))
+    return statistics.fmean(lags) if lags else 0.0
+
+
+def _of_server(outcome: Outcome) -> Iterator[int]:
+    plan = outcome.plan
     pulls: dict[tuple[int, int], list[float]] = defaultdict(list)
+    pushes: dict[int, list[tuple[float, int, int]]] = defaultdict(list)
+    for event in outcome.trace.events:
+        stage, op, m = parse(event.action)[:3]
+        if op == "PULL":
+            pulls[event.device, stage].append(event.ready)
+        elif op == "PUSH":
+            pushes[stage].append((event.end, event.device, m or 0))
+    for stage, every in pushes.items():
+        ends = sorted(end for end, *_ in every)
+        turn: dict[int, int] = defaultdict(int)
+        for end, device, m in sorted(every):
+            pulled = pulls[device, stage][turn[device]]
+            turn[device] += 1
+            if steady(plan, m):
+                yield bisect.bisect_left(ends, end) - bisect.bisect_right(ends, pulled)
+
+
+def _of_pipeline(outcome: Outcome) -> Iterator[int]:
+    plan = outcome.plan
+    reads = schedules.get(plan.schedule).reads
+    forwards: dict[tuple[int, int], tuple[float, int]] = {}
+    updates: dict[tuple[int, int], list[float]] = defaultdict(list)
+    backwards: list[tuple[float, int, int, int]] = []
     for event in outcome.trace.events:
         if event.lane != COMPUTE:
             continue
-        stage, op, m, _ = parse(event.action)
+        stage, op, m = parse(event.action)[:3]
         if op == "F":
-            forwards[event.device, stage, m or 0] = event.ready
+            forwards[stage, m or 0] = event.ready, event.device
         elif op in ("B", "W"):
-            backwards.append((event.device, stage, m or 0, event.end))
+            backwards.append((event.end, event.device, stage, m or 0))
         elif op == "OPTIMIZER":
             updates[event.device, stage].append(event.ready)
-        elif op == "PULL":
-            pulls[event.device, stage].append(event.end)
-        elif op == "PUSH":
-            pushes[stage].append((event.end, event.device))
-    if any(pushes.values()):
-        lags = []
-        for stage, every in pushes.items():
-            ends = sorted(end for end, _ in every)
-            for end, device in every:
-                own = pulls[device, stage]
-                before = bisect.bisect_left(own, end)  # the next pull may come at once
-                pulled = own[before - 1] if before else 0.0
-                lags.append(bisect.bisect_left(ends, end) - bisect.bisect_right(ends, pulled))
-        return statistics.fmean(lags)
-    found = []
-    for device, stage, m, end in backwards:
-        own = sorted(updates[device, stage])
-        found.append(bisect.bisect_left(own, end) - bisect.bisect_right(own, forwards[device, stage, m]))
-    return statistics.fmean(found) if found else 0.0
+    for end, device, stage, m in backwards:
+        if not steady(plan, m):
+            continue
+        if reads == "window before":
+            yield 1
+            continue
+        home = 0 if reads == "input stage" else stage
+        read, reader = forwards[home, m]
+        known = bisect.bisect_right(updates[reader, home], read)
+        yield bisect.bisect_left(updates[device, stage], end) - known
+
+
+def steady(plan: Plan, microbatch: int) -> bool:
+    """Whether a micro-batch belongs to a step that neither fills nor drains the pipeline."""
+    count = windows(plan)
+    edge = (count - steady_windows(plan)) // 2
+    share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
+    return edge <= microbatch % (share * count) // share < count - edge

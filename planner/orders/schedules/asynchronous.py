@@ -20,7 +20,13 @@ def pipedream(shape: Shape) -> Order:
     return one_forward_one_backward(shape)
 
 
-@schedule("pipedream-vertical", updates="microbatch", versions=lambda stage, stages: stages, uneven=True)
+@schedule(
+    "pipedream-vertical",
+    updates="microbatch",
+    versions=lambda stage, stages: stages,
+    reads="input stage",
+    uneven=True,
+)
 def pipedream_vertical(shape: Shape) -> Order:
     """PipeDream with vertical sync: all stages use the version that the input stage saw.
 
@@ -36,7 +42,7 @@ def _short(shape: Shape) -> str | None:
     return None
 
 
-@schedule("pipedream-2bw", updates="window", versions=lambda stage, stages: 2, impossible=_short)
+@schedule("pipedream-2bw", updates="window", versions=lambda stage, stages: 2, reads="window before", impossible=_short)
 def pipedream_2bw(shape: Shape) -> Order:
     """PipeDream with gradients accumulated over M micro-batches and two versions (arXiv 2006.09503)."""
     return one_forward_one_backward(shape)

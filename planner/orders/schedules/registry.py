@@ -13,6 +13,7 @@ from planner.orders.codes import Order
 
 Placement = Literal["straight", "looped", "vee", "both-ways"]
 Updates = Literal["step", "microbatch", "window", "never"]
+Reads = Literal["own stage", "input stage", "window before"]
 
 
 class Shape(NamedTuple):
@@ -43,9 +44,11 @@ class Schedule(NamedTuple):
 
     `chunks` is the least and the most stages per device (the most is None where there is no limit). `updates` says
     when parameters change: once per step; asynchronously after each micro-batch or each window of M; or never.
-    `versions` is how many versions of its parameters stage s of p keeps. `splits` tells that input and weight
-    gradients are computed apart. `uneven` schedules can share a stage among several devices. `measured` schedules
-    order by seconds. `impossible` returns why a shape cannot be arranged, if it cannot.
+    `versions` is how many versions of its parameters stage s of p keeps; `reads` says which of them a micro-batch's
+    gradient is computed with: the stage's or the input stage's at its forward, or that before the last window.
+    `splits` tells that input and weight gradients are computed apart. `uneven` schedules can share a stage among
+    several devices. `measured` schedules order by seconds. `impossible` returns why a shape cannot be arranged, if it
+    cannot.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Schedule(NamedTuple):
     chunks: tuple[int, int | None]
     updates: Updates
     versions: Callable[[int, int], int]
+    reads: Reads
     splits: bool
     uneven: bool
     measured: bool
@@ -97,6 +101,7 @@ def schedule(
     chunks: tuple[int, int | None] = (1, 1),
     updates: Updates = "step",
     versions: Callable[[int, int], int] = lambda stage, stages: 1,
+    reads: Reads = "own stage",
     splits: bool = False,
     uneven: bool = False,
     measured: bool = False,
@@ -106,7 +111,7 @@ def schedule(
 
     def register(function: Generate) -> Generate:
         _REGISTRY[name] = Schedule(
-            name, function, placement, chunks, updates, versions, splits, uneven, measured, impossible
+            name, function, placement, chunks, updates, versions, reads, splits, uneven, measured, impossible
         )
         return function
 
