@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,18 +29,52 @@ class LayerTable:
     """
 
     def __init__(self, profile: Profile, samples: int, threads: int) -> None:
-        parts = (*profile.layers, profile.loss)
-        of = [times(part, threads) for part in parts]
-
         def sums(kind: str) -> Spread:
-            seconds = np.array([[at(getattr(t, kind), samples, q) for t in of] for q in QUANTILES])
+            seconds = _at(_measured(profile, threads, kind), samples)
             return np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(seconds, axis=1)], axis=1)
 
         self.forward, self.backward = sums("forward"), sums("backward")
         self.backward_input, self.backward_weight = sums("backward_input"), sums("backward_weight")
         self.recompute = sums("recompute")
-        optimizer = np.array([[float(getattr(t.optimizer, f"{q}_s")) for t in of[:-1]] for q in QUANTILES])
+        optimizers = [times(layer, threads).optimizer for layer in profile.layers]
+        optimizer = np.array([[float(getattr(timing, f"{q}_s")) for timing in optimizers] for q in QUANTILES])
         self.optimizer = np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(optimizer, axis=1)], axis=1)
+
+
+class _Measured(NamedTuple):
+    """What was measured of a pass over every layer, and last the loss: `sizes` (layers, most of them) and `seconds`
+    (quantiles, layers, sizes) at each. Rows that are shorter begin behind their `first`."""
+
+    sizes: Spread
+    seconds: Spread
+    first: npt.NDArray[np.int64]
+
+
+def _measured(profile: Profile, threads: int, kind: str) -> _Measured:
+    """Return it, kept with the profile. One point alone scales in proportion: with it goes no time for no samples."""
+
+    def make() -> _Measured:
+        of = [getattr(times(part, threads), kind) for part in (*profile.layers, profile.loss)]
+        most = max(2, *map(len, of))
+        sizes, seconds = np.zeros((len(of), most)), np.zeros((len(QUANTILES), len(of), most))
+        for row, timings in enumerate(of):
+            sizes[row, most - len(timings) :] = [t.samples for t in timings]
+            for q, quantile in enumerate(QUANTILES):
+                seconds[q, row, most - len(timings) :] = [getattr(t, f"{quantile}_s") for t in timings]
+        return _Measured(sizes, seconds, np.array([most - max(2, len(timings)) for timings in of]))
+
+    return memoised(profile, ("measured", kind, _nearest([t.threads for t in profile.layers[0].times], threads)), make)
+
+
+def _at(known: _Measured, samples: int) -> Spread:
+    """Interpolate as `planner.values.profile.interpolate`, all layers and quantiles at once."""
+    last = known.sizes.shape[1] - 1
+    right = np.clip((known.sizes[:, 1:] < samples).sum(axis=1) + 1, known.first + 1, last)
+    rows = np.arange(len(right))
+    x0, x1 = known.sizes[rows, right - 1], known.sizes[rows, right]
+    y0, y1 = known.seconds[:, rows, right - 1], known.seconds[:, rows, right]
+    found: Spread = np.maximum(0.0, y0 + (y1 - y0) * (samples - x0) / (x1 - x0))
+    return found
 
 
 def layer_table(profile: Profile, samples: int, threads: int) -> LayerTable:

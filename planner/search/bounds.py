@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,47 +13,114 @@ from planner.costs import tensor
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.orders import schedules
+from planner.orders.schedules import Schedule
 from planner.placement.devices import choose
-from planner.search.space import Candidate
+from planner.search.space import Block, Candidate
 from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
 from planner.values.profile import Profile
 
+Floats = npt.NDArray[np.float64]
+
+
+class Bounds:
+    """Bounds for all points of a space: what many points share is made once."""
+
+    def __init__(self, profile: Profile, cluster: Cluster, batch: int) -> None:
+        self.profile, self.cluster, self.batch = profile, cluster, batch
+        self.seams = _seams(profile)
+        self.known: dict[tuple[object, ...], _Passes] = {}
+
+    def of(self, block: Block) -> Floats:
+        """Return seconds that no plan of a block can beat, one for each of its M, whatever it saves.
+
+        All devices together must compute every layer for every micro-batch; where steps do not overlap, one micro-batch
+        must pass through all layers one after the other (of split backwards only the gradients of inputs), and a
+        pipeline is filled and drained. Devices that split tensors count as one, with its collectives. The fastest
+        device's speed counts for all.
+        """
+        point, ms = block.point, np.array(block.ms)
+        schedule = schedules.get(point.how.schedule)
+        passes = self._passes(point, block.ms)
+        both, n = passes.both, ms / point.copies
+        shared = ms * both * point.tensor_ways / point.devices
+        if point.how.asynchronous:
+            return shared  # micro-batches of several steps are on their way at once
+        if point.how.devices == "chosen" or point.depth < 2:
+            return np.maximum(shared, both)
+        filled = n * both / point.depth + passes.leading(point.depth, schedule)
+        bounds = np.maximum(shared, np.maximum(passes.through, filled))
+        if schedule.placement != "straight":
+            return bounds
+        return np.maximum(bounds, _filled(passes.forward if schedule.splits else both, both, point.depth, n))
+
+    def _passes(self, point: Candidate, ms: tuple[int, ...]) -> _Passes:
+        """Seconds of passes over the whole model, for each number of micro-batches."""
+        speed, threads = _fastest(self.cluster, point.devices)
+        schedule, ways = schedules.get(point.how.schedule), point.tensor_ways
+        key = ways, point.devices if ways > 1 else 0, speed, threads, schedule.splits, ms
+        if key not in self.known:
+            profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+            tables = [layer_table(profile, self.batch // m, threads) for m in ms]
+            self.known[key] = _Passes.of(tables, schedule.splits, self.seams, speed)
+        return self.known[key]
+
+
+class _Passes(NamedTuple):
+    """Least seconds of passes over all layers: a forward, both ways as far as they follow each other, all computing.
+
+    Of each number of micro-batches; `before` those of what leads to each layer and back from it.
+    """
+
+    forward: Floats
+    through: Floats
+    both: Floats
+    before: Floats
+    means: dict[tuple[int, bool], Floats]
+
+    @classmethod
+    def of(cls, tables: list[LayerTable], splits: bool, seams: float, speed: float) -> _Passes:
+        forward = np.array([table.forward[MEDIAN] for table in tables])
+        back = np.array([table.backward[MEDIAN] for table in tables])
+        chain = back
+        if splits:
+            first = np.array([table.backward_input[MEDIAN] for table in tables])
+            second = np.array([table.backward_weight[MEDIAN] for table in tables])
+            whole, chain = np.diff(back), np.diff(first)
+            back = _sums(np.minimum(whole, chain + np.diff(second)))
+            chain = _sums(np.minimum(whole, chain))
+        before = forward if splits else forward + back
+
+        def quick(seconds: Floats) -> Floats:
+            return np.maximum(0.0, seconds - seams) / speed
+
+        return cls(
+            quick(forward[:, -1]), quick((forward + chain)[:, -1]), quick((forward + back)[:, -1]), quick(before), {}
+        )
+
+    def leading(self, depth: int, schedule: Schedule) -> Floats:
+        """Mean over a pipeline's devices of what leads to the first compute of each and back from its last.
+
+        A stage has a layer at least, so as many layers as devices come before a device's first stage; where two copies
+        run against each other, before the nearer of its two. All devices being done by the same time, and together
+        having all the work, the step takes at least the mean of both.
+        """
+        key = depth, schedule.copies > 1
+        if key not in self.means:
+            first = np.arange(depth)
+            nearest = np.minimum(first, depth - 1 - first) if schedule.copies > 1 else first
+            self.means[key] = self.before[:, nearest].mean(axis=1)
+        return self.means[key]
+
+
+def _sums(seconds: Floats) -> Floats:
+    return np.concatenate([np.zeros((len(seconds), 1)), np.cumsum(seconds, axis=1)], axis=1)
+
 
 def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> float:
-    """Return seconds that no plan at this point can beat.
-
-    All devices together must compute every layer for every micro-batch (and repeat forwards, where all are repeated);
-    where steps do not overlap, one micro-batch must pass through all layers one after the other (of split backwards
-    only the gradients of inputs), and a pipeline is filled and drained. Devices that split tensors count as one, with
-    its collectives. The fastest device's speed counts for all.
-    """
-    count, split = point.devices, point.tensor_ways
-    speed, threads = _fastest(cluster, count)
-    seams = _seams(profile)
-    if split > 1:
-        profile = _split(profile, cluster, count, split)
-    table = layer_table(profile, batch // point.m, threads)
-    known = schedules.get(point.how.schedule)
-    depth = point.depth
-    forward = float(table.forward[MEDIAN, -1])
-    back, way_back = float(table.backward[MEDIAN, -1]), float(table.backward[MEDIAN, -1])
-    if known.splits:
-        back, way_back = memoised(profile, ("least", batch // point.m, threads), lambda: _least_backward(table))
-    again = 0.0
-    if "recompute" in point.savings:
-        stages = point.k * max(1, point.chunks, known.chunks[0])
-        again = memoised(profile, ("again", batch // point.m, threads, stages), lambda: _least_recompute(table, stages))
-    passes = forward, forward + way_back + again, forward + back + again
-    forward, through, both = (max(0.0, seconds - seams) / speed for seconds in passes)
-    shared = point.m * both * split / count
-    if point.how.asynchronous:
-        return shared  # micro-batches of several steps are on their way at once
-    if depth < 2 or point.how.devices == "chosen":
-        return max(shared, both)
-    if known.placement != "straight":
-        return max(shared, through)
-    return max(shared, _filled(forward if known.splits else both, both, depth, point.m // point.replicas))
+    """Return seconds that no plan at this point can beat, whatever it saves."""
+    block = Block(point._replace(synchronisation="", savings=(), m=0), (point.m,), ())
+    return float(Bounds(profile, cluster, batch).of(block)[0])
 
 
 def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
@@ -63,22 +132,7 @@ def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile
         return profile
 
 
-def _least_backward(table: LayerTable) -> tuple[float, float]:
-    """Least seconds of one micro-batch's backward, whole or in two halves, and of the gradient that it passes on."""
-    whole, first, second = (
-        np.diff(sums[MEDIAN]) for sums in (table.backward, table.backward_input, table.backward_weight)
-    )
-    return float(np.minimum(whole, first + second).sum()), float(np.minimum(whole, first).sum())
-
-
-def _least_recompute(table: LayerTable, stages: int) -> float:
-    """Least seconds of repeating a micro-batch's forward: so many stages may each stop early in their last layer."""
-    again = np.diff(table.forward[MEDIAN])[:-1]
-    early = np.sort(np.maximum(0.0, again - np.diff(table.recompute[MEDIAN])[:-1]))[::-1]
-    return float(again.sum() - early[:stages].sum())
-
-
-def _filled(passing: float, both: float, depth: int, share: int) -> float:
+def _filled(passing: Floats, both: Floats, depth: int, share: Floats) -> Floats:
     """Return a bound on a pipeline's step from what fills and drains its last stage.
 
     If a micro-batch costs the last stage d seconds, it is busy for `share x d`, and what comes before its first and
@@ -87,7 +141,8 @@ def _filled(passing: float, both: float, depth: int, share: int) -> float:
     `share x (both - d) / (depth - 1)`. The least of the larger of the two is where they are equal.
     """
     equal = (share * both / (depth - 1) - passing) / ((share - 1) + share / (depth - 1))
-    return max(passing, passing + (share - 1) * max(0.0, equal)) if equal <= both else share * both / depth
+    found = np.maximum(passing, passing + (share - 1) * np.maximum(0.0, equal))
+    return np.where(equal <= both, found, share * both / depth)
 
 
 def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:

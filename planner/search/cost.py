@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -11,6 +11,8 @@ from planner.basis.memo import memoised
 from planner.values.cluster import Cluster
 
 HOUR_S = 3600.0
+Amount: TypeAlias = Any
+"""A number, or an array of them: bounds of many points are reckoned at once."""
 
 
 class Terms(NamedTuple):
@@ -24,19 +26,19 @@ class Terms(NamedTuple):
     deadline_s: float | None = None
     budget: float | None = None
 
-    def seconds(self, step_s: float, batch: int) -> float:
+    def seconds(self, step_s: Amount, batch: int) -> Amount:
         """Seconds for all samples; the last step is a whole one."""
         return step_s * -(-self.samples // batch)
 
-    def money(self, step_s: float, batch: int, price_per_hour: float) -> float:
+    def money(self, step_s: Amount, batch: int, price_per_hour: float) -> Amount:
         """Price of all samples."""
         return price_per_hour * self.seconds(step_s, batch) / HOUR_S
 
-    def met(self, step_s: float, batch: int, price_per_hour: float) -> bool:
-        """Whether a plan is done in time, and within the budget; with a lower bound of its step, whether it may be."""
-        if self.deadline_s is not None and self.seconds(step_s, batch) > self.deadline_s:
-            return False
-        return self.budget is None or self.money(step_s, batch, price_per_hour) <= self.budget
+    def met(self, step_s: Amount, batch: int, price_per_hour: float) -> Amount:
+        """Whether a plan is done in time, and within the budget; with lower bounds of steps, whether each may be."""
+        in_time = self.deadline_s is None or self.seconds(step_s, batch) <= self.deadline_s
+        affordable = self.budget is None or self.money(step_s, batch, price_per_hour) <= self.budget
+        return in_time & affordable
 
 
 def with_prices(cluster: Cluster, *, device: float | None = None, host: float | None = None) -> Cluster:

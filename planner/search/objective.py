@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from planner.basis.errors import PlanError, unknown
 from planner.basis.units import rate, seconds, size
-from planner.search.cost import HOUR_S, Terms, priced
+from planner.search.cost import HOUR_S, Amount, Terms, priced
 from planner.values.cluster import Cluster
 
 
@@ -17,32 +17,38 @@ class Reckoned(NamedTuple):
     A lower bound of a score has lower bounds of them.
     """
 
-    step_s: float
+    step_s: Amount
     peak_bytes: float
     price_per_hour: float
     batch: int
 
 
-Score = Callable[[Reckoned, Terms], float]
+Score = Callable[[Reckoned, Terms], Amount]
 
 
 class Objective(NamedTuple):
-    """A registered objective: its score, from what was reckoned and the terms; its words; whether it needs prices."""
+    """A registered objective: its score, from what was reckoned and the terms; its words.
+
+    `priced` objectives need prices; of `timed` ones a plan that takes longer is never better.
+    """
 
     name: str
     score: Score
     words: Callable[[float], str]
     priced: bool = False
+    timed: bool = True
 
 
 _REGISTRY: dict[str, Objective] = {}
 
 
-def objective(name: str, words: Callable[[float], str], *, priced: bool = False) -> Callable[[Score], Score]:
+def objective(
+    name: str, words: Callable[[float], str], *, priced: bool = False, timed: bool = True
+) -> Callable[[Score], Score]:
     """Register a score that does not fall when step time, peak or price rise."""
 
     def register(score: Score) -> Score:
-        _REGISTRY[name] = Objective(name, score, words, priced)
+        _REGISTRY[name] = Objective(name, score, words, priced, timed)
         return score
 
     return register
@@ -61,25 +67,25 @@ def get(name: str) -> Objective:
 
 
 @objective("throughput", lambda score: rate(1 / score))
-def throughput(of: Reckoned, terms: Terms) -> float:
+def throughput(of: Reckoned, terms: Terms) -> Amount:
     """Seconds per sample."""
     return of.step_s / of.batch
 
 
 @objective("epoch", lambda score: f"{seconds(score)} per epoch")
-def epoch_time(of: Reckoned, terms: Terms) -> float:
+def epoch_time(of: Reckoned, terms: Terms) -> Amount:
     """Seconds per epoch of so many samples; the last step of an epoch is a whole one."""
     return terms.seconds(of.step_s, of.batch)
 
 
-@objective("memory", lambda score: f"{size(score)} on the worst device")
-def memory(of: Reckoned, terms: Terms) -> float:
+@objective("memory", lambda score: f"{size(score)} on the worst device", timed=False)
+def memory(of: Reckoned, terms: Terms) -> Amount:
     """Peak bytes of the worst device; between equals the quicker one, by less than a byte."""
     return of.peak_bytes + of.step_s / (1e6 + of.step_s)
 
 
 @objective("cost", lambda score: f"{score:.3g} per million samples", priced=True)
-def cost(of: Reckoned, terms: Terms) -> float:
+def cost(of: Reckoned, terms: Terms) -> Amount:
     """Price of a million samples; hosts are rented whole."""
     return of.price_per_hour / HOUR_S * of.step_s / of.batch * 1e6
 

@@ -133,7 +133,7 @@ def rank(
             outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
         except PlanError as error:
             rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
-    distinct: dict[Plan, Outcome] = {}
+    distinct: dict[tuple[object, ...], Outcome] = {}
     for outcome in outcomes:  # two names of one plan are one: the first registered that needs least memory
         known = distinct.setdefault(identity(outcome.plan), outcome)
         if outcome.peak_bytes < known.peak_bytes:

@@ -8,25 +8,26 @@ Then the search goes on to what is as good as that (`planner.search.choice`), fo
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
 from planner.search import objective as objectives
-from planner.search.bounds import bound as bound_of
-from planner.search.bounds import plan_bound
+from planner.search.bounds import Bounds, plan_bound
 from planner.search.choice import TIE, Merit, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.objective import Reckoned
-from planner.search.simplicity import mechanisms
-from planner.search.space import Candidate, Space, bare, candidates, make
+from planner.search.simplicity import identity, mechanisms
+from planner.search.space import Candidate, Space, bare, blocks, make
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Cluster
@@ -88,6 +89,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     slower: int = 0
     too_large: int = 0
     impossible: int = 0
+    stale: int = 0
     why: str = ""
 
 
@@ -131,6 +133,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     score: float
 
 
+class _Order(NamedTuple):
+    """Points by the least score that they can have: which block they are in, and which of its M they have."""
+
+    scores: npt.NDArray[np.float64]
+    block: npt.NDArray[np.int32]
+    m: npt.NDArray[np.int32]
+
+
 class Search:
     """A search that can be stopped after any candidate and taken up again."""
 
@@ -157,27 +167,17 @@ class Search:
         self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(batch), stale
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
-        bounds: dict[tuple[Candidate, bool], float] = {}
-
-        def bounded(point: Candidate) -> Candidate:
-            key = point.shape, "recompute" in point.savings  # all else that is saved costs nothing for sure
-            if key not in bounds:
-                bounds[key] = bound_of(point, profile, cluster, batch)
-            return point._replace(bound_s=bounds[key])
-
-        found = map(bounded, candidates(space, profile, batch))
-        scored = sorted((self._optimistic(c), len(c.savings), c.key, c) for c in found)
-        self.order = [candidate for *_, candidate in scored]
-        self.bounds = [score for score, *_ in scored]
+        self.blocks = list(blocks(space, profile, batch))
+        self.order = self._ordered()
         self.slowing = slowing(profile, cluster)
-        self.known: dict[tuple[object, ...], list[tuple[frozenset[str], Found]]] = defaultdict(list)
-        self.bare_bounds: dict[tuple[object, ...], float] = {}
-        """Of plans without savings, however their replicas are synchronised."""
+        self.savings = _by_least(space.savings)
+        self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
+        self.same: dict[int, str] = {}
+        """The key of the candidate that first was each plan."""
         self.families: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: dict[str, str] = {}
-        for candidate in self.order:
-            self.families[candidate.family]["points"] += 1
-        self.queue: list[tuple[float, str, Found]] = []
+        self._count()
+        self.queue: list[tuple[float, int, str, Candidate | Found]] = []
         self.leaders: list[Found] = []
         self.tied: list[Found] = []
         self.hopes: list[Found] = []
@@ -188,12 +188,34 @@ class Search:
         self.began = time.monotonic()
         self.complete = False
 
-    def _optimistic(self, candidate: Candidate) -> float:
-        """The least score that a candidate can have; infinite where it cannot meet the terms."""
-        price = least_price_per_hour(self.cluster, candidate.devices)
-        if not self.terms.met(candidate.bound_s, self.batch, price):
-            return float("inf")
-        return self.objective.score(Reckoned(candidate.bound_s, 0.0, price, self.batch), self.terms)
+    def _ordered(self) -> _Order:
+        """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
+        bounds = Bounds(self.profile, self.cluster, self.batch)
+        scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for number, block in enumerate(self.blocks):
+            if block.point.how.asynchronous and not self.stale:
+                continue
+            price = least_price_per_hour(self.cluster, block.point.devices)
+            bound = bounds.of(block)
+            score = self.objective.score(Reckoned(bound, 0.0, price, self.batch), self.terms)
+            scores.append(np.where(self.terms.met(bound, self.batch, price), score, np.inf))
+            where.append(np.full(len(bound), number, np.int32))
+            which.append(np.arange(len(bound), dtype=np.int32))
+        every = np.concatenate(scores)
+        order = np.argsort(every, kind="stable")
+        return _Order(every[order], np.concatenate(where)[order], np.concatenate(which)[order])
+
+    def _count(self) -> None:
+        """Count every family's points; those whose gradients are stale do not compete unless they may."""
+        for block in self.blocks:
+            for agreed in block.agreed:
+                for saved in self.space.savings:
+                    family = block.point._replace(synchronisation=agreed, savings=saved).family
+                    self.families[family]["points"] += len(block.ms)
+                    if block.point.how.asynchronous and not self.stale:
+                        self.families[family]["stale"] += len(block.ms)
+                        self.reasons[family] = "its gradients are stale; --stale lets it compete"
+        self.points = sum(counts["points"] for counts in self.families.values())
 
     @property
     def best(self) -> float:
@@ -215,7 +237,7 @@ class Search:
         told = 0.0
         while True:
             now = time.monotonic()
-            bound = self.bounds[self.seen] if self.seen < len(self.order) else float("inf")
+            bound = float(self.order.scores[self.seen]) if self.seen < len(self.order.scores) else float("inf")
             hope = self.queue[0][0] if self.queue else float("inf")
             self.frontier = min(bound, hope)
             if self.frontier >= self.reach or self.frontier == float("inf"):
@@ -225,15 +247,14 @@ class Search:
             if now - told > TELL_S:
                 told = now
                 tell(self.progress())
-            if hope <= bound:
-                found = heapq.heappop(self.queue)[2]
-                if found.score < self.best or self._simpler(found.mechanisms, found.peak_bytes):
-                    self._look_closer(found)
-            else:
-                self._look(self.order[self.seen], bound)
-                self.seen += 1
-        for candidate in self.order[self.seen :]:
-            self.families[candidate.family]["slower"] += 1
+            if bound < hope:
+                self._open(bound)
+                continue
+            score, *_, item = heapq.heappop(self.queue)
+            if isinstance(item, Candidate):
+                self._look(item, score)
+            elif item.score < self.best or self._simpler(item.mechanisms, item.peak_bytes):
+                self._look_closer(item)
         self.complete = True
         return self.answer()
 
@@ -242,40 +263,92 @@ class Search:
         chosen = self.choice
         return chosen is None or (mechanisms, False, peak_bytes) < chosen.merit.simplicity
 
+    def _hopeless(self, bound: float, candidate: Candidate) -> bool:
+        """Whether a plan with this bound is neither the quickest nor, being as good, the simplest.
+
+        What is simpler than what is only certain once nothing can be quicker than the quickest.
+        """
+        return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
+
+    def _open(self, bound: float) -> None:
+        """Take the next point, and put it in the queue with its plan's own bound, for each way to agree."""
+        block, m = self.blocks[self.order.block[self.seen]], int(self.order.m[self.seen])
+        self.seen += 1
+        point = block.point._replace(m=block.ms[m])
+        every = [
+            point._replace(synchronisation=agreed, savings=least) for agreed in block.agreed for least in self.savings
+        ]
+        hoped = [candidate for candidate in every if not self._hopeless(bound, candidate)]
+        if not hoped:
+            return
+        try:
+            plan = bare(hoped[0], self.profile, self.cluster, self.batch)
+            own = self.score(plan, plan_bound(Placed(self.profile, plan, self.cluster)), 0.0)
+        except PlanError as error:
+            for candidate in every:
+                self._impossible(candidate, f"{error.what}: {error.why}")
+            return
+        for candidate in hoped:
+            if not self._hopeless(own, candidate):
+                self._push(max(bound, own), candidate)
+
+    def _push(self, score: float, item: Candidate | Found) -> None:
+        """Put a candidate, or one that has been looked at, in the queue: of equals the one that saves least first."""
+        saved = len(item.savings) if isinstance(item, Candidate) else 0
+        heapq.heappush(self.queue, (score, saved, item.key, item))
+
+    def _impossible(self, candidate: Candidate, why: str) -> None:
+        """Rule out a candidate, and all that save more than it."""
+        for saved in (candidate.savings, *self.savings.get(candidate.savings, ())):
+            family = candidate._replace(savings=saved).family
+            self.families[family]["impossible"] += 1
+            self.reasons.setdefault(family, why)
+
     def _look(self, candidate: Candidate, bound: float) -> None:
-        """Put one candidate through the fast interpreter."""
+        """Put one candidate through the fast interpreter, and those that save more than it in the queue."""
         counts = self.families[candidate.family]
-        if self._dominated(candidate) or (bound >= self.best and not self._simpler(candidate.mechanisms)):
-            counts["slower"] += 1
+        if self._hopeless(bound, candidate) or self._dominated(candidate):
             return
         found = self.state.done.get(candidate.key)
         if found is None:
             found = self._evaluate(candidate)
             if found is None:
-                counts["slower"] += 1
                 return
             self.state.done[candidate.key] = found
         self.evaluated += 1
         if not found.label:
-            counts["impossible"] += 1
-            self.reasons.setdefault(candidate.family, found.why)
+            self._impossible(candidate, found.why)
             return
         counts["evaluated"] += 1
         self.known[candidate.bare].append((frozenset(candidate.savings), found))
+        if not candidate.savings:
+            for saved in self.space.savings:
+                more = candidate._replace(savings=saved)
+                least = (
+                    found.score if set(saved) <= self.slowing and not found.stale and self.objective.timed else bound
+                )
+                if saved and not self._hopeless(least, more) and not self._dominated(more):
+                    self._push(max(bound, least), more)
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
         elif found.late:
             self._too_late(found)
-        elif found.stale and not self.stale:
-            counts["stale"] += 1
-            self.reasons.setdefault(candidate.family, "its gradients are stale; --stale lets it compete")
         else:
             self.hopes = _least(self.hopes, found, lambda f: (f.score, f.key))
             if found.exact or found.score < WORTH_A_LOOK * self.best:
                 self._look_closer(found)
             else:
-                heapq.heappush(self.queue, (found.score, found.key, found))
+                self._push(found.score, found)
+
+    def _save(self, candidate: Candidate, bound: float, found: Found) -> None:
+        """Put what saves more than a candidate in the queue: where it can only be slower, behind the candidate."""
+        for saved in self.savings.get(candidate.savings, ()):
+            slower = not candidate.savings and set(saved) <= self.slowing and not found.stale and self.objective.timed
+            least = max(bound, found.score) if slower else bound
+            more = candidate._replace(savings=saved)
+            if not self._hopeless(least, more) and not self._dominated(more):
+                self._push(least, more)
 
     def _look_closer(self, found: Found) -> None:
         """Put a candidate that could be the best through SimPy."""
@@ -301,7 +374,7 @@ class Search:
         swapped; and of a plan without flush the steady state is a mean over few steps, which moves by more than some
         savings cost.
         """
-        if self.objective.name == "memory":
+        if not self.objective.timed:
             return False
         mine = frozenset(candidate.savings)
         return any(
@@ -314,21 +387,12 @@ class Search:
         )
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
-        """One candidate through the fast interpreter; None where its plan cannot beat the best."""
+        """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
         try:
-            if self._hopeless(self.bare_bounds.get(candidate.shape, 0.0), candidate):
+            plan = make(candidate, self.profile, self.cluster, self.batch)
+            if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
-            plan = bare(candidate, self.profile, self.cluster, self.batch)
             placed = Placed(self.profile, plan, self.cluster)
-            bound = self.score(plan, plan_bound(placed), 0.0)
-            self.bare_bounds[candidate.shape] = bound
-            if self._hopeless(bound, candidate) or not self.allowed(plan):
-                return None
-            if candidate.savings:
-                placed = placed.with_plan(make(candidate, self.profile, self.cluster, self.batch))
-                plan = placed.plan
-                if not self.allowed(plan):
-                    return None
             step_s, peaks = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
@@ -349,17 +413,10 @@ class Search:
             exact=not shares(placed),
         )
 
-    def _hopeless(self, bound: float, candidate: Candidate) -> bool:
-        """Whether a plan with this bound is neither the quickest nor, being as good, the simplest.
-
-        What is simpler than what is only certain once nothing can be quicker than the quickest.
-        """
-        return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
-
     def score(self, plan: Plan, step_s: float, peak: float) -> float:
         """Return the objective's score of a plan with this step time and peak; less is better."""
         price = price_per_hour(self.cluster, plan.device_names)
-        return self.objective.score(Reckoned(step_s, peak, price, self.batch), self.terms)
+        return float(self.objective.score(Reckoned(step_s, peak, price, self.batch), self.terms))
 
     def _late(self, plan: Plan, step_s: float) -> bool:
         return not self.terms.met(step_s, self.batch, price_per_hour(self.cluster, plan.device_names))
@@ -382,10 +439,11 @@ class Search:
     def progress(self) -> Progress:
         """How far it is."""
         spent = max(1e-9, time.monotonic() - self.began)
-        rest = bisect.bisect_left(self.bounds, self.hopes[0].score if self.hopes else float("inf")) - self.seen
+        hoped = self.hopes[0].score if self.hopes else float("inf")
+        rest = int(np.searchsorted(self.order.scores, hoped)) - self.seen + len(self.queue)
         return Progress(
             seen=self.seen,
-            points=len(self.order),
+            points=len(self.order.scores),
             per_second=self.evaluated / spent,
             remaining_s=rest * spent / max(1, self.evaluated),
             best=self.hopes[0].label if self.hopes else "",
@@ -399,9 +457,10 @@ class Search:
                 name=name,
                 points=c["points"],
                 evaluated=c["evaluated"],
-                slower=c["slower"],
+                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"],
                 too_large=c["too large"],
                 impossible=c["impossible"],
+                stale=c["stale"],
                 why=self.reasons.get(name, ""),
             )
             for name, c in sorted(self.families.items())
@@ -422,12 +481,19 @@ class Search:
             nearest=tuple(self.nearest[:3]),
             late=tuple(self.late[:3]),
             families=tuple(families),
-            points=len(self.order),
+            points=self.points,
             evaluated=self.evaluated,
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
         )
+
+
+def _by_least(savings: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Sets of savings that contain no other of them, each with the sets that are tried after it: more than it, once."""
+    least = [own for own in savings if not any(set(other) < set(own) for other in savings)]
+    first = {own: next(one for one in least if set(one) <= set(own)) for own in savings}
+    return {one: tuple(own for own in savings if first[own] == one and own != one) for one in least}
 
 
 def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:

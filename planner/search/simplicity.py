@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 
-import msgspec
-
 from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule, Shape
 from planner.orders.schedules.registry import Updates
@@ -66,24 +64,18 @@ def mechanisms_of(
     return (*(name for name, does in found.items() if does), *sharded, *used)
 
 
-def identity(plan: Plan) -> Plan:
-    """Return the plan without what its label only calls differently: equal for two plans that do the same.
+def identity(plan: Plan) -> tuple[object, ...]:
+    """Return what a plan does, equal for two plans that do the same.
 
-    The strategy's name says nothing. With one stage there is nothing to arrange but micro-batches one after the other;
+    What it is called says nothing. With one stage there is nothing to arrange but micro-batches one after the other;
     schedules that arrange these stages alike are one. Without replicas there is nobody to agree with.
     """
-    schedule = schedules.get(plan.schedule)
-    alone = plan.replicas * schedule.copies == 1 and not synchronisation.get(plan.synchronisation).server
-    return msgspec.structs.replace(
-        plan,
-        strategy="",
-        schedule=_order(plan.schedule, plan),
-        chunks=1 if len(plan.stages) == 1 else plan.chunks,
-        synchronisation="all-reduce" if alone else plan.synchronisation,
-        servers=() if alone else plan.servers,
-        bucket_bytes=0 if alone else plan.bucket_bytes,
-        stage_seconds=(),
-    )
+    alone = plan.replicas * schedules.get(plan.schedule).copies == 1
+    alone = alone and not synchronisation.get(plan.synchronisation).server
+    agreed = () if alone else (plan.synchronisation, plan.servers, plan.bucket_bytes)
+    saved = tuple(getattr(plan, name.replace("-", "_"), None) for name in savings.names())
+    order = _order(plan.schedule, plan)
+    return order, plan.stages, plan.chunks, plan.microbatches, plan.batch, plan.tensor, plan.threads, agreed, saved
 
 
 def _order(name: str, plan: Plan) -> str:

@@ -1,7 +1,7 @@
 """The space of plans that a search ranks: every strategy, K, M, replicas, tensor split, chunks and saving.
 
-A candidate is a point of it; making its plan costs milliseconds, so each has a bound that costs nothing
-(`planner.search.bounds`).
+A candidate is a point of it. There are hundreds of thousands, so they come in blocks, and each has a bound that costs
+nothing (`planner.search.bounds`): making a plan costs milliseconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Space(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """One point of the space. `bound_s` is a lower bound on its step time."""
+    """One point of the space."""
 
     strategy: str
     k: int
@@ -46,7 +46,6 @@ class Candidate(NamedTuple):
     tensor: int
     synchronisation: str
     savings: tuple[str, ...]
-    bound_s: float = 0.0
 
     @property
     def family(self) -> str:
@@ -84,12 +83,12 @@ class Candidate(NamedTuple):
     @property
     def bare(self) -> Candidate:
         """The same point without savings."""
-        return self._replace(savings=(), bound_s=0.0)
+        return self._replace(savings=())
 
     @property
     def shape(self) -> Candidate:
         """The same point without savings, however its replicas agree."""
-        return self._replace(savings=(), bound_s=0.0, synchronisation="")
+        return self._replace(savings=(), synchronisation="")
 
     @property
     def agreed(self) -> str:
@@ -118,16 +117,16 @@ class Candidate(NamedTuple):
 
     @property
     def does(self) -> tuple[object, ...]:
-        """What its plan does, whatever it is called: equal for two names of one plan.
+        """What its plan does, but for M and savings: equal for two names of one plan.
 
         With one device per replica there is nothing to arrange but micro-batches one after the other.
         """
         schedule, agreed = schedules.get(self.how.schedule), synchronisation.get(self.agreed)
         if self.depth > 1:
-            return self.shape, agreed, self.savings
+            return self.shape, agreed.name
         alone = self.copies == 1 and not agreed.server
         said = "" if alone else agreed.name
-        return schedule.updates, self.m, self.copies, self.tensor_ways, said, self.savings
+        return schedule.updates, self.copies, self.tensor_ways, said
 
     @property
     def key(self) -> str:
@@ -175,22 +174,44 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
 
 
+class Block(NamedTuple):
+    """Points that differ only in M, in how their replicas agree and in what they save; `point` says the rest."""
+
+    point: Candidate
+    ms: tuple[int, ...]
+    agreed: tuple[str, ...]
+
+
 def candidates(of: Space, profile: Profile, batch: int) -> Iterator[Candidate]:
     """Yield every point that can possibly be a plan; of several names of one plan the first."""
+    for block in blocks(of, profile, batch):
+        for m in block.ms:
+            for agreed in block.agreed:
+                for saved in of.savings:
+                    yield block.point._replace(m=m, synchronisation=agreed, savings=saved)
+
+
+def blocks(of: Space, profile: Profile, batch: int) -> Iterator[Block]:
+    """Yield the candidates of a space in blocks."""
     seen = set[tuple[object, ...]]()
     every = [strategies.get(name) for name in of.strategies]
     for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
-        for point in _points(of, chosen, profile, batch):
-            for agreed in of.synchronisations if "synchronisation" in chosen.takes and point.copies > 1 else ("",):
-                for saved in of.savings:
-                    named = point._replace(synchronisation=agreed, savings=saved)
-                    if (does := named.does) not in seen:
-                        seen.add(does)
-                        yield named
+        for point in _points(of, chosen, profile):
+            copies = point.copies
+            ms = tuple(m for m in of.ms if m % copies == 0 and batch % m == 0)
+            free = "synchronisation" in chosen.takes and copies > 1
+            agreed = []
+            for way in of.synchronisations if free else ("",):
+                does = point._replace(synchronisation=way).does
+                if does not in seen:
+                    seen.add(does)
+                    agreed.append(way)
+            if ms and agreed:
+                yield Block(point, ms, tuple(agreed))
 
 
-def _points(of: Space, chosen: Strategy, profile: Profile, batch: int) -> Iterator[Candidate]:
-    """Yield every K, M, tensor split, replicas and chunks that a strategy can have."""
+def _points(of: Space, chosen: Strategy, profile: Profile) -> Iterator[Candidate]:
+    """Yield every K, tensor split, replicas and chunks that a strategy can have."""
     whole = sum(len(layer.times) > 0 for layer in profile.layers)
     schedule = schedules.get(chosen.schedule)
     for k in of.ks if "k" in chosen.takes else (min(of.ks),):
@@ -199,10 +220,9 @@ def _points(of: Space, chosen: Strategy, profile: Profile, batch: int) -> Iterat
                 if k % (ways * replicas):
                     continue
                 for chunks in _chunks(chosen, schedule, of):
-                    for m in of.ms:
-                        point = Candidate(chosen.name, k, m, replicas, chunks, ways, "", ())
-                        if point.depth * max(1, chunks) <= whole and m % point.copies == 0 and batch % m == 0:
-                            yield point
+                    point = Candidate(chosen.name, k, 0, replicas, chunks, ways, "", ())
+                    if point.depth * max(1, chunks) <= whole:
+                        yield point
 
 
 def _chunks(chosen: Strategy, schedule: schedules.Schedule, of: Space) -> tuple[int, ...]:
