@@ -6,7 +6,9 @@ operations (`torch.compile`), the time a host needs to launch kernels, workspace
 
 With a dtype other than the model's own, parameters, activations and gradients are in that dtype and, when the model's
 own is float32, the optimizer keeps a float32 copy of the parameters beside its state: 2 + 2 + 12 bytes per parameter
-for Adam (mixed precision as in ZeRO, arXiv 1910.02054, section 3.1).
+for Adam in float16 (mixed precision as in ZeRO, arXiv 1910.02054, section 3.1). Beside bfloat16 weights it keeps
+gradients in float32, which are accumulated and reduced: 2 + 4 + 12 bytes (Megatron-LM's
+`accumulate_allreduce_grads_in_fp32`, which it sets for bf16; DeepSpeed's BF16_Optimizer).
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ from profiles.sizes import Static, recorded_sizes
 from profiles.splits import splits_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+MAIN_GRADIENTS = (torch.bfloat16,)
+"""Dtypes of weights beside which the optimizer keeps gradients in float32: their own are too coarse to add up."""
 
 ACTION_S = 20e-6
 """Seconds of the executor's own work per forward or backward. An assumption: on a GPU most of it is hidden behind
@@ -202,7 +207,8 @@ def _count(
         held = [_held(layer.module) for layer in shorter.layers]
     progress("operations of every layer", len(sizes), len(sizes))
     mixed = own == torch.float32 and dtype != torch.float32
-    static = [_static(file, bytes_, of, mixed=mixed) for bytes_, of in zip(held, trained, strict=True)]
+    main = torch.float32 if mixed and dtype in MAIN_GRADIENTS else dtype
+    static = [_static(file, bytes_, of, mixed=mixed, gradients=main) for bytes_, of in zip(held, trained, strict=True)]
     parts = (*standing, len(shorter.layers))
     return Counted(
         names=(*names, "loss"),
@@ -326,19 +332,22 @@ def _held(module: nn.Module) -> tuple[int, int]:
     return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
 
 
-def _static(file: ModelFile, held: tuple[int, int], trained: list[nn.Parameter], *, mixed: bool) -> Static:
-    """A layer's static bytes. The optimizer's state is that of small stand-ins, scaled to the parameters' shapes.
+def _static(
+    file: ModelFile, held: tuple[int, int], trained: list[nn.Parameter], *, mixed: bool, gradients: torch.dtype
+) -> Static:
+    """A layer's static bytes, gradients in their own dtype. The optimizer's state is that of small stand-ins, scaled.
 
-    Its peak is one more gradient: what the multi-tensor kernels of torch's optimizers keep in between.
+    Its peak is one more gradient: what the multi-tensor kernels of torch's optimizers keep in between, or the float32
+    copy of a half one that it works with.
     """
-    gradients = sum(p.nbytes for p in trained)
-    state = _state_bytes(file, trained, mixed=mixed) + (sum(4 * p.numel() for p in trained) if mixed else 0)
+    numbers = sum(p.numel() for p in trained)
+    state = _state_bytes(file, trained, mixed=mixed) + (4 * numbers if mixed else 0)
     return Static(
         parameter_bytes=held[0],
         buffer_bytes=held[1],
-        gradient_bytes=gradients,
+        gradient_bytes=numbers * gradients.itemsize,
         optimizer_bytes=state,
-        optimizer_peak_bytes=gradients,
+        optimizer_peak_bytes=4 * numbers if mixed else numbers * gradients.itemsize,
     )
 
 

@@ -6,6 +6,14 @@ from collections.abc import Collection
 
 import gpt
 from figure import Found, figure
+from hardware import hosts_of
+
+from planner.costs.memory import MemoryModel
+from planner.costs.placed import Placed
+from planner.placement import strategies
+from planner.placement.question import Question
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
 
 MIB = 2.0**20
 SAMPLES = 16
@@ -45,3 +53,45 @@ def no_block() -> Found:
 def every_second_block() -> Found:
     """As above, with six blocks of twelve repeated, counted on torch's own run."""
     return _counted(range(0, 12, 2))
+
+
+def _per_parameter(strategy: str, dtype: str, devices: int) -> float:
+    """Bytes per parameter that are always there on one of so many data-parallel devices."""
+    costs, cluster = gpt.profile(1, dtype, BLOCKS=2), hosts_of(devices // 8, 8, nic=1e9)
+    plan = strategies.get(strategy).spread(Question(costs, cluster, devices, devices, devices))
+    model = MemoryModel(Placed(costs, plan, cluster), Linked(unroll(plan, replicas=1)))
+    return float(model.static[0].sum()) / sum(layer.parameter_bytes / 2 for layer in costs.layers)
+
+
+@figure("fp16 and Adam, data parallel over 64", section="memory", unit="bytes per parameter")
+def replicated() -> Found:
+    """ZeRO (arXiv 1910.02054, figure 1): 2 + 2 + K bytes with K = 12; 120 GB of 7.5 billion parameters."""
+    return Found(_per_parameter("data-parallel", "fp16", 64), 16.0)
+
+
+@figure("fp16 and Adam, ZeRO-1 over 64", section="memory", unit="bytes per parameter")
+def sharded_state() -> Found:
+    """2 + 2 + 12 / 64: 31.4 GB of 7.5 billion parameters in ZeRO's figure 1."""
+    return Found(_per_parameter("zero-1", "fp16", 64), 4 + 12 / 64)
+
+
+@figure("fp16 and Adam, ZeRO-2 over 64", section="memory", unit="bytes per parameter")
+def sharded_gradients() -> Found:
+    """2 + (2 + 12) / 64: 16.6 GB of 7.5 billion parameters in ZeRO's figure 1."""
+    return Found(_per_parameter("zero-2", "fp16", 64), 2 + 14 / 64)
+
+
+@figure("fp16 and Adam, ZeRO-3 over 64", section="memory", unit="bytes per parameter")
+def sharded_parameters() -> Found:
+    """(2 + 2 + 12) / 64: 1.9 GB of 7.5 billion parameters in ZeRO's figure 1."""
+    return Found(_per_parameter("zero-3", "fp16", 64), 16 / 64)
+
+
+@figure("bf16 and Adam, float32 gradients", section="memory", unit="bytes per parameter", before="16")
+def main_gradients() -> Found:
+    """Beside bfloat16 weights gradients are added up and reduced in float32: 2 + 4 + (4 + 4 + 4) = 18.
+
+    Megatron-LM sets `accumulate_allreduce_grads_in_fp32` for bf16 (megatron/training/arguments.py), DeepSpeed's
+    BF16_Optimizer keeps float32 gradients; the copy of the parameters and Adam's two moments are float32 as well.
+    """
+    return Found(_per_parameter("data-parallel", "bf16", 8), 18.0)

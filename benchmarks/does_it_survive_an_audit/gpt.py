@@ -59,8 +59,8 @@ def counted(gpt: Any, samples: int, checkpointed: Collection[int]) -> int:
 
 
 @functools.cache
-def profile(samples: int, **sizes: int) -> Profile:
-    """Estimate the model's profile; its bytes are counted on tensors without data, layer by layer."""
+def profile(samples: int, dtype: str = "fp32", **sizes: int) -> Profile:
+    """Estimate the model's profile in a dtype; its bytes are counted on tensors without data, layer by layer."""
     gpt = module(**sizes)
     with torch.device("meta"):
         model = gpt.model()
@@ -68,7 +68,7 @@ def profile(samples: int, **sizes: int) -> Profile:
         model,
         lambda n: batch(gpt, n),
         hardware="a100",
-        dtype="fp32",
+        dtype=dtype,
         sizes=[samples],
         loss=gpt.loss,
         optimizer=gpt.optimizer,

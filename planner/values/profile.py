@@ -105,6 +105,9 @@ class Split(msgspec.Struct, frozen=True, kw_only=True):
 class LayerProfile(msgspec.Struct, frozen=True, kw_only=True):
     """One layer: its static bytes, and its times and sizes at the measured micro-batch sizes.
 
+    `gradient_bytes` are what is added up from the first backward to the update, and reduced: in float32 beside weights
+    of 16 bits where the optimizer keeps them so.
+
     `split` says how it divides over devices, where the model file says that it does.
     """
 

@@ -126,11 +126,14 @@ def test_every_device_and_curve_names_its_source() -> None:
 def test_a_profile_in_another_dtype_keeps_a_float32_copy() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     numbers = 8 * 8 + 8
-    half = estimated_of(model, "bf16").layers[0]
+    half = estimated_of(model, "fp16").layers[0]
     full = estimated_of(model, None).layers[0]
     assert (half.parameter_bytes, half.gradient_bytes) == (2 * numbers, 2 * numbers)
     assert half.optimizer_bytes == 12 * numbers + 2 * 4, "a copy, two moments, and a step count per parameter"
     assert (full.parameter_bytes, full.optimizer_bytes) == (4 * numbers, 8 * numbers + 2 * 4)
+    brain = estimated_of(model, "bf16").layers[0]
+    assert brain.gradient_bytes == 4 * numbers, "float32 beside bfloat16 weights, as Megatron and DeepSpeed keep them"
+    assert (brain.parameter_bytes, brain.optimizer_bytes) == (2 * numbers, half.optimizer_bytes)
     assert 2 * half.sizes[0].output_bytes == full.sizes[0].output_bytes
     assert next(model.parameters()).dtype == torch.float32, "the caller's model is left alone"
 
