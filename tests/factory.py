@@ -231,7 +231,9 @@ def shapes(
     return draw()
 
 
-def hosts_of(hosts: int, each: int, *, nic: float, latency_s: float = 0.0, inside: float = 1e4) -> Cluster:
+def hosts_of(
+    hosts: int, each: int, *, nic: float, latency_s: float = 0.0, inside: float = 1e4, shared: bool = True
+) -> Cluster:
     """Hosts of devices that all have a shared link to their host, and a shared link from each host to one switch."""
     links = [
         *((f"d{h * each + i}", f"h{h}", inside, 0.0) for h in range(hosts) for i in range(each)),
@@ -245,7 +247,7 @@ def hosts_of(hosts: int, each: int, *, nic: float, latency_s: float = 0.0, insid
         ),
         switches=("switch",),
         links=tuple(
-            Link(between=(a, b), bandwidth_bytes_per_s=bandwidth, latency_s=latency)
+            Link(between=(a, b), bandwidth_bytes_per_s=bandwidth, latency_s=latency, shared=shared)
             for a, b, bandwidth, latency in links
         ),
     )

@@ -6,6 +6,7 @@ posted (rendezvous) and shares its links with others; a compute waits for its me
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from planner.programs.waits import MESSAGES, Linked
 from planner.simulate.network import Network, carried, load
 from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
+from planner.simulate.turns import Turns, foreseen
 from planner.values.plan import asynchronous
 from planner.values.trace import COMPUTE, LINK, Event, Trace
 
@@ -58,6 +60,16 @@ def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
 _ROUNDING = 1e-12  # of a transfer's seconds
 
 
+@dataclasses.dataclass
+class Ahead:
+    """A transfer that begins before it is posted: who has not foreseen it, when it starts, what has happened."""
+
+    unseen: int
+    starts: float = 0.0
+    posted: float = -1.0
+    sent: bool = False
+
+
 class Run:
     """One walk of all devices through their rows; `env.run()` plays it."""
 
@@ -88,13 +100,23 @@ class Run:
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
         self.delays = [self._delay(kind) for kind in costs.kinds]
         self.loads = [
-            load(kind.flows, kind.seconds - delay, costs.cluster.bandwidths)
+            load(kind.flows, (kind.busy or kind.seconds) - delay, costs.cluster.bandwidths)
             for kind, delay in zip(costs.kinds, self.delays, strict=True)
         ]
         self.alone = [
             kind.work == 0 and kind.op not in (PULL, PUSH) and own.free
             for kind, own in zip(costs.kinds, self.loads, strict=True)
         ]
+        shared = {kind.lane for kind, own in zip(costs.kinds, self.loads, strict=True) if not own.free}
+        lanes = shared - {-1}
+        self.queued = [kind.lane in lanes for kind in costs.kinds]
+        ahead = {n for n, kind in enumerate(costs.kinds) if self.queued[n] and kind.early > 0}
+        self.turns = Turns()
+        self.foreseen = foreseen(linked, self.kind_of, ahead) if ahead else {}
+        self.ahead: dict[int, Ahead] = {
+            transfer: Ahead(self.missing[transfer]) for mine in self.foreseen.values() for transfer, _ in mine
+        }
+        self.unfinished: dict[int, list[simpy.Event]] = {}
         for device in range(linked.devices):
             self.env.process(self.device(device))
 
@@ -121,6 +143,7 @@ class Run:
         env, use = self.env, self.cores[device].use
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
         start, ready, end = self.start, self.ready, self.end
+        foreseen, unfinished = self.foreseen, self.unfinished
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
@@ -140,8 +163,14 @@ class Run:
                 failure = failures.pop(0)
                 yield env.timeout(max(0.0, failure.at_s + failure.down_s - now))
                 now = env.now
+            if i in foreseen:
+                self.foresee(i)
             if own > 0:
                 yield use(own)
+                now = env.now
+            if copy in unfinished:  # what is gathered while it is used
+                unfinished[copy].append(env.event())
+                yield unfinished[copy][-1]
                 now = env.now
             end[i] = now
 
@@ -157,6 +186,9 @@ class Run:
         if self.missing[transfer]:
             return
         number = self.kind_of[transfer]
+        if self.queued[number]:
+            self.queue(transfer, self.costs.kinds[number])
+            return
         now = begun = self.env.now
         if self.in_turn[number]:
             begun = self.turn(self.costs.kinds[number])
@@ -170,6 +202,61 @@ class Run:
         else:
             self.begin(number, partial(self.finish, transfer))
 
+    def foresee(self, i: int) -> None:
+        """Begin what the device will post after this action, and what begins before it is posted, when it does."""
+        for transfer, post in self.foreseen[i]:
+            kind, ahead = self.costs.kinds[self.kind_of[transfer]], self.ahead[transfer]
+            ahead.starts = max(ahead.starts, self.env.now + sum(self.seconds[i:post]) - kind.early)
+            ahead.unseen -= 1
+            if not ahead.unseen:
+                delay = max(0.0, ahead.starts - self.env.now)
+                self.env.timeout(delay).callbacks.append(partial(self.take_turn, transfer, kind))
+
+    def queue(self, transfer: int, kind: TransferKind) -> None:
+        """Let a posted transfer wait for its turn; what has begun before is over when all is sent and posted."""
+        ahead = self.ahead.get(transfer)
+        if ahead is not None and ahead.sent:
+            self.finish(transfer)
+            return
+        if ahead is not None:
+            ahead.posted = self.env.now
+        if ahead is None or ahead.unseen:  # nobody, or not everybody, could foresee it
+            self.take_turn(transfer, kind)
+
+    def take_turn(self, transfer: int, kind: TransferKind, _: simpy.Event | None = None) -> None:
+        """Send a transfer when its engine is free; those who wait go on after its `seconds`, or all that it hides."""
+        self.turns.take(kind.lane, lambda: self.send_in_turn(transfer, kind))
+
+    def send_in_turn(self, transfer: int, kind: TransferKind) -> None:
+        """Keep the engine for as long as all bytes take; let those who wait go on when they can."""
+        number = self.kind_of[transfer]
+        self.begun[transfer] = self.env.now + kind.early
+
+        def sent() -> None:
+            self.turns.leave(kind.lane)
+            for event in self.unfinished.pop(transfer, ()):
+                event.succeed()
+
+        def over() -> None:
+            sent()
+            ahead = self.ahead.get(transfer)
+            if ahead is not None and ahead.posted < 0:
+                ahead.sent = True
+            else:
+                self.finish(transfer)
+
+        def usable() -> None:
+            self.unfinished[transfer] = []
+            self.finish(transfer)
+            self.network.send(self.loads[number], kind.busy - kind.seconds, sent)
+
+        if kind.early > 0 or kind.busy <= kind.seconds:
+            self.send(number, over, kind.busy)
+        elif kind.seconds > 0:
+            self.send(number, usable, kind.seconds)
+        else:
+            usable()
+
     def turn(self, kind: TransferKind) -> float:
         """Return when a transfer begins that is done in turn with others of its lane, and take its time there."""
         start = max(self.env.now - kind.early, self.free.get(kind.lane, 0.0))
@@ -178,7 +265,7 @@ class Run:
 
     def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
         """Let those go on who wait for it."""
-        self.moved.append((transfer, self.begun[transfer], self.env.now))
+        self.moved.append((transfer, min(self.begun[transfer], self.env.now), self.env.now))
         self.done[transfer] = True
         waiting = self.waiting.get(transfer)
         if waiting is not None:
@@ -195,19 +282,19 @@ class Run:
             if not left:
                 then()
 
-        self.send(number, done if parts else then)
+        self.send(number, done if parts else then, self.takes[number])
         for part, share in parts:
             part.serve(share, done)
 
-    def send(self, number: int, then: Then) -> None:
+    def send(self, number: int, then: Then, seconds: float) -> None:
         """Bring a transfer's bytes over its links, after its latency."""
-        kind, own, delay = self.costs.kinds[number], self.loads[number], self.delays[number]
+        own, delay = self.loads[number], self.delays[number]
         if own.free:
-            self.nothing.serve(kind.seconds, then)
+            self.nothing.serve(seconds, then)
         elif delay:
-            self.nothing.serve(delay, lambda: self.network.send(own, kind.seconds - delay, then))
+            self.nothing.serve(delay, lambda: self.network.send(own, seconds - delay, then))
         else:
-            self.network.send(own, kind.seconds, then)
+            self.network.send(own, seconds, then)
 
     def _parts(self, kind: TransferKind) -> list[tuple[FairShare | Alone, float]]:
         """Cores that a kind of transfer uses, each for how long."""

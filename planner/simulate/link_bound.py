@@ -138,7 +138,7 @@ def _busy(cluster: Cluster, everybody: Everybody) -> dict[int, dict[int, float]]
     for number, alike in enumerate(everybody):
         for one in alike:
             flows = one.flows if common or len(one.flows) <= WIDE else one.flows[:1]
-            for link, size in carried(flows, one.seconds, bandwidth).items():
+            for link, size in carried(flows, one.busy or one.seconds, bandwidth).items():
                 found[link][number] += size / bandwidth[link]
     return found
 
