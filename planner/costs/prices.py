@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from planner.basis.memo import memoised
 from planner.costs import collectives
 from planner.costs.blocks import blocks
 from planner.costs.flows import Flow, carrying, together
@@ -13,7 +14,9 @@ from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage
 from planner.orders.codes import (
+    BACKWARD,
     FETCH,
+    FORWARD,
     LOAD,
     OFFLOAD,
     OPTIMIZER,
@@ -45,6 +48,9 @@ class TransferKind(NamedTuple):
     What a device hands to one engine (its network, a copy engine each way) is done in turn: `lane` numbers it, -1 for
     none, and `busy` is how long the transfer keeps it. Of a reduction that overlaps a backward, `early` seconds
     of that lie before its begin; a gather that overlaps a forward keeps its lane after its `seconds`.
+
+    `at_once` is how long it takes when all workers of a server do the same together, as they do where each waits for
+    all: the interpreter in which transfers do not meet counts with that.
     """
 
     op: str
@@ -58,6 +64,7 @@ class TransferKind(NamedTuple):
     lane: int = -1
     busy: float = 0.0
     early: float = 0.0
+    at_once: float = 0.0
 
 
 class PriceList:
@@ -70,6 +77,7 @@ class PriceList:
         self.groups, self.way, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
         stages = zip(self.ranges, placed.checkpoints, strict=True)
         self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
+        self.tables: dict[object, object] = {}
 
     def action(self, op: str, stage: int, device: Device) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -125,6 +133,8 @@ class PriceList:
             sizes, ready, end = self._buckets(stage)
             each = [choice.seconds(size) for size in sizes]
             busy, seconds = sum(each), collectives.tail(ready, each, end)
+            if self.overlaps and self.placed.schedule.updates == "microbatch":
+                seconds = min(seconds, max(0.0, busy - self._computing(stage)))
         else:
             choice = self._among(self.holders[stage], collectives.HALF)
             sizes, needed = self._gathered(stage, forward=op == UNSHARD_FORWARD)
@@ -135,6 +145,16 @@ class PriceList:
         lane = 3 * self.holders[stage][0] if choice.groups else -1
         flows = choice.flows(size, calls=len(sizes))
         return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy, early)
+
+    def _computing(self, stage: int) -> float:
+        """Seconds that a micro-batch's forward and backward take on a stage's quickest holder.
+
+        Without a flush, a reduction per micro-batch hides behind those of the next one, so that a stage of m replicas
+        takes the larger of its computing and its reduction for m micro-batches (PipeDream, arXiv 1806.03377, section
+        3.2); a price has no later, so it hides behind those before it.
+        """
+        device = max((self.devices[row] for row in self.holders[stage]), key=lambda device: device.speed)
+        return float(sum(self.stages[stage].spread(op, device)[MEDIAN] for op in (FORWARD, BACKWARD)))
 
     def _among(self, rows: tuple[int, ...], passes: int) -> collectives.Choice:
         """What these rows can do together: of devices that split tensors each with its like, all at the same time."""
@@ -220,24 +240,42 @@ class PriceList:
         """A pull or push: every server's shard at the same time.
 
         Whatever a device sends or receives at the same time passes its port, whether or not its links are shared: a
-        worker's from all servers (here), a server's for all workers (where transfers meet).
+        worker's from all servers, and a server's for all workers.
         """
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
         size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
-        each, mine = size / max(1, len(self.plan.servers)), self.groups[row][0]
         if self.way.server == "host":
-            paths = [self._host_path(mine, back=op == PULL)]
-            flows = tuple(Flow(path, each) for path in paths)
-        else:
-            ends = [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
-            paths = [self.cluster.path(*pair) for pair in ends]
-            flows = tuple(
-                Flow(self.cluster.through_ports(path, *pair), each) for path, pair in zip(paths, ends, strict=True)
-            )
-        seconds = max(
-            (0.0, *(self.cluster.transfer_seconds(path, each) for path in paths), carrying(self.cluster, flows))
-        )
-        return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
+            path = self._host_path(self.groups[row][0], back=op == PULL)
+            seconds = self.cluster.transfer_seconds(path, size)
+            return TransferKind(op, stage, row, row, size, seconds, 0.0, (Flow(path, size),))
+        each = size / max(1, len(self.plan.servers))
+        ends = self._ends(op, row)
+        alone = (self.cluster.transfer_seconds(self.cluster.path(*pair), each) for pair in ends)
+        flows = self._flows(ends, each)
+        seconds = max((0.0, *alone, carrying(self.cluster, flows)))
+        at_once = self._all_served(op, stage, each) if ends and not self.way.asynchronous else 0.0
+        return TransferKind(op, stage, row, row, size, seconds, 0.0, flows, at_once=at_once)
+
+    def _ends(self, op: str, row: int) -> list[tuple[str, str]]:
+        """The source and the target of each of a worker's flows: it has its own shard already."""
+        mine = self.groups[row][0]
+        return [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
+
+    def _flows(self, ends: list[tuple[str, str]], size: float) -> tuple[Flow, ...]:
+        """Flows of so many bytes between devices that talk to many others at the same time."""
+        return tuple(Flow(self.cluster.through_ports(self.cluster.path(*pair), *pair), size) for pair in ends)
+
+    def _all_served(self, op: str, stage: int, each: float) -> float:
+        """Seconds until equally fast workers, who begin together, all have what they pull, or have pushed.
+
+        Where every worker serves its shard its own transfers say the same: it sends as much as it receives.
+        """
+        workers = [row for row in self.holders[stage] if self._ends(op, row)]
+        equal = len({(self.devices[row].speed, self.devices[row].threads) for row in workers}) == 1
+        if not equal or len(self.plan.servers) >= len(workers):
+            return 0.0
+        ends = [pair for row in workers for pair in self._ends(op, row)]
+        return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))
 
     def _host_path(self, device: str, *, back: bool = False) -> Path:
         """Return the links from a device to its host's memory, or back from there."""

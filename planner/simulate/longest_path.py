@@ -84,7 +84,7 @@ def _run(
 def taken(prices: Costs | Prices) -> Floats:
     """Seconds from the begin of each kind of transfer until those who wait go on: a push is applied, too."""
     served = ((kind, prices.applying.get(kind.stage, 0.0) if kind.op == PUSH else 0.0) for kind in prices.kinds)
-    return np.array([kind.seconds + applying for kind, applying in served])
+    return np.array([max(kind.seconds, kind.at_once) + applying for kind, applying in served])
 
 
 @kernel
