@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 from figure import Found, figure
 from hardware import FOUR_BY_FOUR, GB, GBIT, hosts_of
@@ -234,8 +236,59 @@ def measured_pair() -> Found:
     return Found(1e3 * over(cluster, (("gpu0", "gpu1"),), ALL_REDUCE).seconds(2.0**30), 47.61)
 
 
-@figure("The same from the link alone", section="collectives", unit="ms", tolerance=0.02, before="47.9 ms")
-def linked_pair() -> Found:
-    """2 x 1/2 x 1.07 GB over an NVLink of 22.4 GB/s: 47.9 ms; measured: 47.6."""
-    cluster = msgspec.structs.replace(read(shipped.clusters()["dgx1-v100"]), all_reduces=())
-    return Found(1e3 * over(cluster, (("gpu0", "gpu1"),), ALL_REDUCE).seconds(2.0**30), 47.61)
+def _from_links(name: str, devices: int) -> Found:
+    """Milliseconds of 1 GiB over the first GPUs of a shipped cluster by its links alone, and as nccl-tests measured."""
+    cluster = read(shipped.clusters()[name])
+    curve = next(curve for curve in cluster.all_reduces if curve.devices == devices)
+    bare = msgspec.structs.replace(cluster, all_reduces=())
+    group = tuple(device.name for device in cluster.devices[:devices])
+    return Found(1e3 * over(bare, (group,), ALL_REDUCE).seconds(2.0**30), 1e3 * dict(curve.points)[2**30])
+
+
+def _of_dgx1(devices: int) -> Callable[[], Found]:
+    def found() -> Found:
+        """As many rings as the NVLinks carry, at 22.4 GB/s each: 1, 2, 4, 2, 4 and 6 over 2, 3, 4, 6, 7 and 8 GPUs.
+
+        2 (n - 1) / n x 1.07 GB over them. (Over 5 no ring closes without passing through a sixth GPU.) The derived
+        figure is the measurement, vtrain_nccl_allreduce_lut.csv. Below 16 MiB the links alone are up to twice too slow:
+        a link's latency is a whole message's, and NCCL's rounds run inside one kernel.
+        """
+        return _from_links("dgx1-v100", devices)
+
+    return found
+
+
+def _of_dgx_a100(devices: int) -> Callable[[], Found]:
+    def found() -> Found:
+        """2 (n - 1) / n x 1.07 GB around a ring over NVSwitch, at 197 GB/s: what two GPUs reach.
+
+        The derived figure is the measurement, vtrain_nccl_allreduce_lut.csv: of more GPUs NCCL reaches up to 229 GB/s,
+        so two's bandwidth is up to a fifth too slow, and below 16 MiB two's latency up to three times. Where such
+        curves are shipped, they are taken.
+        """
+        return _from_links("dgx-a100", devices)
+
+    return found
+
+
+for _n in (2, 3, 4, 6, 7, 8):
+    figure(f"{_n} GPUs of a DGX-1, 1 GiB, from the links", section="collectives", unit="ms", tolerance=0.05)(
+        _of_dgx1(_n)
+    )
+for _n in range(2, 9):
+    figure(f"{_n} GPUs of a DGX A100, 1 GiB, from the links", section="collectives", unit="ms", tolerance=0.21)(
+        _of_dgx_a100(_n)
+    )
+
+
+@figure("Groups of 2 + 2 GPUs on 2 x 8, all at once: bus bandwidth", section="collectives", unit="GB/s")
+def strided() -> Found:
+    """Pairs across hosts reach 8.13 GB/s each: a NIC each (galvatron_hardware_profile.csv, allreduce_size_2_consec_0).
+
+    Four groups of four then run two rings each: 16.3 GB/s; measured 16.2 (size_4_consec_0). Groups of 8 and 16 were
+    measured at 64 and 69 % of four and eight NICs; nothing in the links says why.
+    """
+    cluster = hosts_of(2, 8, nic=8.13007 * GB, nics=8, pcie=150 * GB)
+    groups = tuple(tuple(f"gpu{8 * host + at}" for host in range(2) for at in (g, g + 4)) for g in range(4))
+    ring = next(way for way in over(cluster, groups, ALL_REDUCE).ways if way.name == "ring")
+    return Found(2 * 3 / 4 * 1e9 / ring.seconds(1e9) / GB, 16.22)

@@ -13,6 +13,7 @@ from planner.costs import collectives
 from planner.costs.blocks import WORTH_A_COLLECTIVE, blocks
 from planner.costs.collectives import ALL_REDUCE, HALF, Choice, over
 from planner.costs.flows import Flow, together
+from planner.costs.patterns import circles
 from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.cluster_file import read
 from planner.values.profile import Profile, Value
@@ -113,6 +114,21 @@ def test_messages_at_the_same_time_share_the_network() -> None:
     flows = [Flow(cluster.path(f"d{i}", f"d{i + 4}"), 100.0) for i in range(4)]
     assert together(cluster, flows[:1]) == cluster.transfer_seconds(flows[0].path, 100.0)
     assert together(cluster, flows) == pytest.approx(4 * 100.0 / 10.0)
+
+
+@pytest.mark.parametrize(("count", "rings"), [(2, 1), (3, 2), (4, 4), (6, 2), (7, 4), (8, 6)])
+def test_rings_of_a_cube_mesh(count: int, rings: int) -> None:
+    """A DGX-1's GPUs have six NVLinks each: all eight make six rings, which are edge-disjoint."""
+    cluster = read(shipped.clusters()["dgx1-v100"])
+    found = circles(cluster, names(cluster)[:count])
+    assert len(found) == rings
+    on: dict[tuple[str, str], int] = {}
+    for order in found:
+        for pair in zip(order, (*order[1:], order[0]), strict=True):
+            on[pair] = on.get(pair, 0) + 1
+    for pair, number in on.items():
+        (link,) = (cluster.link_of(n) for n in cluster.path(*pair))
+        assert number * 22.4e9 <= link.bandwidth_bytes_per_s * (1 + 1e-9)
 
 
 # Measured.
