@@ -46,6 +46,7 @@ def missing(plan: Plan) -> tuple[str, ...]:
         "tensors split over devices": plan.tensor > 1,
         "different numbers of replicas per stage": plan.uneven,
         "recomputing single layers": bool(plan.recompute_layers),
+        "recomputing single blocks": bool(plan.recompute_blocks),
         "an optimizer on the host": plan.host_optimizer,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)

@@ -27,10 +27,11 @@ def blocks(profile: Profile, layers: range) -> tuple[range, ...]:
     skip inside; what is then still large (an encoder's output crosses all of a decoder), where the fewest values cross.
     Single layers join their neighbours behind them until they are worth a collective, or the last block at the end.
     """
-    return memoised(profile, ("blocks", layers), lambda: _merged(profile, _modules(profile, layers)))
+    return memoised(profile, ("blocks", layers), lambda: _merged(profile, modules(profile, layers)))
 
 
-def _modules(profile: Profile, layers: range) -> list[range]:
+def modules(profile: Profile, layers: range) -> list[range]:
+    """Cut layers into modules, before any are joined: what a user would wrap into a checkpoint each."""
     homes = {i: _home(profile.layers[i].name) for i in layers}
     cuts = {i for i in layers[1:] if _ends(profile, homes, i)}
     return [part for module in _parts(layers, cuts) for part in _smaller(profile, homes, module)]

@@ -17,6 +17,7 @@ from planner.basis.compiled import kernel
 from planner.costs import host_memory
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage
+from planner.costs.static_memory import keeps_gradients, static_bytes
 from planner.orders import codes
 from planner.orders.codes import (
     BACKWARD,
@@ -36,7 +37,6 @@ from planner.orders.codes import (
     STAGE,
     STAGES,
 )
-from planner.orders.schedules import Schedule
 from planner.programs.waits import Linked
 from planner.values.profile import Profile, interpolate
 from planner.values.trace import KINDS, MemoryPoint
@@ -56,51 +56,19 @@ class MemoryModel:
     def __init__(self, placed: Placed, linked: Linked) -> None:
         self.placed, self.linked, self.plan = placed, linked, placed.plan
         self.of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
-        way, schedule = placed.synchronisation, placed.schedule
-        self.shards = way.shards
-        self.served = bool(way.server)
+        self.shards = placed.synchronisation.shards
         self.holders = [len(rows) for rows in placed.holders]
-        # The buckets that are reduced are the gradients, and stay; so do shards.
-        self.keeps_gradients = [n > 1 and not self.served and not schedule.asynchronous for n in self.holders]
+        self.keeps_gradients = keeps_gradients(placed)
         self.gradients = np.array(
             [0.0 if keeps else of.gradients for of, keeps in zip(self.of, self.keeps_gradients, strict=True)]
         )
-        self.static = self._static(schedule)
+        self.static = static_bytes(placed, self.of, linked.devices)
         width = len(self.of) * len(OPS)
         self.change = np.zeros((width, len(KINDS)))
         self.inside, self.inside_first = np.zeros(width), np.zeros(width)
         self.inputs, self.output_gradients = self._received(RECV_FORWARD), self._received(RECV_BACKWARD)
         for stage in range(len(self.of)):
             self._describe(stage)
-
-    def _static(self, schedule: Schedule) -> Floats:
-        static = np.zeros((self.linked.devices, len(KINDS)))
-        depth = len(self.of)
-        for row, held in enumerate(self.plan.stages_of[: self.linked.devices]):
-            for stage in held:
-                of, n = self.of[stage], self.holders[stage]
-                static[row, _INDEX["parameters"]] += of.parameters / (n if "parameters" in self.shards else 1)
-                static[row, _INDEX["versions"]] += (schedule.versions(stage, depth) - 1) * of.parameters
-                static[row, _INDEX["buffers"]] += of.buffers
-                if schedule.trains and not self.served and not self.plan.host_optimizer:
-                    static[row, _INDEX["optimizer"]] += of.optimizer / (n if "optimizer" in self.shards else 1)
-                if self.keeps_gradients[stage] and schedule.trains:
-                    static[row, _INDEX["gradients"]] += of.gradients / (n if "gradients" in self.shards else 1)
-        if self.placed.synchronisation.server == "devices" and schedule.trains:
-            self._serve(static)
-        return static
-
-    def _serve(self, static: Floats) -> None:
-        """Add what servers keep beside what they compute with: their parts of the parameters and optimizer state.
-
-        One server has all of it (central), of n each one n-th. Of a program of the first replicas only, each row
-        stands for those of the others: it has what the fullest of them has.
-        """
-        servers, layers = set(self.plan.servers), self.placed.whole.layers
-        serving = {row % len(static) for row, group in enumerate(self.plan.groups) if servers & set(group)}
-        for row in serving:
-            static[row, _INDEX["parameters"]] += sum(layer.parameter_bytes for layer in layers) / len(servers)
-            static[row, _INDEX["optimizer"]] += sum(layer.optimizer_bytes for layer in layers) / len(servers)
 
     @cached_property
     def host_bytes(self) -> Floats:
@@ -225,7 +193,7 @@ class MemoryModel:
         """Return the bytes live on every device over the step, by kind, from when each action was ready and done.
 
         Of a peak inside an action, everything that the action adds is `transient`; the other kinds are those when it
-        began.
+        began. When a row ends, its batch is let go of, and the messages of which nobody has said yet that they came.
         """
         linked = self.linked
         kind = codes.stages(linked.flat) * len(OPS) + codes.ops(linked.flat)
@@ -242,6 +210,8 @@ class MemoryModel:
             a, b = int(linked.offsets[row]), int(linked.offsets[row + 1])
             live = self.static[row].copy()
             points.append(MemoryPoint(row, 0.0, tuple(live.tolist())))
+            sending = codes.stages(linked.flat[a:b][codes.has(linked.flat[a:b], SEND_BACKWARD)])
+            under_way = sum(self.of[stage].sent_gradient for stage in sending.tolist()) - float(freed[a:b].sum())
             for i in range(a, b):
                 live[_INDEX["communication"]] -= freed[i]
                 if inside[i]:
@@ -252,6 +222,11 @@ class MemoryModel:
                 if inside[i] or change[i].any():
                     live += change[i]
                     points.append(MemoryPoint(row, end[i], tuple(live.tolist())))
+            loaded = float(change[a:b, _INDEX["input"]].sum())
+            if loaded or under_way:
+                live[_INDEX["input"]] -= loaded
+                live[_INDEX["communication"]] -= under_way
+                points.append(MemoryPoint(row, max(end[a:b], default=0.0), tuple(live.tolist())))
         return tuple(points)
 
 

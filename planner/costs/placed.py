@@ -51,17 +51,10 @@ class Placed:
 
     @cached_property
     def checkpoints(self) -> tuple[tuple[range, ...], ...]:
-        """Each stage's checkpoints: runs of layers whose forward is repeated in one go, before their backward.
-
-        All layers of a stage are one, or each chosen layer is its own, neighbours too: that is how a user of torch's
-        checkpoint wraps blocks, and it repeats one block at a time.
-        """
-        if self.plan.recompute:
-            return tuple((layers,) for layers in self.ranges)
-        names = set(self.plan.recompute_layers)
+        """Each stage's checkpoints: runs of layers whose forward is repeated in one go, before their backward."""
         return tuple(
-            tuple(range(i, i + 1) for i in layers if self.profile.layers[i].name in names) if names else ()
-            for layers in self.ranges
+            tuple(range(layers.start + run.start, layers.start + run.stop) for run in self.plan.checkpoints(stage))
+            for stage, layers in enumerate(self.ranges)
         )
 
     @cached_property

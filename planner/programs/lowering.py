@@ -122,8 +122,9 @@ def _agreeing(plan: Plan) -> list[bool]:
 
 def _forgetful(plan: Plan) -> Codes:
     """Stages that recompute anything."""
-    names = set(plan.recompute_layers)
-    return np.array([s for s, g in enumerate(plan.stages) if plan.recompute or names & set(g.layers)], np.int64)
+    if not plan.recomputes:
+        return np.zeros(0, np.int64)
+    return np.array([s for s in range(len(plan.stages)) if plan.checkpoints(s)], np.int64)
 
 
 def communicate(rows: Order, stages: int) -> Order:

@@ -76,8 +76,8 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     def _contenders(self) -> list[Outcome]:
         """Those that may be the best: what recomputes where its twin fits without only differs from it by noise."""
         fitting = [o for o in self.outcomes if o.fits and (self.stale or not asynchronous(o.plan))]
-        bare = {identity(o.plan) for o in fitting if not _recomputes(o.plan)}
-        return [o for o in fitting if not _recomputes(o.plan) or identity(_without(o.plan)) not in bare]
+        bare = {identity(o.plan) for o in fitting if not o.plan.recomputes}
+        return [o for o in fitting if not o.plan.recomputes or identity(o.plan.without_recompute()) not in bare]
 
     def _nothing_fits(self) -> PlanError:
         nearest = self.outcomes[:3]
@@ -186,14 +186,6 @@ def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple
         yield entry, plan
         if plan.schedule != "forward-only":
             yield entry, msgspec.structs.replace(plan, recompute=True)
-
-
-def _recomputes(plan: Plan) -> bool:
-    return plan.recompute or bool(plan.recompute_layers)
-
-
-def _without(plan: Plan) -> Plan:
-    return msgspec.structs.replace(plan, recompute=False, recompute_layers=())
 
 
 def _lack(outcome: Outcome) -> float:

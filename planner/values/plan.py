@@ -46,8 +46,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter.
 
     Memory savings: with `recompute` a stage keeps only its inputs and outputs between forward and backward,
-    `recompute_layers` forgets single layers; `offload` swaps saved activations to the host and back;
-    `host_optimizer` keeps the optimizer's state on the host and updates there.
+    `recompute_layers` forgets single layers, `recompute_blocks` runs of layers, each given by its first and its last:
+    every one is a checkpoint of its own, whose forward is repeated in one go before its backward. `offload` swaps saved
+    activations to the host and back; `host_optimizer` keeps the optimizer's state on the host and updates there.
 
     `stage_seconds` are forward, backward-input and backward-weight of each stage per micro-batch, kept with the plan
     when its schedule orders by them, so that a plan alone says what is run.
@@ -72,6 +73,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tied: tuple[tuple[int, ...], ...] = ()
     recompute: bool = False
     recompute_layers: tuple[str, ...] = ()
+    recompute_blocks: tuple[tuple[str, str], ...] = ()
     offload: bool = False
     host_optimizer: bool = False
     stage_seconds: tuple[tuple[float, float, float], ...] = ()
@@ -95,8 +97,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         strangers = set(self.servers) - set(self.device_names)
         if synchronisation.get(self.synchronisation).server == "devices" and strangers:
             raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
-        if self.recompute and self.recompute_layers:
-            raise ValueError("recompute_layers: recompute forgets all layers already")
+        ways = (self.recompute, self.recompute_layers, self.recompute_blocks)
+        if sum(map(bool, ways)) > 1:
+            raise ValueError("recompute: a plan recomputes whole stages, or blocks, or layers")
         if self.batch % self.microbatches:
             raise ValueError(f"microbatches: {self.microbatches} do not divide a batch of {self.batch}")
         if not self.uneven and self.microbatches % self.replicas:
@@ -117,6 +120,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         parts += [name for name in ("recompute", "offload") if getattr(self, name)]
         if self.recompute_layers:
             parts.append(f"recompute{len(self.recompute_layers)}")
+        if self.recompute_blocks:
+            parts.append("blocks")
         if self.host_optimizer:
             parts.append("host")
         return "-".join(parts)
@@ -185,6 +190,47 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def samples(self) -> int:
         """Samples per micro-batch."""
         return self.batch // self.microbatches
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether any layer's forward is repeated."""
+        return self.recompute or bool(self.recompute_layers) or bool(self.recompute_blocks)
+
+    def without_recompute(self) -> Plan:
+        """Return the plan with everything kept from forward to backward."""
+        return msgspec.structs.replace(self, recompute=False, recompute_layers=(), recompute_blocks=())
+
+    def checkpoints(self, stage: int) -> tuple[range, ...]:
+        """Return a stage's checkpoints: runs of its layers (by their place in it) that are repeated in one go.
+
+        All layers of a stage are one; or each chosen layer is its own, neighbours too, as users of torch's checkpoint
+        wrap modules; or each block is, as far as it lies in the stage.
+        """
+        layers = self.stages[stage].layers
+        if self.recompute:
+            return (range(len(layers)),)
+        chosen = {name: i for i, name in enumerate(layers)}
+        alone = tuple(range(chosen[n], chosen[n] + 1) for n in self.recompute_layers if n in chosen)
+        return tuple(sorted(alone, key=lambda run: run.start)) + self._blocks_of(stage)
+
+    def _blocks_of(self, stage: int) -> tuple[range, ...]:
+        if not self.recompute_blocks:
+            return ()
+        places, begin, stop = self._places, *self._extents[stage]
+        runs = ((places.get(first, -1), places.get(last, -1) + 1) for first, last in self.recompute_blocks)
+        inside = ((max(a, begin) - begin, min(b, stop) - begin) for a, b in runs if a >= 0)
+        return tuple(range(a, b) for a, b in inside if a < b)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """Where each layer stands in the model."""
+        return {name: i for i, name in enumerate(name for stage in self.stages for name in stage.layers)}
+
+    @functools.cached_property
+    def _extents(self) -> tuple[tuple[int, int], ...]:
+        """Where each stage begins and ends in the model."""
+        ends = tuple(accumulate(len(stage.layers) for stage in self.stages))
+        return tuple((end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
 
     def loaded(self, stage: int) -> int:
         """Samples that each holder of a stage loads per step: those of its own micro-batches, not the whole batch."""

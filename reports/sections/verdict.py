@@ -87,7 +87,7 @@ def _facts(plan: Plan) -> list[str]:
         f"M = {_count(plan.microbatches, 'micro-batch', 'es')} of {samples}, batch {plan.batch}",
         f"{_count(plan.threads, 'thread')} per device",
     ]
-    return [*facts, "with recompute"] if plan.recompute else facts
+    return [*facts, "with recompute"] if plan.recomputes else facts
 
 
 def _count(count: int, word: str, plural: str = "s") -> str:
