@@ -15,6 +15,7 @@ from planner.orders.codes import (
     SEND_BACKWARD,
     SEND_FORWARD,
 )
+from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.values.plan import Plan, asynchronous
 
@@ -54,7 +55,7 @@ def missing(plan: Plan) -> tuple[str, ...]:
     asked = [op for op, count in zip(codes.OPS, present.tolist(), strict=True) if count]
     return (
         *(words for words, found in limits.items() if found),
-        *(f"the operation {op}" for op in asked if op not in PERFORMS),
+        *(f"{OPERATIONS[op].words} ({op})" for op in asked if op not in PERFORMS),
     )
 
 

@@ -50,10 +50,11 @@ class Rank:
         self.row: Row = self.program.rows[rank]
         self.completions = completions(self.program)
         (self.stage_index,) = plan.stages_of[rank]
-        count = len(plan.stages)
+        mine, count = plan.holders[self.stage_index], len(plan.stages)
+        self.replica = mine.index(rank)
         layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
-        pipelines = [dist.new_group(list(range(r * count, (r + 1) * count))) for r in range(plan.replicas)]
+        pipelines = [dist.new_group([rows[r] for rows in plan.holders]) for r in range(plan.replicas)]
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples)
         self.module = layered.stage(layers, recompute=plan.recompute).to(backend.device)
@@ -69,12 +70,11 @@ class Rank:
             backend.device,
             input_args=inputs,
             output_args=outputs,
-            group=pipelines[rank // count],
+            group=pipelines[self.replica],
         )
         self.stage.prepare(plan.microbatches)
         self.optimizer = file.optimizer(trained) if trained else None
         self.share = plan.microbatches // plan.replicas
-        self.replica = rank // count
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
         self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}

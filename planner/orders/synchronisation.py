@@ -38,7 +38,8 @@ class Synchronisation(NamedTuple):
     """A registered synchronisation.
 
     `shards` is what each replica holds only its part of; with `gathers` the parameters that each has updated are
-    gathered behind the optimizer. `server` says where parameters live that are served.
+    gathered behind the optimizer. `server` says where parameters live that are served. A search tries those that are
+    `searched` for the replicas of every pipeline.
     """
 
     name: str
@@ -48,9 +49,12 @@ class Synchronisation(NamedTuple):
     gathers: bool
     server: Literal["", "devices", "host"]
     asynchronous: bool
+    searched: bool
 
 
 _REGISTRY: dict[str, Synchronisation] = {}
+USUAL = "all-reduce"
+"""The synchronisation of plans that do not say another."""
 
 
 def synchronisation(
@@ -61,11 +65,12 @@ def synchronisation(
     gathers: bool = False,
     server: Literal["", "devices", "host"] = "",
     asynchronous: bool = False,
+    searched: bool = False,
 ) -> Callable[[Pass], Pass]:
     """Register a pass under `name`."""
 
     def register(add: Pass) -> Pass:
-        _REGISTRY[name] = Synchronisation(name, summary, add, shards, gathers, server, asynchronous)
+        _REGISTRY[name] = Synchronisation(name, summary, add, shards, gathers, server, asynchronous, searched)
         return add
 
     return register
@@ -76,6 +81,11 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
+def searched() -> tuple[str, ...]:
+    """List those that a search tries with every schedule."""
+    return tuple(name for name, way in _REGISTRY.items() if way.searched)
+
+
 def get(name: str) -> Synchronisation:
     """Return one. Raises `PlanError` with the nearest name for an unknown one."""
     if name not in _REGISTRY:
@@ -83,13 +93,17 @@ def get(name: str) -> Synchronisation:
     return _REGISTRY[name]
 
 
-@synchronisation("all-reduce", "gradients are accumulated locally and all-reduced once, overlapping the last backward")
+@synchronisation(
+    USUAL, "gradients are accumulated locally and all-reduced once, overlapping the last backward", searched=True
+)
 def all_reduce(row: Codes, share: int) -> Codes:
     """Reduce a stage's gradients behind its last backward of every update."""
     return _behind(row, last_backward(row, share), REDUCE_GRAD)
 
 
-@synchronisation("zero-1", "as all-reduce, with each replica updating its shard", shards=("optimizer",), gathers=True)
+@synchronisation(
+    "zero-1", "as all-reduce, with each replica updating its shard", shards=("optimizer",), gathers=True, searched=True
+)
 def zero_1(row: Codes, share: int) -> Codes:
     """Reduce-scatter gradients once; the updated shards are gathered behind the optimizer (arXiv 1910.02054)."""
     return _behind(row, last_backward(row, share), REDUCE_GRAD)

@@ -43,7 +43,7 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         )
     count = depth * chunks
     _enough_layers(q, count)
-    asked = _Pipeline(strategy, schedule, chunks, synchronisation or q.synchronisation or "all-reduce")
+    asked = _Pipeline(strategy, schedule, chunks, synchronisation or q.synchronisation or synchronisations.USUAL)
     layers = len(q.profile.layers)
     plans: list[tuple[float, Plan]] = []
     choice = mappings(q, depth)

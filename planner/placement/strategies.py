@@ -110,11 +110,11 @@ def balanced(q: Question) -> Plan:
     schedule="1f1b",
     devices="replicas",
     takes=("k", "tensor"),
-    synchronisation="all-reduce",
+    synchronisation=synchronisation.USUAL,
 )
 def data_parallel(q: Question) -> Plan:
     """K replicas; each accumulates over its M / K micro-batches, then all reduce their gradients."""
-    return replicas(q, "data-parallel", "all-reduce")
+    return replicas(q, "data-parallel", synchronisation.USUAL)
 
 
 @strategy(
@@ -169,7 +169,7 @@ def _register_the_rest() -> None:
                 lambda q, name=name: placement.pipeline(q, name, name)  # type: ignore[misc]
             )
     for name in synchronisation.names():
-        if name != "all-reduce":
+        if name != synchronisation.USUAL:
             strategy(
                 name,
                 synchronisation.get(name).summary,

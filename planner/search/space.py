@@ -50,7 +50,7 @@ class Candidate(NamedTuple):
     @property
     def family(self) -> str:
         """What a person would call its kind: the strategy and its savings."""
-        agreed = () if self.agreed in ("all-reduce", self.how.synchronisation) else (self.agreed,)
+        agreed = () if self.agreed in (synchronisation.USUAL, self.how.synchronisation) else (self.agreed,)
         return "+".join((self.strategy, *agreed, *self.savings))
 
     @property
@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
     @property
     def agreed(self) -> str:
         """How its replicas agree."""
-        return self.how.synchronisation or self.synchronisation or "all-reduce"
+        return self.how.synchronisation or self.synchronisation or synchronisation.USUAL
 
     @property
     def mechanisms(self) -> int:
@@ -168,7 +168,7 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
         "replicas": tuple(sorted({1, *(k for k in ks if k <= count)})),
         "tensors": tuple(t for t in powers if t == 1 or (splits and t <= inside)),
         "chunks": tuple(v for v in (1, 2, 3, 4) if v <= most),
-        "synchronisations": ("all-reduce", "zero-1"),
+        "synchronisations": synchronisation.searched(),
         "savings": savings.COMBINATIONS,
     }
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ import msgspec
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
+from planner.orders.synchronisation import USUAL
 
 STEADY_WINDOWS, LONG_WINDOW = 3, 64
 """Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
@@ -67,7 +68,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch: int
     chunks: int = 1
     tensor: int = 1
-    synchronisation: str = "all-reduce"
+    synchronisation: str = USUAL
     servers: tuple[str, ...] = ()
     bucket_bytes: int = 0
     tied: tuple[tuple[int, ...], ...] = ()
@@ -115,7 +116,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             parts.append("r" + ".".join(str(len(s.devices) // self.tensor) for s in self.stages))
         elif self.replicas > 1 and len(self.stages) > 1:
             parts.append(f"r{self.replicas}")
-        if self.synchronisation not in ("all-reduce", self.strategy):
+        if self.synchronisation not in (USUAL, self.strategy):
             parts.append(self.synchronisation)
         parts += [name for name in ("recompute", "offload") if getattr(self, name)]
         if self.recompute_layers:

@@ -42,11 +42,11 @@ def test_what_can_be_run(strategy: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        ("zb-h1", ("the operation I", "the operation W")),
+        ("zb-h1", ("backward of the input (I)", "backward of the weights (W)")),
         ("interleaved", ("several stages per device",)),
         ("chimera", ("several stages per device",)),
-        ("zero-1", ("the operation UNSHARD_F",)),
-        ("parameter-server", ("the operation PULL", "the operation PUSH")),
+        ("zero-1", ("gathering parameters (UNSHARD_F)",)),
+        ("parameter-server", ("pulling parameters (PULL)", "pushing gradients (PUSH)")),
         ("pipedream", ("steps that overlap, without a flush",)),
     ],
 )
@@ -58,8 +58,8 @@ def test_savings_that_cannot_be_run_yet() -> None:
     plan = spread("gpipe", m=8)
     for change, words in (
         ({"recompute_layers": ("layer0",)}, "recomputing single layers"),
-        ({"offload": True}, "the operation OFFLOAD"),
+        ({"offload": True}, "copying to the host (OFFLOAD)"),
         ({"host_optimizer": True}, "an optimizer on the host"),
-        ({"tied": ((0, 1),)}, "the operation REDUCE_TIED"),
+        ({"tied": ((0, 1),)}, "adding up gradients of shared parameters (REDUCE_TIED)"),
     ):
         assert words in missing(msgspec.structs.replace(plan, **change))
