@@ -272,7 +272,7 @@ class PriceList:
         """
         workers = [row for row in self.holders[stage] if self._ends(op, row)]
         equal = len({(self.devices[row].speed, self.devices[row].threads) for row in workers}) == 1
-        if not equal or len(self.plan.servers) >= len(workers):
+        if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) >= len(workers):
             return 0.0
         ends = [pair for row in workers for pair in self._ends(op, row)]
         return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))

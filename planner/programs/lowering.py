@@ -93,6 +93,8 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
 def compute_order(plan: Plan, copies: int | None = None) -> Order:
     """Return the computes of every device: the schedule's, once for each replica of the pipeline.
 
+    A schedule without a flush goes on over several steps. Steps that end are put behind each other: where nobody waits
+    for other replicas, each of them still flushes its own pipeline.
     Raises `PlanError` (exit 2) when the schedule cannot arrange them.
     """
     replicas = () if not plan.uneven else tuple(len(s.devices) // plan.tensor for s in plan.stages)
@@ -100,8 +102,10 @@ def compute_order(plan: Plan, copies: int | None = None) -> Order:
     shape = Shape(plan.depth, share, plan.chunks, replicas, plan.stage_seconds)
     order = schedules.arrange(plan.schedule, shape)
     unrolled = share * windows(plan)
-    if unrolled > share:
+    if unrolled > share and schedules.get(plan.schedule).asynchronous:
         order = schedules.get(plan.schedule).order(shape._replace(microbatches=unrolled))
+    elif unrolled > share:
+        order = tuple(codes.join(*(row + share * window for window in range(windows(plan)))) for row in order)
     if plan.uneven:
         return order
     return tuple(row + unrolled * replica for replica in range(copies or plan.replicas) for row in order)

@@ -206,6 +206,17 @@ def test_nobody_waits_for_the_others(workers: int, bandwidth: float) -> None:
         assert outcome.step_s == pytest.approx(3.0 + 0.1)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "chimera"])
+def test_asynchronous_workers_flush_their_own_pipelines(schedule: str) -> None:
+    """A step of a replica takes as long as with a server that all wait for; the next one follows it."""
+    costs = profile([1.0] * 2, [2.0] * 2)
+    plans = [spread(schedule, costs, 4, 8, replicas=2, synchronisation=way) for way in ("parameter-server",) * 2]
+    plans[1] = msgspec.structs.replace(plans[0], synchronisation="parameter-server-async")
+    one, other = (simulate(costs, plan, devices(4)) for plan in plans)
+    assert other.step_s == pytest.approx(one.step_s)
+    assert [p.total for p in other.peak] == pytest.approx([p.total for p in one.peak])
+
+
 # Pipelines without a flush.
 
 
