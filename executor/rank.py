@@ -16,7 +16,7 @@ from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
 from executor.model_file import ModelFile
-from executor.reduction import Buckets
+from executor.reduction import Buckets, start_alike
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
@@ -62,7 +62,10 @@ class Rank:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         group = holding[self.stage_index]
         where = f"stage {self.stage_index} of plan {plan}"
-        self.buckets = None if group is None else Buckets(trained, group, plan.bucket_bytes, where)
+        self.buckets = None
+        if group is not None:
+            start_alike(self.module, group)
+            self.buckets = Buckets(trained, group, plan.bucket_bytes, where)
         self.stage = PipeStage(
             self.module,
             self.stage_index,

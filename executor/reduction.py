@@ -19,6 +19,15 @@ def reduce_mean(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> N
     dist.all_reduce(flat, group=group)
 
 
+def start_alike(module: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Give a stage on all ranks of a group the parameters and buffers of the first, as DDP does.
+
+    A model that draws its weights from a generator that nobody seeds is another one in every process.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.detach(), group_src=0, group=group)
+
+
 class Buckets:
     """The gradients of one stage on one of the ranks that hold it.
 

@@ -129,6 +129,19 @@ def turned() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 12), Turned(), Summed(), nn.Linear(4, 4))
 
 
+class Unseeded(nn.Linear):
+    """Draws its weights from a generator that nobody seeds."""
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.frombuffer(bytearray(os.urandom(48)), dtype=torch.uint8).reshape(4, 12) / 255)
+            self.bias.zero_()
+
+
+def unseeded_weights() -> nn.Module:
+    return Unseeded(12, 4)
+
+
 class Sometimes(nn.Module):
     """Has a parameter that nobody uses, and one that only micro-batches use whose samples come early in the batch."""
 

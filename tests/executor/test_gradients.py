@@ -129,3 +129,15 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                 theirs = torch.load(tmp_path / f"{case.name}.torch.{rank}.pt", weights_only=True)
                 for name, gradient in theirs.items():
                     assert torch.equal(gradient, ranks[rank]["gradients"][name]), f"torch: {case.name}, {name}"
+
+
+def test_replicas_start_alike(tmp_path: Path) -> None:
+    """A model with other weights in every process is the first replica's everywhere, and stays that."""
+    model = f"{MODELS}:unseeded_weights"
+    case = Case(name="alike", model=model, plan=plan_of(model, "1f1b", 1, replicas=2))
+    spec = tmp_path / "cases.json"
+    spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=(case,))))
+    launch(main, str(spec), 2, tmp_path / "logs")
+    one, other = (torch.load(tmp_path / f"alike.{rank}.pt", weights_only=True)["state"] for rank in range(2))
+    assert one.keys() == other.keys() == {"weight", "bias"}
+    assert all(torch.equal(one[name], other[name]) for name in one)
