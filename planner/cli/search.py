@@ -23,7 +23,7 @@ from planner.placement import savings, strategies
 from planner.search.cost import Terms
 from planner.search.explain import cheapest_change, explain
 from planner.search.ranking import Ranking, check
-from planner.search.search import Answer, Progress, Search, State
+from planner.search.search import Answer, Found, Progress, Search, State
 from planner.search.space import Space, space
 from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.store import Searched, Store
@@ -255,7 +255,7 @@ def nothing_fits(searching: Search, answer: Answer) -> PlanError:
             code=USAGE,
         )
     change = cheapest_change(searching, answer)
-    nearest = "; ".join(f"{f.label} needs {size(f.peak_bytes)}, {percent(f.lack - 1)} too much" for f in answer.nearest)
+    nearest = "; ".join(f"{f.label} needs {_too_much(f)}" for f in answer.nearest)
     return PlanError(
         what="no plan fits into memory" if answer.complete else "no plan that fits has been found in that time",
         where=f"cluster '{searching.cluster.name}', {answer.evaluated} candidates evaluated of {answer.points}",
@@ -263,6 +263,13 @@ def nothing_fits(searching: Search, answer: Answer) -> PlanError:
         fix=change if answer.complete else "search longer: the same command goes on where it was",
         code=NOTHING_FITS,
         details=[{"plan": f.label, "peak_bytes": f.peak_bytes, "lack_fraction": f.lack - 1} for f in answer.nearest],
+    )
+
+
+def _too_much(found: Found) -> str:
+    more = percent(found.lack - 1)
+    return (
+        f"{more} more memory of the host {found.full}" if found.full else f"{size(found.peak_bytes)}, {more} too much"
     )
 
 

@@ -80,6 +80,11 @@ class Placed:
         return tuple(min(memory[name] for name in group) for group in self.plan.groups)
 
     @cached_property
+    def host_capacities(self) -> dict[str, float]:
+        """Each host's memory in bytes, by its name."""
+        return {host.name: float(host.memory_bytes) for host in self.cluster.hosts}
+
+    @cached_property
     def alike(self) -> bool:
         """Whether one replica of the pipeline stands for all, as far as devices go: one that serves is another sort."""
         if self.plan.uneven:

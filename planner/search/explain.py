@@ -237,6 +237,8 @@ def cheapest_change(search: Search, answer: Answer) -> str:
     if not answer.nearest:
         return "no candidate could be placed at all"
     nearest = answer.nearest[0]
+    if nearest.full:
+        return f"{nearest.label} needs {percent(nearest.lack - 1)} more memory of the host {nearest.full}"
     room = nearest.peak_bytes / nearest.lack
     text = f"{nearest.label} needs {size(nearest.peak_bytes)} on its worst device, has {size(room)}: "
     text += f"{percent(nearest.lack - 1)} more memory per device would do"

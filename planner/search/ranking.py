@@ -82,15 +82,15 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     def _nothing_fits(self) -> PlanError:
         nearest = self.outcomes[:3]
         lines = [
-            f"{o.plan} needs {size(o.peak_bytes)} on its worst device, has {size(min(o.capacity_bytes))}"
+            f"{o.plan} needs {size(o.tightest.need_bytes)} on {o.tightest.name}, has {size(o.tightest.has_bytes)}"
             for o in nearest
         ]
-        need = min((o.peak_bytes for o in nearest), default=0.0)
+        what = f"{nearest[0].tightest.name} with {size(nearest[0].tightest.need_bytes)}" if nearest else ""
         return PlanError(
             what="no plan fits into memory",
             where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
             why="; ".join(lines) or "; ".join(f"{r.strategy}: {r.why}" for r in self.rejected),
-            fix=f"devices with {size(need)} would hold {nearest[0].plan}" if nearest else "change K or M",
+            fix=f"{what} would hold {nearest[0].plan}" if nearest else "change K or M",
             code=NOTHING_FITS,
             details=[
                 {"plan": str(o.plan), "peak_bytes": o.peak_bytes, "capacity_bytes": min(o.capacity_bytes)}
@@ -139,7 +139,7 @@ def rank(
         if outcome.peak_bytes < known.peak_bytes:
             distinct[identity(outcome.plan)] = outcome
     outcomes = list(distinct.values())
-    outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else _lack(o)))
+    outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else o.tightest.lack))
     return Ranking(
         k=k,
         m=m,
@@ -186,7 +186,3 @@ def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple
         yield entry, plan
         if plan.schedule != "forward-only":
             yield entry, msgspec.structs.replace(plan, recompute=True)
-
-
-def _lack(outcome: Outcome) -> float:
-    return max(p.total / c for p, c in zip(outcome.peak, outcome.capacity_bytes, strict=True))

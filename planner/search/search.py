@@ -49,9 +49,9 @@ TELL_S = 0.1
 class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One evaluated candidate, by its `key`; `label` is its plan's, empty where there is none, and `why` says why.
 
-    `lack` is peak over capacity on the worst device: above 1 it does not fit. `exact` is off where sharing has not been
-    simulated, `stale` on where gradients are, `late` where the deadline or the budget is not met. `mechanisms` and
-    `runnable` are what decides between plans that are as good.
+    `lack` is peak over capacity on the worst device, or on the host named `full`: above 1 it does not fit. `exact` is
+    off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
+    not met. `mechanisms` and `runnable` are what decides between plans that are as good.
     """
 
     key: str
@@ -61,6 +61,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     step_s: float = 0.0
     peak_bytes: float = 0.0
     lack: float = 0.0
+    full: str = ""
     exact: bool = False
     stale: bool = False
     late: bool = False
@@ -393,11 +394,11 @@ class Search:
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
             placed = Placed(self.profile, plan, self.cluster)
-            step_s, peaks = evaluate(placed)
+            evaluation = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
-        room = placed.capacities
-        lack = max(peak / capacity for peak, capacity in zip(peaks, room, strict=False))
+        step_s, peaks, _ = evaluation
+        lack, full = evaluation.worst(placed)
         return Found(
             key=candidate.key,
             family=candidate.family,
@@ -409,7 +410,8 @@ class Search:
             score=self.score(plan, step_s, float(max(peaks))),
             step_s=step_s,
             peak_bytes=float(max(peaks)),
-            lack=float(lack),
+            lack=lack,
+            full=full,
             exact=not shares(placed),
         )
 

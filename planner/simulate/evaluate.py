@@ -26,10 +26,18 @@ Floats = npt.NDArray[np.float64]
 
 
 class Evaluation(NamedTuple):
-    """Seconds of one step, and the most bytes live on each row of the program."""
+    """Seconds of one step, the most bytes live on each row of the program, and on each host."""
 
     step_s: float
     peak_bytes: Floats
+    host_bytes: dict[str, float]
+
+    def worst(self, placed: Placed) -> tuple[float, str]:
+        """Return need over capacity of the memory that is fullest, and its host's name; empty for a device's own."""
+        room = placed.capacities
+        own = max(peak / capacity for peak, capacity in zip(self.peak_bytes, room, strict=False))
+        hosts = placed.host_capacities
+        return max((float(own), ""), *((need / hosts[name], name) for name, need in self.host_bytes.items()))
 
 
 def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
@@ -57,4 +65,5 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
         prices = crowded(placed, prices, meeting)
         step_s, begun = makespan(walked, prices)
         step_s = max(step_s, link_bound(placed, walked, prices, meeting, begun))
-    return Evaluation(float(step_s), MemoryModel(placed, linked).peaks())
+    memory = MemoryModel(placed, linked)
+    return Evaluation(float(step_s), memory.peaks(), memory.hosts)

@@ -44,8 +44,8 @@ class Step(NamedTuple):
     level: Floats
 
 
-def extrapolate(placed: Placed, replicas: int | None = None) -> tuple[float, Floats] | None:
-    """Return the step's seconds and every row's peak bytes, or None where they do not follow from shorter steps.
+def extrapolate(placed: Placed, replicas: int | None = None) -> tuple[float, Floats, dict[str, float]] | None:
+    """Return the step's seconds, every row's and every host's peak bytes, or None where shorter steps do not tell.
 
     `replicas` is how many of them `unroll` unrolls. Schedules that order by measured seconds, stages with different
     numbers of replicas, plans without flush and plans whose micro-batches take turns on an engine are left to the full
@@ -64,9 +64,10 @@ def extrapolate(placed: Placed, replicas: int | None = None) -> tuple[float, Flo
         if WORTH_IT * (shortest + 2 * period) > target:
             return None
         lengths = (shortest + turn * period for turn in range(3))
-        found = _continued([_step(placed, length, pipelines, replicas) for length in lengths], target)
+        steps = [_step(placed, length, pipelines, replicas) for length in lengths]
+        found = _continued(steps, target)
         if found is not None:
-            return found
+            return *found, MemoryModel(placed, steps[0].linked).hosts
         shortest *= 2
 
 

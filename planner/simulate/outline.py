@@ -11,7 +11,7 @@ from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.evaluate import evaluate
 from planner.simulate.longest_path import walk
-from planner.values.outcome import Outcome
+from planner.values.outcome import Outcome, rooms
 from planner.values.plan import asynchronous, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
@@ -26,7 +26,7 @@ def outline(placed: Placed) -> Outcome:
     events, and of the memory only every device's peak.
     """
     plan = placed.plan
-    step_s, peaks = evaluate(placed)
+    step_s, peaks, kept = evaluate(placed)
     rows = len(peaks)
     linked = Linked(unroll(plan, replicas=1 if rows < len(plan.groups) else None))
     costs = costs_of(placed, linked)
@@ -55,6 +55,7 @@ def outline(placed: Placed) -> Outcome:
         profiled_s=costs.by_operation if events else {},
         interval_s=(step_s, step_s),
         capacity_bytes=placed.capacities[:rows],
+        hosts=rooms(kept, placed.host_capacities),
         step_times_s=(step_s,) if asynchronous(plan) or not events else (),
         idle=max(0.0, 1.0 - (computed + exchanged) / step_s) if step_s else 0.0,
         synchronised=exchanged / step_s if step_s else 0.0,

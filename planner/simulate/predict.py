@@ -14,7 +14,7 @@ from planner.simulate.contention import Failure, Run, interpret
 from planner.simulate.outline import outline
 from planner.simulate.steady import steady_step
 from planner.values.cluster import Cluster
-from planner.values.outcome import Outcome
+from planner.values.outcome import Outcome, rooms
 from planner.values.plan import Plan, actions, asynchronous
 from planner.values.profile import Profile
 from planner.values.trace import Trace
@@ -68,8 +68,8 @@ def simulate(
         return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
 
     middle = sorted(steps, key=seconds)[len(steps) // 2]
-    memory = MemoryModel(placed, costs.linked).curve(middle.ready, middle.end)
-    trace = msgspec.structs.replace(middle.trace(), memory=memory)
+    memory = MemoryModel(placed, costs.linked)
+    trace = msgspec.structs.replace(middle.trace(), memory=memory.curve(middle.ready, middle.end))
     ends = (seconds(low), seconds(high), seconds(middle))
     return Outcome(
         plan=plan,
@@ -78,6 +78,7 @@ def simulate(
         profiled_s=costs.by_operation,
         interval_s=(min(ends), max(ends)),
         capacity_bytes=placed.capacities,
+        hosts=rooms(memory.hosts, placed.host_capacities),
         step_times_s=(seconds(middle),) if asynchronous(plan) else (),
         samples_s=tuple(sorted(map(seconds, steps))),
         estimated=profile.estimated,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -18,11 +19,30 @@ from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 Source = Literal["simulated", "measured", "rehearsed"]
 
 
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of a device or a host: the most bytes that a plan needs of it at once, and how many it has."""
+
+    name: str
+    need_bytes: float
+    has_bytes: float
+
+    @property
+    def lack(self) -> float:
+        """Need over capacity: above 1 it does not fit."""
+        return self.need_bytes / self.has_bytes
+
+
+def rooms(need: Mapping[str, float], has: Mapping[str, float]) -> tuple[Room, ...]:
+    """Return the hosts whose memory a plan uses."""
+    return tuple(Room(name=name, need_bytes=n, has_bytes=has[name]) for name, n in need.items() if n > 0)
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A plan and its steps.
 
     `interval_s` bounds the step time: from the profile's spread when simulated, the 10th to 90th percentile of the
-    steps when measured. `capacity_bytes` is each device's memory. `profiled_s` has a prediction's median seconds per
+    steps when measured. `capacity_bytes` is each device's memory, `hosts` what the plan keeps in its
+    hosts'. `profiled_s` has a prediction's median seconds per
     stage and operation, before jitter and contention. `samples_s` are the simulated steps in ascending order.
     `idle` and `synchronised` are the bubble and the share of synchronising where the trace does not hold the step.
     `estimated` says that no layer was measured. `losses` are the measured mean loss of each step.
@@ -33,6 +53,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     steps: tuple[Trace, ...]
     interval_s: tuple[float, float]
     capacity_bytes: tuple[float, ...]
+    hosts: tuple[Room, ...] = ()
     profiled_s: dict[str, float] = {}
     memory_step: Trace | None = None
     step_times_s: tuple[float, ...] = ()
@@ -124,8 +145,17 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def fits(self) -> bool:
-        """Whether every device's peak is within its memory."""
-        return all(p.total <= c for p, c in zip(self.peak, self.capacity_bytes, strict=False))
+        """Whether every device's peak is within its memory, and what hosts keep within theirs."""
+        return all(p.total <= c for p, c in zip(self.peak, self.capacity_bytes, strict=False)) and all(
+            host.lack <= 1 for host in self.hosts
+        )
+
+    @cached_property
+    def tightest(self) -> Room:
+        """The device or the host whose memory is fullest."""
+        devices = zip(self.trace.devices, self.peak, self.capacity_bytes, strict=False)
+        own = (Room(name=name, need_bytes=point.total, has_bytes=has) for name, point, has in devices)
+        return max((*own, *self.hosts), key=lambda room: room.lack)
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True):

@@ -138,6 +138,10 @@ def _memory_sentence(outcome: Outcome) -> str:
     text = f"{most.device} needs most memory, {of_capacity(most.point.total, most.capacity)}"
     if outcome.fits:
         return f"{text}: every device fits."
+    full = [host for host in outcome.hosts if host.lack > 1]
+    if full:
+        kept = of_capacity(full[0].need_bytes, full[0].has_bytes)
+        return f"{text}; the memory of the host {full[0].name} {kept}: it does not fit."
     names = outcome.memory_trace.devices
     lacking = [p for p in outcome.peak if p.total > (capacity(outcome, p.device) or float("inf"))]
     lack = max((p.total - (capacity(outcome, p.device) or 0.0) for p in lacking), default=0.0)
