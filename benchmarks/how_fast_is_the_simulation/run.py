@@ -497,8 +497,8 @@ def one_search(count: int, name: str, seconds: float) -> None:
         "points": answer.points,
         "evaluated": answer.evaluated,
         "complete": answer.complete,
-        "best": answer.leaders[0].label,
-        "step_s": answer.leaders[0].step_s,
+        "best": answer.leaders[0].label if answer.leaders else "",
+        "step_s": answer.leaders[0].step_s if answer.leaders else 0.0,
         "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE,
     }
     print(json.dumps(found))
