@@ -23,6 +23,7 @@ from planner.values.plan import Plan
 
 Saving = Callable[[Question, Plan], Plan]
 _REGISTRY: dict[str, Saving] = {}
+_ON_HOST: set[str] = set()
 
 COMBINATIONS: tuple[tuple[str, ...], ...] = (
     (),
@@ -37,11 +38,13 @@ COMBINATIONS: tuple[tuple[str, ...], ...] = (
 """Which savings a search tries together."""
 
 
-def saving(name: str) -> Callable[[Saving], Saving]:
-    """Register `(question, plan) -> plan` under `name`."""
+def saving(name: str, *, states_on_host: bool = False) -> Callable[[Saving], Saving]:
+    """Register `(question, plan) -> plan` under `name`; `states_on_host` tells that no device keeps optimizer state."""
 
     def register(function: Saving) -> Saving:
         _REGISTRY[name] = function
+        if states_on_host:
+            _ON_HOST.add(name)
         return function
 
     return register
@@ -50,6 +53,11 @@ def saving(name: str) -> Callable[[Saving], Saving]:
 def names() -> tuple[str, ...]:
     """List the registered savings."""
     return tuple(_REGISTRY)
+
+
+def states_on_host(wanted: tuple[str, ...]) -> bool:
+    """Whether one of these savings moves the optimizer's state off the devices."""
+    return not _ON_HOST.isdisjoint(wanted)
 
 
 def apply(q: Question, plan: Plan, wanted: tuple[str, ...]) -> Plan:
@@ -210,7 +218,7 @@ def offload(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, offload=True)
 
 
-@saving("host-optimizer")
+@saving("host-optimizer", states_on_host=True)
 def host_optimizer(q: Question, plan: Plan) -> Plan:
     """Keep the optimizer's state on the host and update there (Ren et al., ZeRO-Offload, arXiv 2101.06840)."""
     if synchronisation.get(plan.synchronisation).server and plan.replicas > 1:

@@ -12,7 +12,7 @@ from planner.basis.memo import memoised
 from planner.costs import tensor
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
-from planner.orders import schedules
+from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement.devices import choose
 from planner.search.space import Block, Candidate
@@ -53,6 +53,32 @@ class Bounds:
         if schedule.placement != "straight":
             return bounds
         return np.maximum(bounds, _filled(passes.forward if schedule.splits else both, both, point.depth, n))
+
+    def lack(self, block: Block, agreed: str, *, on_host: bool) -> float:
+        """Return the least share of its memory that the fullest device of a plan is filled with, whatever M is.
+
+        Parameters, gradients and the optimizer's state, which may be `on_host`, of the whole model are there at the end
+        of the last backward, spread over a pipeline and over those that split tensors or shard the states.
+        """
+        point = block.point
+        shards = synchronisation.get(point._replace(synchronisation=agreed).agreed).shards
+        held = self._held(point)
+        parts = {"parameters": held[0], "gradients": held[1], "optimizer": 0.0 if on_host else held[2]}
+        kept = sum(size / (point.copies if part in shards else 1) for part, size in parts.items())
+        return kept / point.depth / _roomiest(self.cluster, point.devices)
+
+    def _held(self, point: Candidate) -> tuple[float, float, float]:
+        """Bytes of parameters, gradients and optimizer state of the model that a device sees; gradients at least."""
+        ways = point.tensor_ways
+        profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+
+        def make() -> tuple[float, float, float]:
+            layers = profile.layers
+            fields = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
+            one, two, three = (float(sum(getattr(layer, field) for layer in layers)) for field in fields)
+            return one, two, three
+
+        return memoised(profile, "held", make)
 
     def _passes(self, point: Candidate, ms: tuple[int, ...]) -> _Passes:
         """Seconds of passes over the whole model, for each number of micro-batches."""
@@ -153,6 +179,13 @@ def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
         return max(d.speed for d in devices), max(d.threads for d in devices)
 
     return memoised(cluster, ("fastest", count), make)
+
+
+def _roomiest(cluster: Cluster, count: int) -> float:
+    """Bytes of the largest of the devices that a plan takes, kept with the cluster."""
+    return memoised(
+        cluster, ("roomiest", count), lambda: float(max(device.memory_bytes for device in choose(cluster, count)))
+    )
 
 
 def _seams(profile: Profile) -> float:

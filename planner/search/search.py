@@ -169,6 +169,8 @@ class Search:
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
         self.blocks = list(blocks(space, profile, batch))
+        self.large: list[tuple[float, int, int]] = []
+        """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
         self.order = self._ordered()
         self.slowing = slowing(profile, cluster)
         self.savings = _by_least(space.savings)
@@ -192,9 +194,14 @@ class Search:
     def _ordered(self) -> _Order:
         """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
         bounds = Bounds(self.profile, self.cluster, self.batch)
+        on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
         scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for number, block in enumerate(self.blocks):
             if block.point.how.asynchronous and not self.stale:
+                continue
+            lack = min(bounds.lack(block, agreed, on_host=on_host) for agreed in block.agreed)
+            if lack > 1:
+                self.large += [(lack, number, m) for m in range(len(block.ms))]
                 continue
             price = least_price_per_hour(self.cluster, block.point.devices)
             bound = bounds.of(block)
@@ -202,6 +209,7 @@ class Search:
             scores.append(np.where(self.terms.met(bound, self.batch, price), score, np.inf))
             where.append(np.full(len(bound), number, np.int32))
             which.append(np.arange(len(bound), dtype=np.int32))
+        self.large.sort(reverse=True)
         every = np.concatenate(scores)
         order = np.argsort(every, kind="stable")
         return _Order(every[order], np.concatenate(where)[order], np.concatenate(which)[order])
@@ -241,6 +249,10 @@ class Search:
             bound = float(self.order.scores[self.seen]) if self.seen < len(self.order.scores) else float("inf")
             hope = self.queue[0][0] if self.queue else float("inf")
             self.frontier = min(bound, hope)
+            if self.frontier == float("inf") and self._lacks_less():
+                _, number, m = self.large.pop()
+                self._open(0.0, number, m)
+                continue
             if self.frontier >= self.reach or self.frontier == float("inf"):
                 break
             if now - self.began > seconds:
@@ -249,7 +261,8 @@ class Search:
                 told = now
                 tell(self.progress())
             if bound < hope:
-                self._open(bound)
+                self._open(bound, int(self.order.block[self.seen]), int(self.order.m[self.seen]))
+                self.seen += 1
                 continue
             score, *_, item = heapq.heappop(self.queue)
             if isinstance(item, Candidate):
@@ -271,10 +284,15 @@ class Search:
         """
         return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
 
-    def _open(self, bound: float) -> None:
-        """Take the next point, and put it in the queue with its plan's own bound, for each way to agree."""
-        block, m = self.blocks[self.order.block[self.seen]], int(self.order.m[self.seen])
-        self.seen += 1
+    def _lacks_less(self) -> bool:
+        """Whether nothing has been found that fits, and a point that cannot might lack less than what has been seen."""
+        if self.leaders or self.late or not self.large:
+            return False
+        return not self.nearest or self.large[-1][0] < self.nearest[0].lack
+
+    def _open(self, bound: float, number: int, m: int) -> None:
+        """Put a point of a block in the queue with its plan's own bound, for each way to agree."""
+        block = self.blocks[number]
         point = block.point._replace(m=block.ms[m])
         every = [
             point._replace(synchronisation=agreed, savings=least) for agreed in block.agreed for least in self.savings

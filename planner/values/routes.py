@@ -43,6 +43,7 @@ class Routes:
         """Every device's place among those of its host."""
         self._known: dict[tuple[str, str], Path] = {}
         self._near: dict[tuple[str, str], nx.Graph[str]] = {}
+        self._alike: dict[tuple[object, ...], list[tuple[int, int | str]] | None] = {}
 
     @cached_property
     def graph(self) -> nx.Graph[str]:
@@ -76,7 +77,13 @@ class Routes:
         Raises `PlanError` (exit 2) when there is no path.
         """
         if (source, target) not in self._known:
-            self._known[source, target] = self._found(source, target)
+            one, other = self.host_of[source], self.host_of[target]
+            key = self._kind[one], self._kind[other], self.rank[source], self.rank[target], one == other
+            if key not in self._alike:
+                self._alike[key] = self._roles(self._nodes(source, target), one, other)
+            roles = self._alike[key]
+            nodes = self._nodes(source, target) if roles is None else self._named(roles, one, other)
+            self._known[source, target] = self._path(nodes, source, target)
         return self._known[source, target]
 
     def to_host(self, device: str) -> Path:
@@ -134,20 +141,27 @@ class Routes:
             self._near[one, other] = near
         return self._near[one, other]
 
-    def _found(self, source: str, target: str) -> Path:
+    def _nodes(self, source: str, target: str) -> list[str]:
+        """The nodes of the quickest path between two devices; none where there is none."""
+        for graph in (self._between(self.host_of[source], self.host_of[target]), self.graph):
+            try:
+                nodes: list[str] = nx.shortest_path(graph, source, target, weight="seconds")
+            except nx.NetworkXNoPath:
+                continue
+            if self._along(graph, nodes):
+                return nodes
+        return []
+
+    def _path(self, nodes: list[str], source: str, target: str) -> Path:
+        """The links along some nodes, or their host's link to itself where it is no slower."""
         own: Path = ()
         if self.host_of[source] == self.host_of[target]:
             own = self._own.get(self.host_of[source], ())
-        for graph in (self._between(self.host_of[source], self.host_of[target]), self.graph):
-            try:
-                nodes = nx.shortest_path(graph, source, target, weight="seconds")
-            except nx.NetworkXNoPath:
-                continue
-            path = self._along(graph, nodes)
-            if len(nodes) > 1 and own and not self._quicker(path, own):
-                path = own  # also where both devices have links of their own to the host's memory
-            if path:
-                return path
+        path = self._along(self.graph, nodes)
+        if own and not self._quicker(path, own):
+            path = own  # also where both devices have links of their own to the host's memory
+        if path:
+            return path
         raise PlanError(
             what=f"no link leads from {source} to {target}",
             where=self.where,
@@ -155,6 +169,53 @@ class Routes:
             fix="add a [[links]] entry between them, or from their host to itself, to the cluster file",
             code=USAGE,
         )
+
+    @cached_property
+    def _members(self) -> dict[str, list[str]]:
+        """The nodes of every host that no other host's devices are linked with: itself, its devices, its switches."""
+        homes: dict[str, set[str]] = {}
+        for device, host in self.host_of.items():
+            for node in self.graph[device]:
+                if node not in self.host_of:
+                    homes.setdefault(node, set()).add(host)
+        found = {host: [host, *devices] for host, devices in self.devices_of.items()}
+        names = {host.name for host in self.hosts}
+        for switch in self.switches:
+            if switch not in names and len(homes.get(switch, ())) == 1:
+                found[next(iter(homes[switch]))].append(switch)
+        return found
+
+    @cached_property
+    def _kind(self) -> dict[str, object]:
+        """What every host's neighbourhood looks like: equal for hosts whose devices have the same paths."""
+        place = {node: i for nodes in self._members.values() for i, node in enumerate(nodes)}
+        home = {node: host for host, nodes in self._members.items() for node in nodes}
+        kinds: dict[object, object] = {}
+        found: dict[str, object] = {}
+        for host, nodes in self._members.items():
+            edges = [
+                (place[a], place[b] if home.get(b) == host else b, d["seconds"], len(d["links"]))
+                for a in nodes
+                for b, d in self.graph[a].items()
+            ]
+            look = tuple(sorted(edges, key=repr)), self._own.get(host) is not None
+            found[host] = kinds.setdefault(look, len(kinds))
+        return found
+
+    def _roles(self, nodes: list[str], one: str, other: str) -> list[tuple[int, int | str]] | None:
+        """What each node of a path is to the two hosts, or by its name; None where it passes through a third host."""
+        found: list[tuple[int, int | str]] = []
+        for node in nodes:
+            side = next((i for i, host in enumerate((one, other)) if node in self._members[host]), 2)
+            if side == 2 and (node in self.devices_of or node in self.host_of):
+                return None
+            found.append((side, self._members[(one, other)[side]].index(node) if side < 2 else node))
+        return found
+
+    def _named(self, roles: list[tuple[int, int | str]], one: str, other: str) -> list[str]:
+        """The nodes that have these roles for two hosts."""
+        hosts = self._members[one], self._members[other]
+        return [hosts[side][role] if isinstance(role, int) else role for side, role in roles]
 
     def _along(self, graph: nx.Graph[str], nodes: list[str]) -> Path:
         """Return the directed links from node to node; near each end, of several links that end's own."""
