@@ -39,6 +39,10 @@ BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group 
 """Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
 
 
+MANY = 4096
+"""Pairs of workers and servers whose flows are added up; beyond, only what links carry is known of them."""
+
+
 class TransferKind(NamedTuple):
     """Transfers that cost the same: which, between which devices, how much.
 
@@ -268,11 +272,11 @@ class PriceList:
     def _all_served(self, op: str, stage: int, each: float) -> float:
         """Seconds until equally fast workers, who begin together, all have what they pull, or have pushed.
 
-        Where every worker serves its shard its own transfers say the same: it sends as much as it receives.
+        Not known (0) where they do not begin together, or are so many that adding up their flows would take long.
         """
         workers = [row for row in self.holders[stage] if self._ends(op, row)]
         equal = len({(self.devices[row].speed, self.devices[row].threads) for row in workers}) == 1
-        if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) >= len(workers):
+        if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
             return 0.0
         ends = [pair for row in workers for pair in self._ends(op, row)]
         return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))

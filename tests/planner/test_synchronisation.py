@@ -175,6 +175,33 @@ def test_a_servers_port_carries_its_shard_to_all_others(k: int) -> None:
     assert simulate(costs, plan, mesh).step_s == pytest.approx(3.0 + 2 / k), "each pair has ports of its own"
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("servers", [(), ("d0",), ("d0", "d1")])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1", "chimera"])
+def test_serving_is_never_quicker_than_the_fast_interpreter_says(
+    schedule: str, servers: tuple[str, ...], shared: bool
+) -> None:
+    """What a search rules plans out by stays a bound, with central servers too; of one stage both say the same."""
+    costs = profile([1.0] * 4, message_bytes=10, optimizer_s=0.1)
+    cluster = devices(8, bandwidth=1e3, shared=shared)
+    for k, replicas in ((4, 2), (8, 8)):
+        if schedule == "chimera" and k == 8:
+            continue
+        plan = spread(
+            "parameter-server" if k == 8 else schedule,
+            costs,
+            k,
+            8,
+            replicas=replicas if k < 8 else 1,
+            synchronisation="parameter-server",
+        )
+        placed = Placed(costs, msgspec.structs.replace(plan, servers=servers or plan.servers), cluster)
+        fast, slow = evaluate(placed).step_s, simulated_step(placed)
+        assert fast <= slow * (1 + 1e-9)
+        if k == 8:
+            assert fast == pytest.approx(slow)
+
+
 def test_servers_are_devices_of_the_plan() -> None:
     plan = spread("parameter-server", profile([1.0]), 2, 2)
     with pytest.raises(ValueError, match="servers"):
