@@ -17,10 +17,10 @@ from planner.costs.priced import costs_of, prices_of
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.extrapolate import extrapolate
-from planner.simulate.link_bound import crowded, everybody, link_bound
+from planner.simulate.link_bound import crowded, everybody, link_bound, link_seconds
 from planner.simulate.longest_path import makespan, walk
 from planner.simulate.steady import steady_step
-from planner.values.plan import asynchronous
+from planner.values.plan import asynchronous, windows
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,7 +57,8 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
             return Evaluation(*continued)
         linked = Linked(unroll(plan, replicas=replicas))
     if asynchronous(plan):
-        step_s = steady_step(plan, linked, walk(costs_of(placed, linked)).end)
+        carried = link_seconds(placed, linked, prices_of(placed, linked)) / windows(plan)
+        step_s = max(steady_step(plan, linked, walk(costs_of(placed, linked)).end), carried)
     else:
         walked = linked.buffered() if placed.cluster.buffered else linked
         prices = prices_of(placed, walked)

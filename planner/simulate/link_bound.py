@@ -82,6 +82,13 @@ def link_bound(
     return bound
 
 
+def link_seconds(placed: Placed, linked: Linked, prices: Prices) -> float:
+    """Return seconds for which the busiest link carries a program's transfers: no steady state is quicker."""
+    counts = np.bincount(prices.transfer_kind[linked.parties > 0], minlength=len(prices.kinds))
+    on_link = _busy(placed.cluster, everybody(placed, prices, linked.devices))
+    return max((sum(counts[kind] * busy for kind, busy in users.items()) for users in on_link.values()), default=0.0)
+
+
 def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
     """Return prices in which replicas that do the same at the same moments share the links that they have in common.
 

@@ -357,6 +357,18 @@ def test_pipedreams_plans_run(strategy: str, forward: list[float], k: int, m: in
     assert evaluate(Placed(costs, plan, cluster)).step_s == pytest.approx(simulated_step(Placed(costs, plan, cluster)))
 
 
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-2bw"])
+def test_without_a_flush_links_bound_a_step(schedule: str) -> None:
+    """Four replicas of a stage on one slow link: reductions hide behind computing until the link is full."""
+    costs = profile([1.0], [1.0])
+    plan = spread(schedule, costs, 4, 8, replicas=4)
+    placed = Placed(costs, plan, devices(4, bandwidth=500.0, shared=True))
+    reductions = 2 if schedule == "pipedream" else 1
+    carried = reductions * 4 * (2 * 3 / 4 * 1000) / 500.0
+    assert evaluate(placed).step_s == pytest.approx(max(carried, 2 * 2.0 + carried * (schedule == "pipedream-2bw")))
+    assert evaluate(placed).step_s <= simulated_step(placed) * (1 + 1e-9)
+
+
 # Values and parameters that cross stages.
 
 
