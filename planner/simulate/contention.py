@@ -261,7 +261,7 @@ class Run:
         """Return when a transfer begins that is done in turn with others of its lane, and take its time there."""
         start = max(self.env.now - kind.early, self.free.get(kind.lane, 0.0))
         self.free[kind.lane] = start + kind.busy
-        return start + kind.early
+        return max(self.env.now, start + kind.early)  # rounding could make it a little earlier than now
 
     def finish(self, transfer: int, _: simpy.Event | None = None) -> None:
         """Let those go on who wait for it."""

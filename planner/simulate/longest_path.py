@@ -122,7 +122,7 @@ def _walk(  # type: ignore[no-untyped-def]
                         own = kind[post]
                         start = max(begun[post] - early[own], free[lane[own]])
                         free[lane[own]] = start + busy[own]
-                        begun[post] = start + early[own]
+                        begun[post] = max(begun[post], start + early[own])
                 wait = waits[i]
                 if wait >= 0:
                     if missing[wait] > 0:
