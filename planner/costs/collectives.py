@@ -61,11 +61,18 @@ class Collective(NamedTuple):
 
 
 class Choice:
-    """What groups of devices can do to reduce or gather; `passes` is `ALL_REDUCE` or `HALF`."""
+    """What groups of devices can do to reduce or gather; `passes` is `ALL_REDUCE` or `HALF`.
+
+    `groups` are those that were measured, or all; then `rest` are the others, which go by their links.
+    """
 
     def __init__(self, cluster: Cluster, groups: Groups, passes: int) -> None:
         self.cluster, self.passes = cluster, passes
-        self.groups = tuple(group for group in groups if len(group) > 1)
+        able = tuple(group for group in groups if len(group) > 1)
+        measured = tuple(group for group in able if _measured(cluster, group, passes))
+        others = tuple(group for group in able if group not in measured) if measured else ()
+        self.groups = measured or able
+        self.rest = Choice(cluster, others, passes) if others else None
         self.ways = self._ways() if self.groups else ()
 
     def quickest(self, size: float) -> Collective:
@@ -74,7 +81,8 @@ class Choice:
 
     def seconds(self, size: float) -> float:
         """Seconds of `size` bytes of every group, all groups at the same time."""
-        return self.quickest(size).seconds(size) if self.ways else 0.0
+        own = self.quickest(size).seconds(size) if self.ways else 0.0
+        return max(own, self.rest.seconds(size)) if self.rest else own
 
     def flows(self, size: float, *, calls: int = 1) -> tuple[Flow, ...]:
         """Return what passes the links while `size` bytes of every group are reduced, in so many calls.
@@ -92,10 +100,11 @@ class Choice:
             loads = _loads(self.cluster, hops)
             per_byte = max(load / self.cluster.link_of(n).bandwidth_bytes_per_s for n, load in loads.items())
             scale = min(size, calls * way.seconds(size / calls) / per_byte)
-        return tuple(Flow(path, share * scale) for path, share in hops)
+        others = self.rest.flows(size, calls=calls) if self.rest else ()
+        return (*(Flow(path, share * scale) for path, share in hops), *others)
 
     def _ways(self) -> tuple[Collective, ...]:
-        measured = _measured(self.cluster, self.groups, self.passes)
+        measured = _measured(self.cluster, self.groups[0], self.passes)
         if measured:
             return (measured,)
         groups = _representative(self.cluster, self.groups)
@@ -206,22 +215,20 @@ def _looks(cluster: Cluster) -> dict[str, int]:
     return memoised(cluster, "looks", make)
 
 
-def _measured(cluster: Cluster, groups: Groups, passes: int) -> Collective | None:
-    """The measured all-reduce of groups inside one host that are joined as those were that it was measured on.
+def _measured(cluster: Cluster, group: tuple[str, ...], passes: int) -> Collective | None:
+    """The measured all-reduce of a group inside one host that is joined as those were that it was measured on.
 
     Half of it for one pass. Devices that share their host's cores are alike: measured with another number of them, an
     all-reduce takes the seconds of as many bytes per round, times the ratio of the rounds (2 (n - 1) of a ring).
     """
-    if not cluster.all_reduces or len({len(group) for group in groups}) > 1:
-        return None
-    n, host_of = len(groups[0]), cluster.routes.host_of
-    if any(len({host_of[name] for name in group}) > 1 for group in groups):
+    n, host_of = len(group), cluster.routes.host_of
+    if not cluster.all_reduces or len({host_of[name] for name in group}) > 1:
         return None
     curve = min(cluster.all_reduces, key=lambda curve: abs(curve.devices - n))
     if all(device.shares_cores for device in cluster.devices):
         ratio = (n - 1) / (curve.devices - 1)
         return Collective("measured", (), curve.points, curve.devices / n, ratio * passes / ALL_REDUCE)
-    if curve.devices == n and all(_as_measured(cluster, group) for group in groups):
+    if curve.devices == n and _as_measured(cluster, group):
         return Collective("measured", (), curve.points, 1.0, passes / ALL_REDUCE)
     return None
 

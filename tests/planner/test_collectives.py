@@ -14,6 +14,12 @@ from planner.costs.blocks import WORTH_A_COLLECTIVE, blocks
 from planner.costs.collectives import ALL_REDUCE, HALF, Choice, over
 from planner.costs.flows import Flow, together
 from planner.costs.patterns import circles
+from planner.costs.placed import Placed
+from planner.costs.priced import costs_of
+from planner.placement.question import Question
+from planner.placement.strategies import get
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
 from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.cluster_file import read
 from planner.values.profile import Profile, Value
@@ -171,6 +177,17 @@ def test_pairs_of_a_cube_mesh_differ() -> None:
     assert pairs["gpu0", "gpu3"].seconds(2.0**30) == pytest.approx(pairs["gpu0", "gpu1"].seconds(2.0**30) / 2, rel=0.02)
 
 
+def test_the_slowest_of_groups_of_two_kinds() -> None:
+    """Of two pairs of a DGX-1 one has one NVLink and was measured, the other has two and goes by its links."""
+    cluster = read(shipped.clusters()["dgx1-v100"])
+    pairs = (("gpu0", "gpu1"), ("gpu2", "gpu3"))
+    single = [over(cluster, (pair,), ALL_REDUCE) for pair in pairs]
+    both = over(cluster, pairs, ALL_REDUCE)
+    for size in (2.0**10, 2.0**20, 2.0**30):
+        assert both.seconds(size) == max(one.seconds(size) for one in single)
+        assert both.flows(size) == tuple(flow for one in single for flow in one.flows(size))
+
+
 # Laws.
 
 CLUSTERS = st.builds(
@@ -248,6 +265,17 @@ def test_a_few_hosts_stand_for_all(hosts: int, each: int, rails: bool, passes: i
 def test_an_all_reduce_is_two_halves_around_a_ring(cluster: Cluster, data: st.DataObject) -> None:
     size = data.draw(st.floats(0.0, 1e4))
     assert ways(cluster, size).get("ring", 0.0) == pytest.approx(2 * ways(cluster, size, HALF).get("ring", 0.0))
+
+
+@pytest.mark.parametrize(("strategy", "times"), [("data-parallel", 2), ("zero-1", 2), ("zero-2", 2), ("zero-3", 3)])
+@pytest.mark.parametrize("n", [2, 4, 7])
+def test_bytes_of_a_step(strategy: str, times: int, n: int) -> None:
+    """Of all parameters, (n - 1) / n leave every device so many times (arXiv 1910.02054, section 7)."""
+    costs, cluster = profile([1.0] * 3, bytes_=[WORTH_A_COLLECTIVE] * 3), devices(n)
+    plan = get(strategy).spread(Question(costs, cluster, n, n, n))
+    priced = costs_of(Placed(costs, plan, cluster), Linked(unroll(plan)))
+    moved = sum(flow.bytes for kind in priced.transfer_kind if kind >= 0 for flow in priced.kinds[kind].flows)
+    assert moved == pytest.approx(n * times * (n - 1) / n * 3 * WORTH_A_COLLECTIVE)
 
 
 # Blocks.
