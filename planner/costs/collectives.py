@@ -175,44 +175,12 @@ def _group(hosts: patterns.Hosts) -> Group:
 
 def _representative(cluster: Cluster, groups: Groups) -> list[Group]:
     """The groups with as few of their hosts as tell their seconds: all, or four of hosts that are alike."""
-    found = []
-    for devices in groups[:_AT_ONCE] if len(set(_looks(cluster).values())) == 1 else groups:
+    found, routes = [], cluster.routes
+    for devices in groups[:_AT_ONCE] if len(set(routes.kinds.values())) == 1 else groups:
         whole = _group(patterns.by_host(cluster, devices))
-        looks = _looks(cluster)
-        rank = cluster.routes.rank
-        kinds = {(looks[cluster.routes.host_of[own[0]]], *(rank[name] for name in own)) for own in whole.hosts}
-        found.append(whole._replace(hosts=whole.hosts[:_WRITTEN_OUT]) if len(kinds) == 1 else whole)
+        alike = {(routes.kinds[routes.host_of[own[0]]], *map(routes.rank.__getitem__, own)) for own in whole.hosts}
+        found.append(whole._replace(hosts=whole.hosts[:_WRITTEN_OUT]) if len(alike) == 1 else whole)
     return found
-
-
-def _looks(cluster: Cluster) -> dict[str, int]:
-    """Number the hosts by what they look like: the links that they and their devices have, and to what.
-
-    Hosts with the same number are joined by the same switches, so that all pairs of them are alike.
-    """
-
-    def make() -> dict[str, int]:
-        routes = cluster.routes
-        owner = {host.name: host.name for host in cluster.hosts} | routes.host_of
-        around: dict[str, set[str]] = {switch: set() for switch in cluster.switches}
-        for link in cluster.links:
-            for one, other in (link.between, link.between[::-1]):
-                if one in around:
-                    around[one].add(owner.get(other, other))
-        owner |= {s: next(iter(near)) for s, near in around.items() if len(near) == 1 and not near & around.keys()}
-        seen: dict[str, list[object]] = {host.name: [] for host in cluster.hosts}
-        for link in cluster.links:
-            figures = link.latency_s, link.bandwidth_bytes_per_s, link.points, link.shared
-            for one, other in {link.between, link.between[::-1]}:
-                home = owner.get(one)
-                if home in seen:
-                    inside = owner.get(other) == home
-                    far = (other in around, routes.rank.get(other, -1)) if inside else other
-                    seen[home].append((figures, one in around, routes.rank.get(one, -1), far))
-        numbers: dict[object, int] = {}
-        return {name: numbers.setdefault(tuple(sorted(map(repr, links))), len(numbers)) for name, links in seen.items()}
-
-    return memoised(cluster, "looks", make)
 
 
 def _measured(cluster: Cluster, group: tuple[str, ...], passes: int) -> Collective | None:

@@ -78,7 +78,7 @@ class Routes:
         """
         if (source, target) not in self._known:
             one, other = self.host_of[source], self.host_of[target]
-            key = self._kind[one], self._kind[other], self.rank[source], self.rank[target], one == other
+            key = self.kinds[one], self.kinds[other], self.rank[source], self.rank[target], one == other
             if key not in self._alike:
                 self._alike[key] = self._roles(self._nodes(source, target), one, other)
             roles = self._alike[key]
@@ -186,7 +186,7 @@ class Routes:
         return found
 
     @cached_property
-    def _kind(self) -> dict[str, object]:
+    def kinds(self) -> dict[str, object]:
         """What every host's neighbourhood looks like: equal for hosts whose devices have the same paths."""
         place = {node: i for nodes in self._members.values() for i, node in enumerate(nodes)}
         home = {node: host for host, nodes in self._members.items() for node in nodes}
