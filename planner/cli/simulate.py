@@ -17,6 +17,7 @@ from planner.cli.opened import opened
 from planner.cli.search import run
 from planner.cli.tables import FILTER_HELP, SORT_HELP
 from planner.placement import strategies
+from planner.placement.devices import choose
 from planner.search.ranking import Ranking, check, rank
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject
@@ -91,7 +92,7 @@ def simulate(
     failures: tuple[Failure, ...] = ()
     if slow_device or slow_link or fail:
         check(measured, k=k, m=m, batch=batch)
-        whole = hardware.take(k) if hardware.elastic else hardware
+        whole = hardware.only([device.name for device in choose(hardware, k)])  # the plan does not know of them
         faulty, failures = inject(whole, slow_devices=slow_device or (), slow_links=slow_link or (), failing=fail or ())
     chosen = [strategies.get(name) for name in strategy] if strategy else None
     ranking = rank(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from planner.orders import schedules, synchronisation
 from planner.placement.devices import Levels, levels
+from planner.placement.filling import crossing
 from planner.placement.question import Mapping, Question
-from planner.placement.tables import StageTables, crossing
+from planner.placement.tables import StageTables
 from planner.values.cluster import Device
 from planner.values.plan import Plan
 

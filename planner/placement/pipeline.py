@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import msgspec
 
 from planner.basis.errors import PlanError
-from planner.basis.memo import memoised
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, StageCosts
 from planner.orders import schedules
 from planner.orders import synchronisation as synchronisations
-from planner.placement import partition
+from planner.orders.schedules import Schedule
+from planner.placement import partition, savings
+from planner.placement.cutting import balanced, cut_of, ranges_of, reordered, slowest, tables_of
 from planner.placement.mapping import Position, estimated, mappings, positions
-from planner.placement.ordering import ordered
 from planner.placement.question import Question
-from planner.placement.tables import StageTables
 from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 
@@ -43,79 +41,46 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         )
     count = depth * chunks
     _enough_layers(q, count)
-    asked = _Pipeline(strategy, schedule, chunks, synchronisation or q.synchronisation or synchronisations.USUAL)
+    agreed = synchronisation or q.synchronisation or synchronisations.USUAL
     layers = len(q.profile.layers)
-    plans: list[tuple[float, Plan]] = []
     choice = mappings(q, depth)
+    behind = tuple(name for name in q.savings if savings.get(name).behind_cut)
+    before = tuple(name for name in q.savings if name not in behind)
+    plans: list[tuple[float, Plan]] = []
     for mapping in choice:
         places = positions(q, depth, mapping)
-        plan = _plan(q, asked, partition.equal(layers, count), places)
-        seen = q._replace(profile=Placed(q.profile, plan, q.cluster).profile)
-        if cut != "equal" and count > 1:
-            plan = _placed(seen, asked, plan, places)
-        seconds = estimated(seen, plan, _ranges(plan), StageTables(seen, plan)) if len(choice) > 1 else 0.0
+        trial = _trial(q, strategy, chosen, agreed, chunks, places)
+        trial = savings.apply(q, with_layers(q, trial, partition.equal(layers, count)), before)
+        seen = q._replace(profile=Placed(q.profile, trial, q.cluster).profile)
+        plan = _placed(seen, trial, places) if cut != "equal" and count > 1 else trial
+        seconds = _estimated(seen, plan) if len(choice) > 1 else 0.0
         plans.append((seconds, measured(seen, plan) if chosen.measured else plan))
-    return min(plans, key=lambda one: one[0])[1]
+    return savings.apply(q, min(plans, key=lambda one: one[0])[1], behind)
 
 
-class _Pipeline(NamedTuple):
-    """What is placed."""
+def _placed(q: Question, trial: Plan, places: tuple[Position, ...]) -> Plan:
+    """Cut for the devices in their order, and in the order that is best for unequal ones; return the better plan.
 
-    strategy: str
-    schedule: str
-    chunks: int
-    synchronisation: str
-
-
-def _placed(q: Question, asked: _Pipeline, trial: Plan, places: tuple[Position, ...]) -> Plan:
-    """Cut for the devices in their order, and in the order that is best for unequal ones; return the better plan."""
-    plan = _plan(q, asked, balanced(q, trial), places)
+    What fits without savings where it is fastest is cut as without: savings then add work to the same stages, and none
+    wins by another cut.
+    """
+    if q.savings:
+        bare = _placed(q._replace(savings=()), savings.without(trial), places)
+        if not cut_of(q._replace(savings=()), bare).squeezed:
+            return msgspec.structs.replace(trial, stages=bare.stages, tied=bare.tied)
+    plan = with_layers(q, trial, balanced(q, trial))
     order = reordered(q, trial, places)
     if order == places:
         return plan
-    other = _plan(q, asked, balanced(q, _plan(q, asked, _ranges(trial), order)), order)
-    return min(plan, other, key=lambda plan: _slowest(q, plan))
+    other = with_devices(trial, order)
+    other = with_layers(q, other, balanced(q, other))
+    return min(plan, other, key=lambda plan: slowest(q, plan))
 
 
-def reordered(q: Question, plan: Plan, places: tuple[Position, ...]) -> tuple[Position, ...]:
-    """Return the places of a pipeline in the order in which its slowest stage is fastest (`ordering.ordered`).
-
-    It heeds speed and memory, exactly; links only in that devices of one host stay together where they may. Places that
-    are alike, and schedules that put several stages on a device, keep their order.
-    """
-    tables = StageTables(q, plan)
-    weakest = [tables.weakest([device.name for group in place for device in group]) for place in places]
-    kinds = [(device.speed, device.threads, device.memory_bytes) for device in weakest]
-    sorts = list(dict.fromkeys(kinds))
-    if len(sorts) == 1 or len(plan.stages) > len(places) or schedules.get(plan.schedule).copies > 1:
-        return places
-    example = [weakest[kinds.index(sort)] for sort in sorts]
-    order = ordered(
-        [tables.computing_on(device) for device in example],
-        [kinds.count(sort) for sort in sorts],
-        lambda stage, kind: tables.filled_on(stage, example[kind]),
-    )
-    if order is None:
-        return places
-    left = {kind: [p for p, own in zip(places, kinds, strict=True) if own == sort] for kind, sort in enumerate(sorts)}
-    found: list[Position] = []
-    for kind in order:
-        near = [p for p in left[kind] if found and p[0][0].host == found[-1][0][0].host]
-        found.append((near or left[kind])[0])
-        left[kind].remove(found[-1])
-    return tuple(found)
-
-
-def _slowest(q: Question, plan: Plan) -> float:
-    """Seconds of a plan's slowest stage, infinite where one does not fit: as `partition.cut` minimises it."""
-    tables = StageTables(q, plan)
-    fits = all(tables.filled(s)[own.start, own.stop] <= 1 for s, own in enumerate(_ranges(plan)))
-    seconds = max(float(tables.seconds(s)[own.start, own.stop]) for s, own in enumerate(_ranges(plan)))
-    return seconds if fits else float("inf")
-
-
-def _ranges(plan: Plan) -> tuple[range, ...]:
-    return plan.layer_ranges([name for stage in plan.stages for name in stage.layers])
+def _estimated(q: Question, plan: Plan) -> float:
+    """About how long a step takes, savings aside: they do not decide about the mapping."""
+    q, plan = q._replace(savings=()), savings.without(plan)
+    return estimated(q, plan, ranges_of(plan), tables_of(q, plan))
 
 
 def measured(q: Question, plan: Plan) -> Plan:
@@ -127,28 +92,6 @@ def measured(q: Question, plan: Plan) -> Plan:
         costs = StageCosts(q.profile, layers, q.samples)
         seconds.append(tuple(float(costs.spread(op, device)[MEDIAN]) for op in ("F", "I", "W")))
     return msgspec.structs.replace(plan, stage_seconds=tuple(seconds))
-
-
-def balanced(q: Question, plan: Plan) -> tuple[range, ...]:
-    """Cut for a plan's schedule and devices: the least slowest stage, transfers included, that fits into memory.
-
-    Where no cut fits, the one that lacks least.
-    """
-
-    def make() -> tuple[range, ...]:
-        found = partition.cut(tables.seconds, len(plan.stages), tables.filled, tables.computing)
-        found = found or partition.lightest(tables.filled, len(plan.stages))
-        assert found is not None, "there are enough layers"
-        if plan.chunks == 1:
-            return found
-        schedule = schedules.get(plan.schedule)
-        return partition.evened(
-            found, [schedule.homes(s, plan.depth)[0] for s in range(len(plan.stages))], tables.seconds, tables.filled
-        )
-
-    tables = StageTables(q, plan)
-    homes = tuple((device.name, device.speed, device.memory_bytes) for device in tables.device)
-    return memoised(q.profile, ("cut", q.cluster.identity, q.samples, homes, tables.held, plan.recompute), make)
 
 
 BUCKET_BYTES = 25 * 2**20
@@ -196,30 +139,48 @@ def _next(number: int, multiple: int) -> int:
     return (number // multiple + 1) * multiple
 
 
-def _plan(q: Question, asked: _Pipeline, ranges: tuple[range, ...], places: tuple[Position, ...]) -> Plan:
-    chosen, agreed = schedules.get(asked.schedule), synchronisations.get(asked.synchronisation)
-    layers = [layer.name for layer in q.profile.layers]
-
-    def held(s: int) -> tuple[str, ...]:
-        """The devices of stage s: replica by replica its home, or homes, each a group of `tensor`."""
-        homes = [places[home] for home in chosen.homes(s, len(places))]
-        groups = itertools.chain.from_iterable(zip(*homes, strict=True))
-        return tuple(device.name for group in groups for device in group)
-
+def _trial(
+    q: Question, strategy: str, schedule: Schedule, synchronisation: str, chunks: int, places: tuple[Position, ...]
+) -> Plan:
+    """The plan but for its layers: as yet every stage has one of the same name."""
+    agreed = synchronisations.get(synchronisation)
     return Plan(
-        strategy=asked.strategy,
-        schedule=asked.schedule,
-        stages=tuple(Stage(layers=tuple(layers[i] for i in own), devices=held(s)) for s, own in enumerate(ranges)),
+        strategy=strategy,
+        schedule=schedule.name,
+        stages=tuple(Stage(layers=(f"{s}",), devices=_held(schedule, s, places)) for s in range(len(places) * chunks)),
         microbatches=q.m,
         batch=q.batch,
-        chunks=asked.chunks,
+        chunks=chunks,
         tensor=q.tensor,
         synchronisation=agreed.name,
         servers=_servers(q, agreed),
-        bucket_bytes=bucket(q) if q.replicas * chosen.copies > 1 else 0,
-        tied=tied(q.profile, ranges),
+        bucket_bytes=bucket(q) if q.replicas * schedule.copies > 1 else 0,
         threads=q.devices[0].threads,
     )
+
+
+def _held(schedule: Schedule, stage: int, places: tuple[Position, ...]) -> tuple[str, ...]:
+    """The devices of a stage: replica by replica its home, or homes, each a group that splits its tensors."""
+    homes = [places[home] for home in schedule.homes(stage, len(places))]
+    groups = itertools.chain.from_iterable(zip(*homes, strict=True))
+    return tuple(device.name for group in groups for device in group)
+
+
+def with_devices(plan: Plan, places: tuple[Position, ...]) -> Plan:
+    """Return the plan on other devices."""
+    schedule = schedules.get(plan.schedule)
+    stages = tuple(Stage(layers=own.layers, devices=_held(schedule, s, places)) for s, own in enumerate(plan.stages))
+    return msgspec.structs.replace(plan, stages=stages)
+
+
+def with_layers(q: Question, plan: Plan, ranges: tuple[range, ...]) -> Plan:
+    """Return the plan cut elsewhere."""
+    names = [layer.name for layer in q.profile.layers]
+    stages = tuple(
+        Stage(layers=tuple(names[i] for i in own), devices=stage.devices)
+        for own, stage in zip(ranges, plan.stages, strict=True)
+    )
+    return msgspec.structs.replace(plan, stages=stages, tied=tied(q.profile, ranges))
 
 
 def _servers(q: Question, agreed: synchronisations.Synchronisation) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ class Question(NamedTuple):
 
     `mapping` says which devices stand side by side: the replicas of a stage (`stages`: gradients stay within a host,
     activations go from host to host) or the stages of a pipeline (`pipelines`: the other way round); "" for the one
-    that is quicker by `planner.placement.mapping`.
+    that is quicker by `planner.placement.mapping`. `savings` are applied by name (`planner.placement.savings`): the
+    model is cut with them in mind.
     """
 
     profile: Profile
@@ -32,6 +33,7 @@ class Question(NamedTuple):
     tensor: int = 1
     synchronisation: str = ""
     mapping: Mapping = ""
+    savings: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from planner.costs import collectives
 from planner.orders import schedules
-from planner.placement import partition
+from planner.placement import partition, savings
 from planner.placement.pipeline import bucket, tied
 from planner.placement.question import Question
 from planner.placement.tables import run_seconds
@@ -53,7 +53,7 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
             Stage(layers=s.layers, devices=tuple(names[j * len(ranges) + i] for j in range(replicas[0])))
             for i, s in enumerate(stages)
         ]
-    return Plan(
+    plan = Plan(
         strategy=strategy,
         schedule=schedule,
         stages=tuple(stages),
@@ -63,3 +63,4 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
         tied=tied(q.profile, ranges),
         threads=device.threads,
     )
+    return savings.apply(q, plan, q.savings)

@@ -1,10 +1,15 @@
-"""What a plan can do to need less memory. The registry is the only list; each is a function from plan to plan."""
+"""What a plan can do to need less memory. The registry is the only list; each is a function from plan to plan.
+
+Savings change what a stage costs and holds, so they are chosen before the model is cut (`planner.placement.pipeline`).
+Those that depend on the cut are applied behind it, and the cut reckons with them.
+"""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,16 +19,29 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
+from planner.placement.filling import flight, layer_bytes
 from planner.placement.question import Question
 from planner.placement.selection import cheapest
-from planner.placement.tables import in_flight, layer_bytes
 from planner.programs.lowering import swaps, unroll
 from planner.programs.waits import Linked
 from planner.values.plan import Plan
 
-Saving = Callable[[Question, Plan], Plan]
+Change = Callable[[Question, Plan], Plan]
+
+
+class Saving(NamedTuple):
+    """A registered saving. `behind_cut` ones choose layers of the stages that there are; others need no layers.
+
+    `states_on_host` tells that no device keeps optimizer state.
+    """
+
+    name: str
+    change: Change
+    behind_cut: bool
+    states_on_host: bool
+
+
 _REGISTRY: dict[str, Saving] = {}
-_ON_HOST: set[str] = set()
 
 COMBINATIONS: tuple[tuple[str, ...], ...] = (
     (),
@@ -38,13 +56,11 @@ COMBINATIONS: tuple[tuple[str, ...], ...] = (
 """Which savings a search tries together."""
 
 
-def saving(name: str, *, states_on_host: bool = False) -> Callable[[Saving], Saving]:
-    """Register `(question, plan) -> plan` under `name`; `states_on_host` tells that no device keeps optimizer state."""
+def saving(name: str, *, behind_cut: bool = False, states_on_host: bool = False) -> Callable[[Change], Change]:
+    """Register `(question, plan) -> plan` under `name`; see `Saving` for the rest."""
 
-    def register(function: Saving) -> Saving:
-        _REGISTRY[name] = function
-        if states_on_host:
-            _ON_HOST.add(name)
+    def register(function: Change) -> Change:
+        _REGISTRY[name] = Saving(name, function, behind_cut, states_on_host)
         return function
 
     return register
@@ -57,24 +73,37 @@ def names() -> tuple[str, ...]:
 
 def states_on_host(wanted: tuple[str, ...]) -> bool:
     """Whether one of these savings moves the optimizer's state off the devices."""
-    return not _ON_HOST.isdisjoint(wanted)
+    return any(get(name).states_on_host for name in wanted)
+
+
+def get(name: str) -> Saving:
+    """Return a saving. Raises `PlanError` with the nearest name for an unknown one."""
+    if name not in _REGISTRY:
+        raise unknown("saving", name, _REGISTRY, where="--saving", fix="choose one of the known savings")
+    return _REGISTRY[name]
 
 
 def apply(q: Question, plan: Plan, wanted: tuple[str, ...]) -> Plan:
-    """Return the plan with the savings called `wanted`.
+    """Return the plan with the savings called `wanted`, cut where it is.
 
     Raises `PlanError` (exit 2) for an unknown name, or where one of them is not possible or changes nothing.
     """
-    for name in wanted:
-        if name not in _REGISTRY:
-            raise unknown("saving", name, _REGISTRY, where="--saving", fix="choose one of the known savings")
-        changed = _REGISTRY[name](q, plan)
+    for chosen in map(get, wanted):
+        changed = chosen.change(q, plan)
         if changed == plan:
             raise PlanError(
-                what=f"{name} changes nothing", where=f"plan {plan}", why="it has nothing to save", fix="leave it out"
+                what=f"{chosen.name} changes nothing",
+                where=f"plan {plan}",
+                why="it has nothing to save",
+                fix="leave it out",
             )
         plan = changed
     return plan
+
+
+def without(plan: Plan) -> Plan:
+    """Return the plan without savings, cut where it is."""
+    return msgspec.structs.replace(plan, recompute=False, recompute_layers=(), offload=False, host_optimizer=False)
 
 
 @saving("recompute")
@@ -85,7 +114,7 @@ def recompute(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, recompute=True)
 
 
-@saving("recompute-layers")
+@saving("recompute-layers", behind_cut=True)
 def recompute_layers(q: Question, plan: Plan) -> Plan:
     """Repeat the cheapest layers whose activations make every device fit; nothing where all fit already.
 
@@ -94,7 +123,7 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     """
     placed = Placed(q.profile, plan, q.cluster)
     profile, ranges = placed.profile, placed.ranges
-    held = in_flight(plan)
+    held = flight(plan).resident
     table = layer_table(profile, q.samples, plan.threads)
     capacity = placed.capacities
     sizes = layer_bytes(profile, q.samples)

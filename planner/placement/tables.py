@@ -1,44 +1,49 @@
-"""Seconds and memory of every run of layers as a stage, in tables that `planner.placement.partition` cuts by."""
+"""Seconds and memory of every run of layers as a stage of a plan, for `planner.placement.partition`.
+
+The plan is a trial: its layers do not matter yet, but its devices, schedule, synchronisation and savings do.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from planner.basis.memo import memoised
+from planner.costs import collectives
 from planner.costs.stage_costs import MEDIAN, layer_table
-from planner.orders import codes, schedules
-from planner.orders.codes import Order
+from planner.orders import schedules, synchronisation
 from planner.placement import partition
+from planner.placement.filling import crossing, flight, freeable_bytes, stage_bytes
 from planner.placement.question import Question
-from planner.programs.lowering import compute_order
 from planner.values.cluster import Device
 from planner.values.plan import Plan
-from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
+from planner.values.profile import Profile
 
 if TYPE_CHECKING:
     from planner.placement.partition import Table
 
 
 class StageTables:
-    """Seconds and share of memory of every run of layers as a stage of `plan`, for `planner.placement.partition`.
+    """Seconds and share of memory of every run of layers as a stage of `plan`.
 
-    A stage takes a micro-batch's forward and backward and the posting of its messages, and at least as long as the
-    slower of its two links needs for one message. Its memory is that of static bytes and of as many micro-batches as
-    the schedule keeps at once, with the largest transient peak of any layer on top: an upper bound for choosing cuts;
-    `planner.costs.memory` has the last word on the finished plan.
+    A stage takes a micro-batch's forward and backward, what is recomputed in between, the posting of its messages and
+    its part of what a step pays once (reductions that its last backward does not hide, the update); and at least as
+    long as its gathers and reductions take where each micro-batch has some, or as the slower of its two links needs for
+    one message. What it fills is `planner.placement.filling`'s. Where layers are to be `chosen` for recomputing once
+    the cut is known, a run takes as many seconds more as it lacks memory: the cheapest layers' share of all.
     """
 
-    def __init__(self, q: Question, plan: Plan) -> None:
-        self.q, self.plan = q, plan
-        self.held = in_flight(plan)
+    def __init__(self, q: Question, plan: Plan, *, chosen: bool = False) -> None:
+        self.q, self.plan, self.chosen = q, plan, chosen
+        self.flight = flight(plan)
         self.names = {device.name: device for device in q.devices}
         self.device = [self.weakest(stage.devices) for stage in plan.stages]
         self.cluster = q.cluster.only(plan.device_names)
+        self.schedule = schedules.get(plan.schedule)
+        self.agreed = synchronisation.get(plan.synchronisation)
         self.tables: dict[tuple[object, ...], Table] = {}
 
     def weakest(self, names: Sequence[str]) -> Device:
@@ -55,21 +60,106 @@ class StageTables:
         other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
         path = self.cluster.path(device.name, other) if other != device.name else ()
         figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in map(self.cluster.link_of, path))
-        return self._once(("seconds", device.speed, device.threads, figures), lambda: self._seconds(device, path))
+        return self._once(("seconds", stage, figures), lambda: self._seconds(stage, path))
 
     def computing(self, stage: int) -> Table:
         """Seconds per micro-batch without waiting for links: what is evened out where links are the bottleneck."""
-        return self.computing_on(self.device[stage])
+        return self.computing_on(stage, self.device[stage])
 
-    def computing_on(self, device: Device) -> Table:
-        """Seconds per micro-batch on a device."""
-        found: Table = run_seconds(self.q.profile, self.q.samples, device.threads) / device.speed
-        return found
+    def computing_on(self, stage: int, device: Device) -> Table:
+        """Seconds per micro-batch of a stage if it were on a device."""
+        names = tuple(self.plan.stages[stage].devices[:: self.plan.tensor])
+        short = self._short(stage, device) if self.chosen else None
+        key = "computing", device.speed, device.threads, names if len(names) > 1 else (), stage if self.chosen else 0
+        return self._once(key, lambda: self._computing(device, names, short))
 
-    def _seconds(self, device: Device, path: tuple[int, ...]) -> Table:
+    def filled(self, stage: int) -> Table:
+        """Share of the stage's device that its layers would fill."""
+        return self.filled_on(stage, self.device[stage])
+
+    def filled_on(self, stage: int, device: Device) -> Table:
+        """Share of a device that a stage's layers would fill."""
+        whole = self._bytes(stage)
+        if self.chosen:
+            free, moment = freeable_bytes(self.q.profile, self.plan, self.flight.resident[stage])
+            import numpy as np
+
+            whole = np.where(whole > self._room(device), whole - free + moment, whole)
+        return whole / self._room(device)
+
+    def _room(self, device: Device) -> float:
+        """A stage's share of a device that holds several."""
+        return device.memory_bytes / max(len(held) for held in self.plan.stages_of)
+
+    def _bytes(self, stage: int) -> Table:
+        holders = len(self.plan.stages[stage].devices)
+        versions = self.schedule.versions(stage, len(self.plan.stages))
+        own = self.flight.of(stage)
+        key = "bytes", own, versions, holders, self.plan.loaded(stage)
+        return self._once(key, lambda: stage_bytes(self.q.profile, self.plan, stage, own))
+
+    def _short(self, stage: int, device: Device) -> Table:
+        """What part of its layers every run has to recompute: bytes it lacks over bytes that this would free."""
         import numpy as np
 
-        q, computing = self.q, self.computing_on(device)
+        free, moment = freeable_bytes(self.q.profile, self.plan, self.flight.resident[stage])
+        lacks = self._bytes(stage) - self._room(device)
+        with np.errstate(invalid="ignore"):
+            part = np.where(lacks > 0, (lacks + moment) / np.maximum(free, 1.0), 0.0)
+        short: Table = np.clip(np.nan_to_num(part, nan=1.0, posinf=1.0), 0.0, 1.0)
+        return short
+
+    def _computing(self, device: Device, names: tuple[str, ...], short: Table | None) -> Table:
+        import numpy as np
+
+        profile, plan, samples = self.q.profile, self.plan, self.q.samples
+        layers = layer_table(profile, samples, device.threads)
+        seconds = run_seconds(profile, samples, device.threads)
+        again, once = np.diff(layers.recompute[MEDIAN])[:-1], np.diff(layers.forward[MEDIAN])[:-1]
+        if plan.recompute:  # the last layer only as far as it is needed
+            seconds = seconds + partition.spans(once.tolist(), leaving=[0.0, *(again - once).tolist()])
+        if plan.recompute_layers:
+            chosen = [layer.name in plan.recompute_layers for layer in profile.layers]
+            seconds = seconds + partition.spans((again * chosen).tolist())
+        if short is not None:
+            seconds = seconds + partition.spans(again.tolist()) * short
+        seconds = seconds / device.speed
+        every = self.schedule.updates == "microbatch"
+        share = 1 if every else -(-plan.microbatches // plan.replicas)
+        if not self.agreed.server and not plan.host_optimizer:
+            shards = len(names) if "optimizer" in self.agreed.shards else 1
+            update = np.diff(layers.optimizer[MEDIAN]) / device.speed / shards / share
+            seconds = seconds + partition.spans(update.tolist())
+        if len(names) == 1 or self.agreed.server:
+            return seconds
+        hidden = partition.spans((np.diff(layers.backward[MEDIAN])[:-1] / device.speed).tolist())
+        each, at_end = self._agreeing(names)
+        overlaps = not device.shares_cores
+        seconds = np.maximum(seconds, each) if overlaps else seconds + each
+        found: Table = seconds + np.maximum(0.0, at_end - hidden * overlaps) / share
+        return found
+
+    def _agreeing(self, names: tuple[str, ...]) -> tuple[Table, Table]:
+        """Seconds of every run's gathers and reductions: per micro-batch, and once between two updates."""
+        profile, whole = self.q.profile, 2.0**30
+        gradients = partition.spans([float(layer.gradient_bytes) for layer in profile.layers])
+        parameters = partition.spans([float(layer.parameter_bytes) for layer in profile.layers])
+        reduced = collectives.all_reduce(self.cluster, names, whole) / whole
+        if not self.agreed.shards:
+            per_update = reduced * gradients
+            each = per_update if self.schedule.updates == "microbatch" else 0 * gradients
+            return each, per_update - each
+        half = collectives.half(self.cluster, names, whole) / whole
+        if "parameters" in self.agreed.shards:
+            return half * (2 * parameters + gradients), 0 * gradients
+        if "gradients" in self.agreed.shards:
+            return half * gradients, half * parameters
+        return 0 * gradients, half * (gradients + parameters)
+
+    def _seconds(self, stage: int, path: tuple[int, ...]) -> Table:
+        import numpy as np
+
+        q, computing = self.q, self.computing(stage)
         if not path:
             return computing
         sizes = crossing(q.profile, q.samples)
@@ -81,59 +171,11 @@ class StageTables:
         found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
         return found
 
-    def filled(self, stage: int) -> Table:
-        """Share of the stage's device that its layers would fill."""
-        return self.filled_on(stage, self.device[stage])
-
-    def filled_on(self, stage: int, device: Device) -> Table:
-        """Share of a device that a stage's layers would fill."""
-        share = device.memory_bytes / self.plan.chunks
-        return self._once(("filled", self.held[stage], share), lambda: self._filled(self.held[stage], share))
-
-    def _filled(self, held: int, share: float) -> Table:
-        q, whole = self.q, self.plan.recompute
-        sizes = layer_bytes(q.profile, q.samples)
-        keeps = 0 if whole else held
-        weights = [own.static + keeps * own.saved for own in sizes]
-        cuts = [held * forward for forward, _ in crossing(q.profile, q.samples)]
-        peak = max(own.peak for own in sizes) + (max(own.saved for own in sizes) if whole else 0.0)
-        found: Table = (partition.spans(weights, cuts, cuts) + peak) / share
-        return found
-
     def _once(self, key: tuple[object, ...], make: Callable[[], Table]) -> Table:
         """Return the table of all stages that are alike."""
         if key not in self.tables:
             self.tables[key] = make()
         return self.tables[key]
-
-
-class LayerBytes(NamedTuple):
-    """A layer's bytes: always there, kept per micro-batch (of which its output), and at most in passing."""
-
-    static: float
-    saved: float
-    output: float
-    peak: float
-
-
-def layer_bytes(profile: Profile, samples: int) -> list[LayerBytes]:
-    """Return every layer's bytes at a micro-batch size, kept with the profile."""
-
-    def make() -> list[LayerBytes]:
-        found = []
-        for layer in profile.layers:
-
-            def at(field: str, layer: LayerProfile = layer) -> float:
-                return interpolate([(float(s.samples), float(getattr(s, field))) for s in layer.sizes], samples)
-
-            static = layer.parameter_bytes + layer.buffer_bytes + layer.gradient_bytes + layer.optimizer_bytes
-            output = at("output_bytes") if layer.output_saved else 0.0
-            saved = at("saved_bytes") + output
-            peak = max(at("forward_peak_bytes"), at("backward_peak_bytes"), at("backward_first_peak_bytes"))
-            found.append(LayerBytes(float(static), saved, output, peak))
-        return found
-
-    return memoised(profile, ("bytes", samples), make)
 
 
 def run_seconds(profile: Profile, samples: int, threads: int) -> Table:
@@ -148,44 +190,3 @@ def run_seconds(profile: Profile, samples: int, threads: int) -> Table:
         return partition.spans(weights)
 
     return memoised(profile, ("runs", samples, threads), make)
-
-
-def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
-    """Bytes that cross every cut position per micro-batch, forward and backward; nothing crosses the two ends."""
-
-    def make() -> list[tuple[float, float]]:
-        ends = [[0.0, 0.0] for _ in range(len(profile.layers) + 1)]
-        for value in profile.values:
-            size = value_bytes(value, samples)
-            for cut in range(max(1, value.source + 1), max(value.targets, default=0) + 1):
-                ends[cut][0] += size
-                ends[cut][1] += size if value.gradient else 0.0
-        return [(forward, backward) for forward, backward in ends]
-
-    return memoised(profile, ("crossing", samples), make)
-
-
-def in_flight(plan: Plan) -> tuple[int, ...]:
-    """Most micro-batches that each stage of a plan holds at once, from the schedule's own order."""
-    if plan.uneven:
-        return _in_flight(compute_order(plan), len(plan.stages))
-    shape = schedules.Shape(plan.depth, plan.microbatches // plan.replicas, plan.chunks)
-    return _held(plan.schedule, shape)
-
-
-@functools.lru_cache(maxsize=4096)
-def _held(schedule: str, shape: schedules.Shape) -> tuple[int, ...]:
-    # An order by measured seconds keeps the same limits whatever the seconds are.
-    return _in_flight(schedules.arrange(schedule, shape), shape.stages)
-
-
-def _in_flight(order: Order, stages: int) -> tuple[int, ...]:
-    import numpy as np
-
-    held = [1] * stages
-    for row in order:
-        for stage in np.unique(codes.stages(row)).tolist():
-            own = row[codes.stages(row) == stage]
-            change = codes.has(own, "F").astype(int) - codes.has(own, "B", "W")
-            held[stage] = max(held[stage], int(np.cumsum(change).max()))
-    return tuple(held)

@@ -177,12 +177,11 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
 
 
 def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple[Strategy, Plan | PlanError]]:
+    """Yield every strategy's plan, and the one that recomputes: it is cut with that in mind."""
     for entry in strategies:
         try:
-            plan = entry.spread(question)
+            yield entry, entry.spread(question)
         except PlanError as error:
             yield entry, error
             continue
-        yield entry, plan
-        if plan.schedule != "forward-only":
-            yield entry, msgspec.structs.replace(plan, recompute=True)
+        yield entry, entry.spread(question._replace(savings=("recompute",)))

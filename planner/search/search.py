@@ -21,13 +21,14 @@ import numpy.typing as npt
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
+from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
 from planner.search.bounds import Bounds, plan_bound
 from planner.search.choice import TIE, Merit, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.objective import Reckoned
 from planner.search.simplicity import identity, mechanisms
-from planner.search.space import Candidate, Space, bare, blocks, make
+from planner.search.space import Candidate, Space, blocks, make, question
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Cluster
@@ -51,7 +52,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `lack` is peak over capacity on the worst device, or on the host named `full`: above 1 it does not fit. `exact` is
     off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
-    not met. `mechanisms` and `runnable` are what decides between plans that are as good.
+    not met. `mechanisms` and `runnable` are what decides between plans that are as good. `squeezed`:
+    memory decided where it is cut.
     """
 
     key: str
@@ -68,6 +70,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     mechanisms: int = 0
     runnable: bool = False
     price_per_hour: float = 0.0
+    squeezed: bool = False
     why: str = ""
 
     @property
@@ -300,14 +303,13 @@ class Search:
         hoped = [candidate for candidate in every if not self._hopeless(bound, candidate)]
         if not hoped:
             return
-        try:
-            plan = bare(hoped[0], self.profile, self.cluster, self.batch)
-            own = self.score(plan, plan_bound(Placed(self.profile, plan, self.cluster)), 0.0)
-        except PlanError as error:
-            for candidate in every:
-                self._impossible(candidate, f"{error.what}: {error.why}")
-            return
         for candidate in hoped:
+            try:
+                plan = make(candidate, self.profile, self.cluster, self.batch)
+                own = self.score(plan, plan_bound(Placed(self.profile, plan, self.cluster)), 0.0)
+            except PlanError as error:
+                self._impossible(candidate, f"{error.what}: {error.why}")
+                continue
             if not self._hopeless(own, candidate):
                 self._push(max(bound, own), candidate)
 
@@ -343,9 +345,8 @@ class Search:
         if not candidate.savings:
             for saved in self.space.savings:
                 more = candidate._replace(savings=saved)
-                least = (
-                    found.score if set(saved) <= self.slowing and not found.stale and self.objective.timed else bound
-                )
+                slower = set(saved) <= self.slowing and not (found.stale or found.squeezed) and self.objective.timed
+                least = found.score if slower else bound
                 if saved and not self._hopeless(least, more) and not self._dominated(more):
                     self._push(max(bound, least), more)
         if found.lack > 1:
@@ -390,8 +391,8 @@ class Search:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
 
         Savings that only add work or waits can make a plan smaller, never quicker. But what is repeated need not be
-        swapped; and of a plan without flush the steady state is a mean over few steps, which moves by more than some
-        savings cost.
+        swapped; of a plan without flush the steady state is a mean over few steps, which moves by more than some
+        savings cost; and where memory decided about the cut, one that saves is cut better.
         """
         if not self.objective.timed:
             return False
@@ -402,6 +403,7 @@ class Search:
             and not ("offload" in less and (mine - less) & {"recompute", "recompute-layers"})
             and (found.lack <= 1 or found.score >= self.reach)
             and not (found.stale and self.stale)
+            and not found.squeezed
             for less, found in self.known[candidate.bare]
         )
 
@@ -431,6 +433,7 @@ class Search:
             lack=lack,
             full=full,
             exact=not shares(placed),
+            squeezed=squeezed(question(candidate, self.profile, self.cluster, self.batch), placed),
         )
 
     def score(self, plan: Plan, step_s: float, peak: float) -> float:

@@ -243,14 +243,10 @@ def question(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -
         chunks=point.chunks,
         tensor=point.tensor,
         synchronisation=point.synchronisation,
+        savings=point.savings,
     )
 
 
 def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
-    return savings.apply(question(point, profile, cluster, batch), bare(point, profile, cluster, batch), point.savings)
-
-
-def bare(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
-    """Return the plan at a point without its savings. Raises `PlanError` where there is none."""
     return point.how.spread(question(point, profile, cluster, batch))

@@ -27,8 +27,7 @@ from tests.factory import devices, profile
 
 
 def spread(costs: Profile, cluster: Cluster, strategy: str, k: int, m: int, *saved: str) -> Plan:
-    question = Question(costs, cluster, k, m, m)
-    return apply(question, get(strategy).spread(question), saved)
+    return get(strategy).spread(Question(costs, cluster, k, m, m, savings=saved))
 
 
 def simulated(costs: Profile, cluster: Cluster, strategy: str, k: int, m: int, *saved: str) -> Outcome:

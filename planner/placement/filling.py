@@ -1,0 +1,209 @@
+"""How much memory every run of layers would take as a stage of a plan: additive tables, an upper bound for cutting.
+
+`planner.costs.memory` has the last word on the finished plan: it walks every stage's layers, which is exact and takes
+too long for every run of layers there is. Here a stage's bytes are sums over its layers and its two cuts, and the
+largest transient of any of its layers on top. All that the plan's savings change is counted: checkpoints keep what they
+exchange and repeat one micro-batch's rest, shards are divided, asynchronous schedules keep versions, an optimizer on
+the host takes nothing. The bound is tested: never below the model's peak, and by how much above
+(`tests/planner/test_tables.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+from planner.basis.memo import memoised
+from planner.orders import codes, schedules, synchronisation
+from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE, Order
+from planner.placement import partition
+from planner.programs.lowering import compute_order, offload
+from planner.values.plan import Plan, asynchronous, windows
+from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from planner.placement.partition import Table
+
+
+class LayerBytes(NamedTuple):
+    """A layer's bytes: kept per micro-batch, its output in that if a backward needs it, its output, and in passing."""
+
+    saved: float
+    output: float
+    sent: float
+    peak: float
+
+
+class Flight(NamedTuple):
+    """Most micro-batches that each stage has at once, from the order of its actions.
+
+    `held` are between their forward and the end of their backward, of `resident` ones what they saved is on the device
+    (others' is on the host), and of `repeated` ones what they recomputed: of backwards in two halves several.
+    """
+
+    held: tuple[int, ...]
+    resident: tuple[int, ...]
+    repeated: tuple[int, ...]
+
+    def of(self, stage: int) -> tuple[int, int, int]:
+        """The three numbers of a stage."""
+        return self.held[stage], self.resident[stage], self.repeated[stage]
+
+
+def stage_bytes(profile: Profile, plan: Plan, stage: int, flight: tuple[int, int, int]) -> Table:
+    """Return the bytes of every run of layers as a stage that holds so many micro-batches (`Flight.of`)."""
+    import numpy as np
+
+    held, resident, repeated = flight
+    schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
+    holders = len(plan.stages[stage].devices) // plan.tensor
+    served, trains = bool(agreed.server), schedule.trains
+    keeps = holders > 1 and not served and not schedule.asynchronous
+
+    def part(kind: synchronisation.Sharded) -> int:
+        return holders if kind in agreed.shards else 1
+
+    versions = schedule.versions(stage, len(plan.stages)) - 1
+    sizes, cuts = layer_bytes(profile, plan.samples), crossing(profile, plan.samples)
+    forgotten = {i for i, layer in enumerate(profile.layers) if plan.recompute or layer.name in plan.recompute_layers}
+    weights, passing = [], []
+    for i, (layer, own) in enumerate(zip(profile.layers, sizes, strict=True)):
+        static = layer.parameter_bytes * (1 / part("parameters") + versions) + layer.buffer_bytes
+        if trains:
+            static += layer.gradient_bytes / (part("gradients") if keeps else 1)
+            static += 0.0 if served or plan.host_optimizer else layer.optimizer_bytes / part("optimizer")
+        if plan.recompute:
+            kept, again = 0.0, repeated * own.saved
+        elif i in forgotten:
+            kept, again = own.sent, (repeated - 1) * own.saved
+        else:
+            kept, again = own.saved - own.output + (own.sent if forgotten else own.output), 0.0
+        weights.append(static + resident * kept + again)
+        peak = own.peak + (own.saved if i in forgotten and not plan.recompute else 0.0)
+        peak = max(peak, layer.optimizer_peak_bytes / part("optimizer"))
+        if "parameters" in agreed.shards:
+            peak += sum(near.parameter_bytes for near in profile.layers[i : i + 2])
+        if "gradients" in agreed.shards:
+            peak += 2 * layer.gradient_bytes
+        passing.append(peak)
+    last = len(profile.layers)
+    loaded = plan.loaded(stage)
+    inputs, targets = (
+        interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], loaded) for kind in (1, 2)
+    )
+    # One message more than there are micro-batches is posted early. A gradient that is sent stays until that is known:
+    # in a plain pipeline the next micro-batch's messages tell.
+    sending = repeated if schedule.placement == "straight" else held
+    enters = [(held + 1) * forward + sending * backward for forward, backward in cuts]
+    leaves = [resident * forward + (repeated + 1) * backward for forward, backward in cuts]
+    enters[0] += inputs + targets
+    leaves[last] += inputs + targets + resident * (sizes[-1].sent + _loss(profile, plan.samples).saved)
+    passing[-1] = max(passing[-1], _loss(profile, plan.samples).peak + sizes[-1].sent)
+    table: Table = partition.spans(weights, enters, leaves) + largest(passing)
+    return np.where(np.tri(last + 1, dtype=bool), np.inf, table)
+
+
+def freeable_bytes(profile: Profile, plan: Plan, resident: int) -> tuple[Table, Table]:
+    """Return what recomputing every layer of a run frees of its micro-batches, and what it needs for a moment."""
+    sizes = layer_bytes(profile, plan.samples)
+    return (
+        partition.spans([resident * max(0.0, own.saved - own.sent) for own in sizes]),
+        largest([own.saved for own in sizes]),
+    )
+
+
+def largest(values: Sequence[float]) -> Table:
+    """Tabulate the largest value of every run of layers.
+
+    >>> largest([3, 1, 4])[1, 2], largest([3, 1, 4])[0, 3]
+    (np.float64(1.0), np.float64(4.0))
+    """
+    import numpy as np
+
+    found = np.zeros((len(values) + 1, len(values) + 1))
+    for start in range(len(values)):
+        found[start, start + 1 :] = np.maximum.accumulate(np.array(values[start:], dtype=float))
+    return found
+
+
+def layer_bytes(profile: Profile, samples: int) -> list[LayerBytes]:
+    """Return every layer's bytes at a micro-batch size, kept with the profile."""
+
+    def make() -> list[LayerBytes]:
+        own = [_own(layer, samples) for layer in profile.layers]
+        cuts = crossing(profile, samples)
+        found = []
+        for i, layer in enumerate(own):
+            # A forward has the output in front of it besides, a backward the gradients behind it.
+            before = own[i - 1].sent if i else 0.0
+            behind = cuts[i + 1][1] if i + 1 < len(own) else layer.sent
+            found.append(layer._replace(peak=layer.peak + max(before, behind)))
+        return found
+
+    return memoised(profile, ("bytes", samples), make)
+
+
+def _own(layer: LayerProfile, samples: int) -> LayerBytes:
+    def at(field: str) -> float:
+        return interpolate([(float(s.samples), float(getattr(s, field))) for s in layer.sizes], samples)
+
+    sent = at("output_bytes")
+    output = sent if layer.output_saved else 0.0
+    peak = max(at("forward_peak_bytes"), at("backward_peak_bytes"), at("backward_first_peak_bytes"))
+    return LayerBytes(at("saved_bytes") + output, output, sent, peak)
+
+
+def _loss(profile: Profile, samples: int) -> LayerBytes:
+    return _own(profile.loss, samples)
+
+
+def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
+    """Bytes that cross every cut position per micro-batch, forward and backward; nothing crosses the two ends."""
+
+    def make() -> list[tuple[float, float]]:
+        ends = [[0.0, 0.0] for _ in range(len(profile.layers) + 1)]
+        for value in profile.values:
+            size = value_bytes(value, samples)
+            for cut in range(max(1, value.source + 1), max(value.targets, default=0) + 1):
+                ends[cut][0] += size
+                ends[cut][1] += size if value.gradient else 0.0
+        return [(forward, backward) for forward, backward in ends]
+
+    return memoised(profile, ("crossing", samples), make)
+
+
+def flight(plan: Plan) -> Flight:
+    """Return the most micro-batches that each stage of a plan has at once, as its schedule and offloading have it."""
+    swapped = plan.offload and schedules.get(plan.schedule).trains
+    if plan.uneven:
+        return _flight(compute_order(plan), len(plan.stages), swapped)
+    share = plan.microbatches // plan.replicas * (windows(plan) if asynchronous(plan) else 1)
+    return _arranged(plan.schedule, schedules.Shape(plan.depth, share, plan.chunks), swapped)
+
+
+@functools.lru_cache(maxsize=4096)
+def _arranged(schedule: str, shape: schedules.Shape, swapped: bool) -> Flight:
+    # An order by measured seconds keeps the same limits whatever the seconds are.
+    return _flight(schedules.arrange(schedule, shape), shape.stages, swapped)
+
+
+def _flight(order: Order, stages: int, swapped: bool) -> Flight:
+    import numpy as np
+
+    def most(rows: Order, begins: tuple[str, ...], ends: tuple[str, ...]) -> tuple[int, ...]:
+        found = [1] * stages
+        for row in rows:
+            for stage in np.unique(codes.stages(row)).tolist():
+                own = row[codes.stages(row) == stage]
+                change = codes.has(own, *begins).astype(int) - codes.has(own, *ends)
+                found[stage] = max(found[stage], int(np.cumsum(change).max()))
+        return tuple(found)
+
+    held = most(order, (FORWARD,), (BACKWARD, BACKWARD_WEIGHT))
+    repeated = most(order, (BACKWARD_INPUT,), (BACKWARD_WEIGHT,))
+    if not swapped:
+        return Flight(held, held, repeated)
+    away = tuple(offload(row) for row in order)
+    return Flight(held, most(away, (FORWARD, FETCH), (BACKWARD, BACKWARD_WEIGHT, RELEASE)), repeated)
