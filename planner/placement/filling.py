@@ -14,6 +14,7 @@ import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.basis.memo import memoised
+from planner.costs.blocks import blocks
 from planner.orders import codes, schedules, synchronisation
 from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE, Order
 from planner.placement import partition
@@ -83,10 +84,6 @@ def stage_bytes(profile: Profile, plan: Plan, stage: int, flight: tuple[int, int
         weights.append(static + resident * kept + again)
         peak = own.peak + (own.saved if i in forgotten and not plan.recompute else 0.0)
         peak = max(peak, layer.optimizer_peak_bytes / part("optimizer"))
-        if "parameters" in agreed.shards:
-            peak += sum(near.parameter_bytes for near in profile.layers[i : i + 2])
-        if "gradients" in agreed.shards:
-            peak += 2 * layer.gradient_bytes
         passing.append(peak)
     last = len(profile.layers)
     loaded = plan.loaded(stage)
@@ -102,7 +99,30 @@ def stage_bytes(profile: Profile, plan: Plan, stage: int, flight: tuple[int, int
     leaves[last] += inputs + targets + resident * (sizes[-1].sent + _loss(profile, plan.samples).saved)
     passing[-1] = max(passing[-1], _loss(profile, plan.samples).peak + sizes[-1].sent)
     table: Table = partition.spans(weights, enters, leaves) + largest(passing)
+    if "parameters" in agreed.shards:
+        table = table + _whole_blocks(profile, [float(layer.parameter_bytes) for layer in profile.layers], 2)
+    if "gradients" in agreed.shards:
+        times = 2 if schedule.splits else 1
+        table = table + times * _whole_blocks(profile, [float(layer.gradient_bytes) for layer in profile.layers], 1)
+    if agreed.server == "devices" and trains:
+        kept = sum(layer.parameter_bytes + layer.optimizer_bytes for layer in profile.layers)
+        table = table + kept / len(plan.servers)
     return np.where(np.tri(last + 1, dtype=bool), np.inf, table)
+
+
+def _whole_blocks(profile: Profile, sizes: list[float], count: int) -> Table:
+    """The most that so many neighbouring blocks of shards need to be whole, and no more than the run has.
+
+    Blocks are the whole model's; where a run's own ones are others, its last one has what is left over.
+    """
+    import numpy as np
+
+    parts = blocks(profile, range(len(profile.layers)))
+    of_block = [sum(sizes[i] for i in block) for block in parts]
+    around = [sum(of_block[max(0, b - count + 1) : b + count]) for b in range(len(parts))]
+    most = [around[b] for b, block in enumerate(parts) for _ in block]
+    found: Table = np.minimum(partition.spans(sizes), largest(most))
+    return found
 
 
 def freeable_bytes(profile: Profile, plan: Plan, resident: int) -> tuple[Table, Table]:
