@@ -63,7 +63,7 @@ def cut_of(q: Question, plan: Plan) -> Cut:
     homes = tuple((device.name, device.speed, device.memory_bytes) for device in tables.device)
     versions = tuple(schedule.versions(s, stages) for s in range(stages))
     asked = plan.synchronisation, len(plan.stages[0].devices), plan.microbatches, plan.chunks, tables.chosen
-    saved = plan.recompute, plan.recompute_layers, plan.host_optimizer
+    saved = plan.recompute, plan.recompute_layers, plan.recompute_blocks, plan.host_optimizer
     key = "cut", q.cluster.identity, homes, tables.flight, versions, schedule.updates, asked, saved
     return memoised(q.profile, (*key, q.samples, schedule.copies), make)
 

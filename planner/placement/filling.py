@@ -53,42 +53,60 @@ class Flight(NamedTuple):
         return self.held[stage], self.resident[stage], self.repeated[stage]
 
 
-def stage_bytes(profile: Profile, plan: Plan, stage: int, flight: tuple[int, int, int]) -> Table:
-    """Return the bytes of every run of layers as a stage that holds so many micro-batches (`Flight.of`)."""
+class Holding(NamedTuple):
+    """What of a stage does not depend on its layers: how many devices hold it, and how many versions of its parameters.
+
+    `flight` are its micro-batches (`Flight.of`), `loaded` the samples that each holder loads per step.
+    """
+
+    holders: int
+    versions: int
+    loaded: int
+    flight: tuple[int, int, int]
+
+
+def holding(plan: Plan, stage: int, flight: Flight) -> Holding:
+    """Return what a stage of a plan holds."""
+    versions = schedules.get(plan.schedule).versions(stage, len(plan.stages))
+    return Holding(len(plan.stages[stage].devices) // plan.tensor, versions, plan.loaded(stage), flight.of(stage))
+
+
+def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
+    """Return the bytes of every run of layers as a stage with a plan's schedule, synchronisation and savings."""
     import numpy as np
 
-    held, resident, repeated = flight
+    held, resident, repeated = own.flight
     schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
-    holders = len(plan.stages[stage].devices) // plan.tensor
+    holders = own.holders
     served, trains = bool(agreed.server), schedule.trains
     keeps = holders > 1 and not served and not schedule.asynchronous
 
     def part(kind: synchronisation.Sharded) -> int:
         return holders if kind in agreed.shards else 1
 
-    versions = schedule.versions(stage, len(plan.stages)) - 1
     sizes, cuts = layer_bytes(profile, plan.samples), crossing(profile, plan.samples)
-    forgotten = {i for i, layer in enumerate(profile.layers) if plan.recompute or layer.name in plan.recompute_layers}
+    blocks_of = repeated_blocks(profile, plan)
     weights, passing = [], []
-    for i, (layer, own) in enumerate(zip(profile.layers, sizes, strict=True)):
-        static = layer.parameter_bytes * (1 / part("parameters") + versions) + layer.buffer_bytes
+    for i, (layer, size) in enumerate(zip(profile.layers, sizes, strict=True)):
+        block = blocks_of.get(i)
+        static = layer.parameter_bytes * (1 / part("parameters") + own.versions - 1) + layer.buffer_bytes
         if trains:
             static += layer.gradient_bytes / (part("gradients") if keeps else 1)
             static += 0.0 if served or plan.host_optimizer else layer.optimizer_bytes / part("optimizer")
+        peak, again = size.peak, 0.0
         if plan.recompute:
-            kept, again = 0.0, repeated * own.saved
-        elif i in forgotten:
-            kept, again = own.sent, (repeated - 1) * own.saved
+            kept, again = 0.0, repeated * size.saved
+        elif block is not None:
+            kept = size.sent if i == block[-1] else 0.0
+            again = (repeated - 1) * size.saved
+            peak += sum(sizes[j].saved for j in block)
         else:
-            kept, again = own.saved - own.output + (own.sent if forgotten else own.output), 0.0
+            kept = size.saved - size.output + (size.sent if blocks_of else size.output)
         weights.append(static + resident * kept + again)
-        peak = own.peak + (own.saved if i in forgotten and not plan.recompute else 0.0)
-        peak = max(peak, layer.optimizer_peak_bytes / part("optimizer"))
-        passing.append(peak)
+        passing.append(max(peak, layer.optimizer_peak_bytes / part("optimizer")))
     last = len(profile.layers)
-    loaded = plan.loaded(stage)
     inputs, targets = (
-        interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], loaded) for kind in (1, 2)
+        interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], own.loaded) for kind in (1, 2)
     )
     # One message more than there are micro-batches is posted early. A gradient that is sent stays until that is known:
     # in a plain pipeline the next micro-batch's messages tell.
@@ -123,6 +141,14 @@ def _whole_blocks(profile: Profile, sizes: list[float], count: int) -> Table:
     most = [around[b] for b, block in enumerate(parts) for _ in block]
     found: Table = np.minimum(partition.spans(sizes), largest(most))
     return found
+
+
+def repeated_blocks(profile: Profile, plan: Plan) -> dict[int, range]:
+    """Return, for every layer that a plan repeats in a checkpoint of its own or of its block, that checkpoint."""
+    places = {layer.name: i for i, layer in enumerate(profile.layers)}
+    runs = [range(places[name], places[name] + 1) for name in plan.recompute_layers]
+    runs += [range(places[first], places[last] + 1) for first, last in plan.recompute_blocks]
+    return {i: run for run in runs for i in run}
 
 
 def freeable_bytes(profile: Profile, plan: Plan, resident: int) -> tuple[Table, Table]:

@@ -103,7 +103,7 @@ def apply(q: Question, plan: Plan, wanted: tuple[str, ...]) -> Plan:
 
 def without(plan: Plan) -> Plan:
     """Return the plan without savings, cut where it is."""
-    return msgspec.structs.replace(plan, recompute=False, recompute_layers=(), offload=False, host_optimizer=False)
+    return msgspec.structs.replace(plan.without_recompute(), offload=False, host_optimizer=False)
 
 
 @saving("recompute")

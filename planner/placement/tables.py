@@ -16,7 +16,7 @@ from planner.costs import collectives
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement import partition
-from planner.placement.filling import crossing, flight, freeable_bytes, stage_bytes
+from planner.placement.filling import crossing, flight, freeable_bytes, holding, repeated_blocks, stage_bytes
 from planner.placement.question import Question
 from planner.values.cluster import Device
 from planner.values.plan import Plan
@@ -92,11 +92,8 @@ class StageTables:
         return device.memory_bytes / max(len(held) for held in self.plan.stages_of)
 
     def _bytes(self, stage: int) -> Table:
-        holders = len(self.plan.stages[stage].devices)
-        versions = self.schedule.versions(stage, len(self.plan.stages))
-        own = self.flight.of(stage)
-        key = "bytes", own, versions, holders, self.plan.loaded(stage)
-        return self._once(key, lambda: stage_bytes(self.q.profile, self.plan, stage, own))
+        own = holding(self.plan, stage, self.flight)
+        return self._once(("bytes", own), lambda: stage_bytes(self.q.profile, self.plan, own))
 
     def _short(self, stage: int, device: Device) -> Table:
         """What part of its layers every run has to recompute: bytes it lacks over bytes that this would free."""
@@ -118,9 +115,12 @@ class StageTables:
         again, once = np.diff(layers.recompute[MEDIAN])[:-1], np.diff(layers.forward[MEDIAN])[:-1]
         if plan.recompute:  # the last layer only as far as it is needed
             seconds = seconds + partition.spans(once.tolist(), leaving=[0.0, *(again - once).tolist()])
-        if plan.recompute_layers:
-            chosen = [layer.name in plan.recompute_layers for layer in profile.layers]
-            seconds = seconds + partition.spans((again * chosen).tolist())
+        if blocks_of := repeated_blocks(profile, plan):
+            own = [
+                0.0 if i not in blocks_of else float((again if i == blocks_of[i][-1] else once)[i])
+                for i in range(len(once))
+            ]
+            seconds = seconds + partition.spans(own)
         if short is not None:
             seconds = seconds + partition.spans(again.tolist()) * short
         seconds = seconds / device.speed
