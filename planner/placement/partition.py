@@ -1,4 +1,4 @@
-"""Where to cut the layers into stages, and over how many devices to spread each: exact, over numbers.
+"""Where to cut the layers into stages: exact, over numbers.
 
 It knows weights only: seconds, bytes, or anything else. A stage of layers `start` to `stop - 1` is the entry
 `[start, stop]` of a table with one row and one column more than there are layers; entries with `stop <= start` are not
@@ -9,14 +9,14 @@ looked at. Nothing is assumed about a table: a longer stage may take less time, 
     cut(lambda stage: table / speed[stage], 2)                      the same on unequal devices, placed in their order
     cut(table, 2, filled)                                           the same where memory suffices
     lightest(filled, 2)                                             the nearest to fitting, when that found none
-    replicated(lambda replicas: table / replicas, 8)                as many stages as is best, over at most 8 devices
 
-Layers may be recomputed to fit, too: `planner.placement.selection`.
+Layers may be recomputed to fit, too: `planner.placement.selection`. Over how many devices to spread each stage is
+`planner.placement.hierarchy`'s question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -192,88 +192,6 @@ def evened(ranges: tuple[range, ...], homes: Sequence[int], seconds: Tables, fil
         stops[left] += step
         for stage in (left, left + 1):
             load[homes[stage]] += time(stage)
-
-
-def replicated(
-    seconds: Callable[[int], Table],
-    devices: int,
-    *,
-    stages: int | None = None,
-    filled: Callable[[int, int], Table] | None = None,
-    counts: Iterable[int] | None = None,
-) -> tuple[tuple[range, ...], tuple[int, ...]] | None:
-    """Choose cuts and replicas per stage so that the slowest stage is as fast as at most `devices` allow, exactly.
-
-    `seconds(r)` are those between two micro-batches that leave a stage of r replicas. PipeDream's (Narayanan et al.,
-    SOSP 2019, section 3.1; replicas take turns, and synchronise gradients beside the computing) are the larger one of
-    `compute / r` and the gradients' synchronisation, and of the transfers where those overlap as well; where they do
-    not, add them. `filled(behind, r)` is the share of its device's memory that a stage takes with `behind` stages from
-    it to the last one, it included (1F1B holds that many micro-batches). `stages` fixes their number; `counts`
-    restricts the numbers of replicas (powers of two, say), as is needed where devices x layers^2 numbers are too many.
-
-    Returns the stages and their replicas, or None if nothing fits. Of equal optima: the fewest devices, then the
-    fewest stages, then the shortest first stage, the shortest second one, and so on.
-
-    The answer is a time that some stage takes, so they are searched by halving: for a given limit, every run of
-    layers needs a number of replicas, and the least devices for the last layers as k stages are the least sum of a
-    first stage's and those behind it. O(log(layers^2 x counts) x (counts + stages) x layers^2), with `filled` times
-    stages instead of the sum; a byte per stage, count and run of layers is kept for it.
-
-    >>> import numpy as np
-    >>> compute, gradient_seconds = spans([8, 8, 1]), spans([0, 0, 9])
-    >>> replicated(lambda r: np.maximum(compute / r, 2 * (r - 1) / r * gradient_seconds), 5)
-    ((range(0, 2), range(2, 3)), (4, 1))
-    """
-    import numpy as np
-
-    choices = sorted({r for r in counts or range(1, devices + 1) if 1 <= r <= devices})
-    if not choices:
-        return None
-    tables = [seconds(r) for r in choices]
-    layers = len(tables[0]) - 1
-    runs = ~np.tri(layers + 1, dtype=bool)
-    # The last entry along the axis of counts is the way out: within every limit, and infinitely many replicas.
-    table = np.stack([*(np.where(runs, t, np.inf) for t in tables), np.full(runs.shape, -np.inf)], axis=-1)
-    replicas = np.array([*choices, np.inf])
-    most = min(layers, devices) if stages is None else stages
-    fits: list[NDArray[np.bool_]] = []
-    if filled is not None:
-        for behind in range(1, most + 1):
-            fits.append(np.stack([*(filled(behind, r) <= 1 for r in choices), np.ones_like(runs)], axis=-1))
-
-    def place(limit: float) -> tuple[list[Table], list[Table]]:
-        """The replicas that every run of layers needs, by stages behind; the devices that the last layers need."""
-        within = table <= limit
-        needs = [replicas[(within & fit).argmax(axis=-1)] for fit in fits] or [replicas[within.argmax(axis=-1)]] * most
-        least = [np.where(np.arange(layers + 1) < layers, np.inf, 0.0)]
-        for need in needs:
-            least.append((need + least[-1][None, :]).min(axis=1))
-        return needs, least
-
-    def used(least: list[Table]) -> tuple[float, int]:
-        return min((float(least[k][0]), k) for k in range(1 if stages is None else stages, most + 1))
-
-    limits = np.unique(table[np.isfinite(table)])
-    low, high = 0, len(limits)
-    while low < high:
-        middle = (low + high) // 2
-        if used(place(limits[middle])[1])[0] <= devices:
-            high = middle
-        else:
-            low = middle + 1
-    if low == len(limits):
-        return None
-    needs, least = place(limits[low])
-    ranges: list[range] = []
-    spread: list[int] = []
-    start = 0
-    for behind in range(used(least)[1], 0, -1):
-        need = needs[behind - 1][start]
-        stop = int((need + least[behind - 1]).argmin())
-        ranges.append(range(start, stop))
-        spread.append(int(need[stop]))
-        start = stop
-    return tuple(ranges), tuple(spread)
 
 
 def _at(tables: Tables, stage: int) -> Table:

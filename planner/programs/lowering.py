@@ -77,6 +77,8 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
                 send_first(way.add(row, share)) if agrees else row for agrees, row in zip(agreeing, rows, strict=True)
             )
             rows = prefetch(rows, UNSHARD_FORWARD, UNSHARD_BACKWARD)
+            if plan.uneven and share < ONCE:
+                rows = tuple(_whole_turns(plan, row, *held) for row, held in zip(rows, plan.stages_of, strict=True))
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
@@ -88,6 +90,16 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
         rows = tuple(gather(row) if gathered else row for gathered, row in zip(gathers, rows, strict=True))
     last = (OPTIMIZER,) if updates and share >= ONCE else ()
     return Program(frame(rows, stages, [(*last, UNSHARD_FORWARD) if last and g else last for g in gathers]))
+
+
+def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:
+    """Leave out the reductions behind the last turn that all of a stage's replicas take: some would wait for ever.
+
+    Replicas take micro-batches in turn (1F1B-RR), and how many are unrolled need not be a multiple of theirs.
+    """
+    replicas = len(plan.holders[stage])
+    whole = plan.microbatches * windows(plan) // replicas * replicas
+    return row[~(codes.has(row, REDUCE_GRAD) & (codes.microbatches(row) >= whole))]
 
 
 def compute_order(plan: Plan, copies: int | None = None) -> Order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -75,7 +75,6 @@ def test_more_stages_than_layers() -> None:
         partition.balanced([1.0, 1.0], 3)
     assert partition.cut(partition.spans([1.0, 1.0]), 3) is None
     assert partition.lightest(partition.spans([1.0, 1.0]), 3) is None
-    assert partition.replicated(lambda r: partition.spans([1.0, 1.0]), 4, stages=3) is None
 
 
 @given(st.integers(1, 50), st.data())
@@ -135,71 +134,6 @@ def test_lightest_is_exact_and_fits_where_anything_does(layers: int, data: st.Da
     least = slowest(filled, found)
     assert least == min(slowest(filled, c) for c in cuts(layers, stages))
     assert (partition.cut(held, stages, filled) is not None) == (least <= 1)
-
-
-@given(st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans(), st.data())
-def test_replicated_is_exact(layers: int, devices: int, constrained: bool, free: bool, data: st.DataObject) -> None:
-    counts = data.draw(st.sampled_from([None, [1, 2, 4], [2, 3], [1]]))
-    stages = None if free else data.draw(st.integers(1, layers))
-    seconds = data.draw(tables(layers, devices))
-    filled = data.draw(tables(layers, layers * devices, 3)).reshape(layers, devices, layers + 1, layers + 1) / 2
-
-    def fits(ranges: tuple[range, ...], replicas: tuple[int, ...]) -> bool:
-        behind = range(len(ranges), 0, -1)
-        return not constrained or all(
-            filled[k - 1, r - 1, x.start, x.stop] <= 1 for k, r, x in zip(behind, replicas, ranges, strict=True)
-        )
-
-    def price(ranges: tuple[range, ...], replicas: tuple[int, ...]) -> tuple[float, int, int]:
-        times = (float(seconds[r - 1, x.start, x.stop]) for r, x in zip(replicas, ranges, strict=True))
-        return max(times), sum(replicas), len(ranges)
-
-    best = min(
-        (
-            price(ranges, replicas)
-            for count in (range(1, layers + 1) if stages is None else [stages])
-            for ranges in cuts(layers, count)
-            for replicas in product(counts or range(1, devices + 1), repeat=count)
-            if sum(replicas) <= devices and fits(ranges, replicas)
-        ),
-        default=(float("inf"), 0, 0),
-    )
-    found = partition.replicated(
-        lambda r: seconds[r - 1],
-        devices,
-        stages=stages,
-        filled=(lambda behind, r: filled[behind - 1, r - 1]) if constrained else None,
-        counts=counts,
-    )
-    if found is None:
-        assert best[0] == float("inf")
-    else:
-        assert [i for r in found[0] for i in r] == list(range(layers))
-        assert fits(*found)
-        assert price(*found) == best
-
-
-@given(st.lists(st.floats(0.1, 9), min_size=1, max_size=6), st.data())
-def test_replicated_as_pipedream_states_it(compute: list[float], data: st.DataObject) -> None:
-    """The recurrence of the paper, with floats: A(j, m) = min over i, r of max(A(i, m - r), T(i..j, r))."""
-    layers, devices = len(compute), data.draw(st.integers(1, 5))
-    gradients = data.draw(st.lists(st.floats(0, 30), min_size=layers, max_size=layers))
-    work, weights = partition.spans(compute), partition.spans(gradients)
-
-    def seconds(replicas: int) -> Table:
-        return np.maximum(work / replicas, 4 * (replicas - 1) / replicas * weights / 10)
-
-    def best(stop: int, left: int) -> float:
-        if stop == 0:
-            return 0.0
-        return min(
-            (max(best(i, left - r), float(seconds(r)[i, stop])) for i in range(stop) for r in range(1, left + 1)),
-            default=float("inf"),
-        )
-
-    found = partition.replicated(seconds, devices)
-    assert found is not None
-    assert max(float(seconds(r)[x.start, x.stop]) for x, r in zip(*found, strict=True)) == best(layers, devices)
 
 
 @given(st.lists(st.integers(1, 20), min_size=4, max_size=12), st.integers(1, 3))
