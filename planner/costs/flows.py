@@ -37,3 +37,14 @@ def carrying(cluster: Cluster, flows: Sequence[Flow]) -> float:
         for number in path:
             carried[number] += size
     return max((size / cluster.bandwidths[number] for number, size in carried.items()), default=0.0)
+
+
+def latency(cluster: Cluster, flows: Sequence[Flow], seconds: float) -> float:
+    """Seconds of a transfer that are not its bytes': it takes `seconds` alone, less what its slowest link needs."""
+    links = 2 * len(cluster.links)
+    own = (size / cluster.link_of(n).bandwidth_bytes_per_s for path, size in flows for n in path if n < links)
+    waiting = seconds - max((*own, carrying(cluster, flows)), default=0.0)
+    return waiting if waiting > _ROUNDING * seconds else 0.0
+
+
+_ROUNDING = 1e-12  # of a transfer's seconds

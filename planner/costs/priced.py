@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
+from planner.costs.flows import Flow
 from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
@@ -32,7 +33,8 @@ class Costs:
     `seconds` holds what each action (of `linked.flat`) computes when it has its cores for itself, posting time for
     sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
     the transfers' prices, `transfer_kind` which one each transfer has (-1 where there is none). `applying` is what a
-    parameter server needs to update each stage. `contended` is off when the seconds were measured under contention.
+    parameter server needs to update each stage, `updates` what actions that update on a host bring over links and
+    through its memory. `contended` is off when the seconds were measured under contention.
     """
 
     cluster: Cluster
@@ -44,6 +46,7 @@ class Costs:
     kinds: tuple[TransferKind, ...]
     transfer_kind: Numbers
     applying: dict[int, float]
+    updates: dict[int, tuple[Flow, ...]] = dataclasses.field(default_factory=dict)
     contended: bool = True
 
     def replayed(self, trace: Trace) -> Costs:
@@ -161,7 +164,15 @@ def costs_of(placed: Placed, linked: Linked) -> Costs:
         kinds=prices.kinds,
         transfer_kind=prices.transfer_kind,
         applying=prices.applying,
+        updates=_updates(linked, prices.listing) if placed.plan.host_optimizer else {},
     )
+
+
+def _updates(linked: Linked, prices: PriceList) -> dict[int, tuple[Flow, ...]]:
+    """What each update on a host moves, by the action's place."""
+    places = np.flatnonzero(codes.has(linked.flat, codes.OPTIMIZER))
+    stages, rows = codes.stages(linked.flat[places]).tolist(), linked.row[places].tolist()
+    return {i: prices.updating(stage, row) for i, stage, row in zip(places.tolist(), stages, rows, strict=True)}
 
 
 @kernel

@@ -117,10 +117,9 @@ class PriceList:
             return TransferKind(op, stage, source, target, size, seconds, work, flows)
         if op in (OFFLOAD, FETCH):
             size = of_stage(self.placed, stage).kept
-            path = self._host_path(self.groups[source][0], back=op == FETCH)
-            seconds = self.cluster.transfer_seconds(path, size)
+            flows, seconds = self.copied(source, size, back=op == FETCH)
             lane = 3 * source + (1 if op == OFFLOAD else 2)
-            return TransferKind(op, stage, source, source, size, seconds, 0.0, (Flow(path, size),), lane, seconds)
+            return TransferKind(op, stage, source, source, size, seconds, 0.0, flows, lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
         return self._collective(op, stage)
@@ -249,9 +248,8 @@ class PriceList:
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
         size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
         if self.way.server == "host":
-            path = self._host_path(self.groups[row][0], back=op == PULL)
-            seconds = self.cluster.transfer_seconds(path, size)
-            return TransferKind(op, stage, row, row, size, seconds, 0.0, (Flow(path, size),))
+            flows, seconds = self.copied(row, size, back=op == PULL)
+            return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
         each = size / max(1, len(self.plan.servers))
         ends = self._ends(op, row)
         alone = (self.cluster.transfer_seconds(self.cluster.path(*pair), each) for pair in ends)
@@ -286,6 +284,16 @@ class PriceList:
         path = self.cluster.routes.to_host(device)
         return self.cluster.routes.back(path) if back else path
 
+    def copied(self, row: int, size: float, *, back: bool = False) -> tuple[tuple[Flow, ...], float]:
+        """Return the flow of a copy from a row's device to its host's memory, or back, and its seconds alone.
+
+        All copies of a host's devices pass its memory.
+        """
+        name = self.groups[row][0]
+        path = self._host_path(name, back=back)
+        flows = (Flow((*path, self.cluster.memories[self.cluster.routes.host_of[name]]), size),)
+        return flows, max(self.cluster.transfer_seconds(path, size), carrying(self.cluster, flows))
+
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
         device = self.devices[self.holders[stage][0]]
@@ -299,15 +307,25 @@ class PriceList:
         The update reads parameters, gradients and state and writes parameters and state (ZeRO-Offload, arXiv
         2101.06840, finds the CPU's Adam bound by memory).
         """
-        layers = [self.profile.layers[i] for i in self.ranges[stage]]
-        parameters = float(sum(layer.parameter_bytes for layer in layers))
-        gradients = float(sum(layer.gradient_bytes for layer in layers))
-        state = float(sum(layer.optimizer_bytes for layer in layers))
+        gradients, parameters, moved = self._updated(stage)
         host = next(host for host in self.cluster.hosts if host.name == device.host)
-        shards = len(self.holders[stage]) if "optimizer" in self.way.shards else 1
-        moved = (2 * parameters + gradients + 2 * state) / shards
         seconds = moved / host.memory_bytes_per_s
         if copies:
             path = self._host_path(device.name)
-            seconds += sum(self.cluster.transfer_seconds(path, size / shards) for size in (gradients, parameters))
+            seconds += sum(self.cluster.transfer_seconds(path, size) for size in (gradients, parameters))
         return seconds
+
+    def updating(self, stage: int, row: int) -> tuple[Flow, ...]:
+        """Return what an update of a stage on a row's host brings over its device's link and through its memory."""
+        gradients, parameters, moved = self._updated(stage)
+        (down, _), (up, _) = self.copied(row, gradients), self.copied(row, parameters, back=True)
+        return (*down, *up, Flow(down[0].path[-1:], moved))
+
+    def _updated(self, stage: int) -> tuple[float, float, float]:
+        """Bytes of gradients and parameters that an update needs and makes, and what it reads and writes for that."""
+        layers = [self.profile.layers[i] for i in self.ranges[stage]]
+        shards = len(self.holders[stage]) if "optimizer" in self.way.shards else 1
+        parameters = float(sum(layer.parameter_bytes for layer in layers)) / shards
+        gradients = float(sum(layer.gradient_bytes for layer in layers)) / shards
+        state = float(sum(layer.optimizer_bytes for layer in layers)) / shards
+        return gradients, parameters, 2 * parameters + gradients + 2 * state

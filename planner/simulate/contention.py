@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
+from planner.costs.flows import latency
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
@@ -22,7 +23,7 @@ from planner.orders.codes import PULL, PUSH
 from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked
-from planner.simulate.network import Network, carried, load
+from planner.simulate.network import Network, load
 from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
 from planner.simulate.turns import Turns, foreseen
@@ -55,9 +56,6 @@ def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     run = Run(costs, devices)
     run.env.run()
     return run.trace()
-
-
-_ROUNDING = 1e-12  # of a transfer's seconds
 
 
 @dataclasses.dataclass
@@ -125,13 +123,7 @@ class Run:
 
         A collective's latencies lie between its rounds.
         """
-        if kind.source < 0:
-            return 0.0
-        bandwidth = self.costs.cluster.bandwidths
-        sizes = carried(kind.flows, kind.seconds, bandwidth)
-        sending = max((size / bandwidth[number] for number, size in sizes.items()), default=0.0)
-        delay = kind.seconds - sending
-        return delay if delay > _ROUNDING * kind.seconds else 0.0
+        return latency(self.costs.cluster, kind.flows, kind.seconds) if kind.source >= 0 else 0.0
 
     @property
     def last(self) -> float:
@@ -143,7 +135,7 @@ class Run:
         env, use = self.env, self.cores[device].use
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
         start, ready, end = self.start, self.ready, self.end
-        foreseen, unfinished = self.foreseen, self.unfinished
+        foreseen, unfinished, updates = self.foreseen, self.unfinished, self.costs.updates
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
@@ -166,13 +158,19 @@ class Run:
             if i in foreseen:
                 self.foresee(i)
             if own > 0:
-                yield use(own)
+                yield use(own) if i not in updates else self.update(i, own)
                 now = env.now
             if copy in unfinished:  # what is gathered while it is used
                 unfinished[copy].append(env.event())
                 yield unfinished[copy][-1]
                 now = env.now
             end[i] = now
+
+    def update(self, i: int, seconds: float) -> simpy.Event:
+        """Return the event of the end of an update on the host, whose memory others use, too."""
+        done = self.env.event()
+        self.network.send(load(self.costs.updates[i], seconds, self.costs.cluster.bandwidths), seconds, done.succeed)
+        return done
 
     def wait(self, transfer: int) -> simpy.Event:
         """Return the event of a transfer's end; several devices may wait for one."""

@@ -10,16 +10,18 @@ Operational Research 1982).
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.basis.memo import memoised
+from planner.costs.flows import latency
 from planner.costs.placed import Placed
 from planner.costs.priced import Prices
 from planner.costs.prices import TransferKind
-from planner.orders.codes import OP, OPS, STAGE, STAGES
+from planner.orders.codes import FETCH, OP, OPS, STAGE, STAGES
 from planner.orders.operations import named
 from planner.programs.waits import Linked
 from planner.simulate.longest_path import taken
@@ -32,7 +34,7 @@ LOOKED_AT = 6
 """So many links, those with most to carry, are looked at closely."""
 Everybody = list[list[TransferKind]]
 """For each kind of transfer its own price, and those of the same transfers of other replicas."""
-SERVED = named(group="server")
+SERVED, COPIED = named(group="server"), named(group="host")
 WIDE = 32
 """Of collectives with more flows than that only a few are counted, where every device has links of its own."""
 
@@ -95,7 +97,8 @@ def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
     Replicas whose paths have the same links of several devices, all of them, cannot be told apart: nothing is quicker
     for one than for the others. So where one begins a message, all do, and each gets its part of the link.
     """
-    bandwidth, common = placed.cluster.bandwidths, _common(placed.cluster)
+    bandwidth = placed.cluster.bandwidths
+    common = _common(placed.cluster) | set(placed.cluster.memories.values())
     patterns = zip(*([_pattern(one, common) for one in alike] for alike in everybody if len(alike) > 1), strict=True)
     found = list(patterns)
     same = [replica for replica, pattern in enumerate(found) if pattern == found[0]]
@@ -106,14 +109,12 @@ def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
         if len(alike) < 2 or alike[0].op in SERVED:
             continue
         own = alike[0]
-        alone = max(
-            (size / bandwidth[n] for n, size in carried(own.flows, own.seconds, bandwidth).items()), default=0.0
-        )
         total: dict[int, float] = defaultdict(float)
         for replica in same:
             for link, size in carried(alike[replica].flows, own.seconds, bandwidth).items():
                 total[link] += size / bandwidth[link]
-        longer = max((total[link] for link in total if link in common), default=0.0) - alone
+        sending = max((total[link] for link in total if link in common), default=0.0)
+        longer = latency(placed.cluster, own.flows, own.seconds) + sending - own.seconds
         if longer > 0:
             busy = own.busy + longer if own.busy else 0.0
             kinds[number] = own._replace(seconds=own.seconds + longer, busy=busy)
@@ -127,13 +128,16 @@ def _pattern(kind: TransferKind, common: frozenset[int]) -> tuple[tuple[int, ...
 def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:
     """Return for each kind of transfer those of all replicas, where others may meet them and one is walked for all."""
     common = _common(placed.cluster)
+    shifts = range(rows, len(placed.plan.groups), rows)
     found: Everybody = []
     for kind in prices.kinds:
         alike = [kind]
-        if kind.source >= 0 and (common or kind.op in SERVED):
-            shifts = range(rows, len(placed.plan.groups), rows)
+        if kind.source >= 0 and kind.op not in COPIED and (common or kind.op in SERVED):
             ends = ((kind.op, kind.stage, kind.source + shift, kind.target + shift) for shift in shifts)
             alike += [prices.listing.transfer(*end) for end in ends]
+        elif kind.op in COPIED:
+            copy = partial(prices.listing.copied, size=kind.bytes, back=kind.op == FETCH)
+            alike += [kind._replace(flows=copy(kind.source + shift)[0]) for shift in shifts]
         found.append(alike)
     return found
 

@@ -174,10 +174,19 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def bandwidths(self) -> tuple[float, ...]:
-        """Bytes/s that all transfers together get on each directed link (infinite: not shared), then on each port."""
+        """Bytes/s that all transfers together get: on each directed link (infinite: not shared), each port, each host.
+
+        The last are the hosts' memories, in their order.
+        """
         links = [link.bandwidth_bytes_per_s if link.shared else math.inf for link in self.links for _ in range(2)]
         ports = [self.links[index].bandwidth_bytes_per_s for _, index in self._ports for _ in range(2)]
-        return (*links, *ports)
+        return (*links, *ports, *(host.memory_bytes_per_s for host in self.hosts))
+
+    @cached_property
+    def memories(self) -> dict[str, int]:
+        """The number under which flows pass each host's memory, by the host's name."""
+        first = 2 * (len(self.links) + len(self._ports))
+        return {host.name: first + index for index, host in enumerate(self.hosts)}
 
     @cached_property
     def _ports(self) -> dict[tuple[str, int], int]:

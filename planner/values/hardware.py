@@ -13,14 +13,15 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     `slowdown` pairs a number of busy processes with how much slower each becomes than its share of the cores allows:
     shared caches and memory bandwidth, and beyond `cores` busy threads the switching between processes.
     `price_per_hour` is the whole machine's, beside what its devices cost, in any currency.
-    `memory_bytes_per_s` is what an update on the host reads and writes; by default about one DDR4-3200 channel's.
+    `memory_bytes_per_s` is what all of the host's updates and copies to and from its memory read and write together; by
+    default two DDR4-3200 channels', as desktops have them: servers say theirs.
     """
 
     name: str
     cores: int
     memory_bytes: int
     slowdown: tuple[tuple[int, float], ...] = ((1, 1.0),)
-    memory_bytes_per_s: float = 20e9
+    memory_bytes_per_s: float = 51.2e9
     price_per_hour: float = 0.0
 
     def speed(self, active: int, threads: int) -> float:

@@ -16,6 +16,7 @@ from planner.search.space import Space
 from planner.simulate.evaluate import evaluate
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster
+from planner.values.plan import Plan, Stage
 from tests.factory import devices, profile
 
 
@@ -50,3 +51,40 @@ def test_a_host_that_is_too_small_is_named() -> None:
     answer = Search(costs, cluster, 4, of).run()
     assert not answer.leaders
     assert [(found.full, found.lack) for found in answer.nearest] == [("h", 8.0)]
+
+
+def test_copies_share_the_hosts_memory() -> None:
+    """Replicas swap their first activations together: 1000 bytes/s on links of their own, 1000 in the memory of all."""
+    costs = profile([1.0] * 2, bytes_=[100] * 2, message_bytes=10)
+    taken = []
+    for replicas in (1, 2):
+        plan = Plan(
+            strategy="gpipe",
+            schedule="gpipe",
+            stages=tuple(
+                Stage(layers=(f"layer{s}",), devices=tuple(f"d{2 * r + s}" for r in range(replicas))) for s in range(2)
+            ),
+            microbatches=8 * replicas,
+            batch=8 * replicas,
+            offload=True,
+        )
+        outcome = simulate(costs, plan, with_host(devices(4, host_bandwidth=1e3), memory_bytes_per_s=1e3))
+        copies = [e for e in outcome.trace.events if e.op == "OFFLOAD" and e.lane == "link" and e.device == 0]
+        first = min(copies, key=lambda e: e.start)
+        taken.append(first.end - first.start)
+        assert first.bytes > 0
+    assert taken[1] == pytest.approx(2 * taken[0])
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_optimizers_on_the_host_share_its_memory(k: int) -> None:
+    """Each update moves 2 x 1000 + 1000 + 2 x 2000 bytes there, and 1000 each way: 9000 bytes of the memory.
+
+    Alone 1 s down, 1 s up at 1000 bytes/s, and 7000 bytes at 9000 bytes/s; all of them no sooner than k x 1 s.
+    """
+    costs, cluster = profile([1.0]), with_host(devices(k, host_bandwidth=1e3), memory_bytes_per_s=9e3)
+    question = Question(costs, cluster, k, k, k)
+    plan = apply(question, get("data-parallel").spread(question), ("host-optimizer",))
+    outcome = simulate(costs, plan, cluster)
+    updates = [e.work for e in outcome.trace.events if e.op == "OPTIMIZER"]
+    assert updates == pytest.approx([max(2 + 7 / 9, k * 1.0)] * k)
