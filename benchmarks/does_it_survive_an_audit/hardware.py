@@ -49,3 +49,5 @@ def hosts_of(
 
 FOUR_BY_FOUR = hosts_of(4, 4, nic=10 * GBIT)
 """4 hosts of 4 V100, PCIe 12 GB/s, one 10 Gbit/s NIC per host: the audit's default."""
+TWO_BY_EIGHT = hosts_of(2, 8, nic=25 * GBIT)
+"""2 hosts of 8 V100, PCIe 12 GB/s, one 25 Gbit/s NIC per host."""

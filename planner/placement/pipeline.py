@@ -186,4 +186,14 @@ def with_layers(q: Question, plan: Plan, ranges: tuple[range, ...]) -> Plan:
 def _servers(q: Question, agreed: synchronisations.Synchronisation) -> tuple[str, ...]:
     if agreed.server == "devices":
         return tuple(device.name for device in q.devices)
-    return (q.devices[0].host,) if agreed.server == "host" else ()
+    if agreed.server != "host":
+        return ()
+    hosts = tuple(dict.fromkeys(device.host for device in q.devices))
+    if len(hosts) > 1:
+        raise PlanError(
+            what=f"{agreed.name} keeps the parameters in one host's memory",
+            where=f"cluster '{q.cluster.name}', K={q.k}",
+            why=f"the {q.k} devices are on {len(hosts)} hosts, and those of the others have no link to it",
+            fix=f"plan simulate --k {sum(device.host == hosts[0] for device in q.devices)}, or a parameter server",
+        )
+    return hosts

@@ -12,6 +12,7 @@ from planner.placement import strategies
 from planner.placement.question import Question
 from planner.search.choice import TIE, Merit, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour, with_prices
+from planner.search.front import cost_front
 from planner.search.ranking import rank
 from planner.search.search import Search
 from planner.search.simplicity import identity, mechanisms
@@ -135,3 +136,23 @@ def test_a_deadline_takes_the_cheapest_that_meets_it() -> None:
     assert best(deadline_s=15.0) == "data-parallel-k8-m8"
     with pytest.raises(PlanError, match="no price"):
         Search(costs, devices(4), 8, of, objective="cost")
+
+
+def test_the_front_of_time_against_cost() -> None:
+    """Renting a second and a third host is quicker and, with an all-reduce that takes as long as a layer, dearer."""
+    costs, cluster = profile([1.0] * 4, bytes_=[1] * 4), rented()
+    slow = tuple(
+        msgspec.structs.replace(link, bandwidth_bytes_per_s=2.0) if link.between[0] != link.between[1] else link
+        for link in cluster.links
+    )
+    cluster = msgspec.structs.replace(cluster, links=slow)
+    of = space(costs, cluster, 24, strategies=("single", "data-parallel"), savings=((),), ks=(1, 4, 8, 12))
+    search = Search(costs, cluster, 24, of, objective="cost", terms=Terms(24))
+    front = cost_front(search)
+    assert [found.price_per_hour for found in front] == [6.0, 12.0, 18.0]
+    assert front[0].key == search.run().leaders[0].key
+    money = [search.terms.money(f.step_s, 24, f.price_per_hour) for f in front]
+    assert money == sorted(money)
+    assert [f.step_s for f in front] == sorted((f.step_s for f in front), reverse=True)
+    late = Search(costs, cluster, 24, of, terms=Terms(24, deadline_s=front[1].step_s))
+    assert cost_front(late) == front[1:], "what misses the deadline is not on it"
