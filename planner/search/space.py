@@ -149,15 +149,14 @@ class Candidate(NamedTuple):
 def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
     """Return the whole space for a profile, a cluster and a batch, each axis as `chosen` where it is given.
 
-    K goes up to the number of devices, M over the divisors of the batch (powers of two of them, where there are many),
-    tensor splits over the powers of two inside a host if layers say how they split.
+    K goes up to the number of devices. M goes over the divisors of each replica's share of the batch (powers of two of
+    them, where there are many) times the replicas, whatever the replicas. Tensor splits go over the powers of two
+    inside a host if layers say how they split.
     """
     count = cluster.hosts[0].cores if cluster.elastic else len(cluster.devices)
     powers = [2**i for i in range(count.bit_length())]
     ks = tuple(range(1, count + 1)) if count <= SMALL else tuple(sorted({*powers, count}))
-    divisors = [m for m in range(1, batch + 1) if batch % m == 0]
-    if len(divisors) > SMALL:
-        divisors = sorted({m for m in divisors if m & (m - 1) == 0} | {batch})
+    divisors = sorted({copies * m for copies in ks if batch % copies == 0 for m in _divisors(batch // copies)})
     inside = max((sum(d.host == h.name for d in cluster.devices) for h in cluster.hosts), default=1)
     splits = any(layer.split for layer in profile.layers)
     most = max(1, len(profile.layers))
@@ -172,6 +171,12 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
         "savings": savings.COMBINATIONS,
     }
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
+
+
+def _divisors(share: int) -> list[int]:
+    """Into how many micro-batches a share of the batch can be cut."""
+    found = [m for m in range(1, share + 1) if share % m == 0]
+    return found if len(found) <= SMALL else sorted({m for m in found if m & (m - 1) == 0} | {share})
 
 
 class Block(NamedTuple):
