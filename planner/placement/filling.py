@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from planner.basis.memo import memoised
 from planner.costs.blocks import blocks
+from planner.costs.stage_memory import stage_memory
 from planner.orders import codes, schedules, synchronisation
 from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE, Order
 from planner.placement import partition
@@ -86,6 +87,7 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
 
     sizes, cuts = layer_bytes(profile, plan.samples), crossing(profile, plan.samples)
     blocks_of = repeated_blocks(profile, plan)
+    repeated_from = {value.source for value in profile.values if any(t in blocks_of for t in value.targets)}
     weights, passing = [], []
     for i, (layer, size) in enumerate(zip(profile.layers, sizes, strict=True)):
         block = blocks_of.get(i)
@@ -97,11 +99,11 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
         if plan.recompute:
             kept, again = 0.0, repeated * size.saved
         elif block is not None:
-            kept = size.sent if i == block[-1] else 0.0
+            kept = 0.0 if i != block[-1] else size.sent if i in repeated_from else size.output
             again = (repeated - 1) * size.saved
-            peak += sum(sizes[j].saved for j in block)
+            peak = _repeated_peak(profile, plan.samples, block)
         else:
-            kept = size.saved - size.output + (size.sent if blocks_of else size.output)
+            kept = size.saved - size.output + (size.sent if i in repeated_from else size.output)
         weights.append(static + resident * kept + again)
         passing.append(max(peak, layer.optimizer_peak_bytes / part("optimizer")))
     last = len(profile.layers)
@@ -126,6 +128,12 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
         kept = sum(layer.parameter_bytes + layer.optimizer_bytes for layer in profile.layers)
         table = table + kept / len(plan.servers)
     return np.where(np.tri(last + 1, dtype=bool), np.inf, table)
+
+
+def _repeated_peak(profile: Profile, samples: int, block: range) -> float:
+    """The most that a checkpoint needs in passing, its forward repeated, with what is in front of it and behind it."""
+    of, cuts = stage_memory(profile, block, samples, (block,)), crossing(profile, samples)
+    return max(of.forward_peak + cuts[block.start][0], of.backward_first_peak + cuts[block.stop][1])
 
 
 def _whole_blocks(profile: Profile, sizes: list[float], count: int) -> Table:

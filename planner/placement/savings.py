@@ -20,6 +20,7 @@ from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement.filling import flight, layer_bytes
+from planner.placement.freeing import worth_a_checkpoint
 from planner.placement.question import Question
 from planner.placement.selection import cheapest
 from planner.programs.lowering import swaps, unroll
@@ -46,11 +47,13 @@ _REGISTRY: dict[str, Saving] = {}
 COMBINATIONS: tuple[tuple[str, ...], ...] = (
     (),
     ("recompute",),
+    ("recompute-blocks",),
     ("recompute-layers",),
     ("offload",),
     ("host-optimizer",),
     ("recompute", "offload"),
     ("recompute", "host-optimizer"),
+    ("recompute-blocks", "host-optimizer"),
     ("offload", "host-optimizer"),
 )
 """Which savings a search tries together."""
@@ -112,6 +115,20 @@ def recompute(q: Question, plan: Plan) -> Plan:
     if not schedules.get(plan.schedule).trains:
         return plan
     return msgspec.structs.replace(plan, recompute=True)
+
+
+@saving("recompute-blocks")
+def recompute_blocks(q: Question, plan: Plan) -> Plan:
+    """Make every block of the model a checkpoint of its own, as users wrap a transformer's blocks.
+
+    One block is repeated at a time, so a stage needs the activations of one block and of the blocks' outputs. Blocks
+    that free little stay as they are (`freeing.worth_a_checkpoint`).
+    """
+    if not schedules.get(plan.schedule).trains:
+        return plan
+    names = [layer.name for layer in q.profile.layers]
+    worth = worth_a_checkpoint(q.profile, q.samples)
+    return msgspec.structs.replace(plan, recompute_blocks=tuple((names[b[0]], names[b[-1]]) for b in worth))
 
 
 @saving("recompute-layers", behind_cut=True)

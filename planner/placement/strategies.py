@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from planner.basis.errors import unknown
+from planner.costs.placed import Placed
 from planner.orders import schedules, synchronisation
+from planner.placement import freeing
 from planner.placement import pipeline as placement
 from planner.placement.question import Question
 from planner.placement.replicated import replicated
@@ -29,16 +31,22 @@ class Strategy(NamedTuple):
     `stages` of a pipeline (or of several, where the question asks for replicas), `replicas` of the whole model, or
     split its `tensor`s; or it has `chosen` by itself which stage gets how many. `takes` are the axes of a question that
     it heeds; it decides about the others itself. `synchronisation` is how its replicas agree, "" where the question
-    says so.
+    says so. `arrange` makes the plan that `spread` gives.
     """
 
     name: str
     summary: str
-    spread: Spread
+    arrange: Spread
     schedule: str
     devices: Devices
     takes: tuple[Axis, ...]
     synchronisation: str
+
+    def spread(self, q: Question) -> Plan:
+        """Return its plan. Raises `PlanError` (exit 2) where there is none, or where recomputing would free nothing."""
+        plan = self.arrange(q)
+        freeing.check(Placed(q.profile, plan, q.cluster))
+        return plan
 
     @property
     def asynchronous(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -177,11 +178,12 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
 
 
 def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple[Strategy, Plan | PlanError]]:
-    """Yield every strategy's plan, and the one that recomputes: it is cut with that in mind."""
+    """Yield every plan, and the one that recomputes where that frees anything: it is cut with that in mind."""
     for entry in strategies:
         try:
             yield entry, entry.spread(question)
         except PlanError as error:
             yield entry, error
             continue
-        yield entry, entry.spread(question._replace(savings=("recompute",)))
+        with contextlib.suppress(PlanError):
+            yield entry, entry.spread(question._replace(savings=("recompute",)))

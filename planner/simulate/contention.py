@@ -192,7 +192,8 @@ class Run:
             begun = self.turn(self.costs.kinds[number])
         self.begun[transfer] = begun
         if self.alone[number]:
-            self.env.timeout(begun - now + self.takes[number]).callbacks.append(partial(self.finish, transfer))
+            rest = max(0.0, begun - now + self.takes[number])  # rounding
+            self.env.timeout(rest).callbacks.append(partial(self.finish, transfer))
         elif begun > now:
             self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(number, partial(self.finish, transfer)))
         elif self.pushes[number]:

@@ -214,18 +214,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         alone = tuple(range(chosen[n], chosen[n] + 1) for n in self.recompute_layers if n in chosen)
         return tuple(sorted(alone, key=lambda run: run.start)) + self._blocks_of(stage)
 
-    def _blocks_of(self, stage: int) -> tuple[range, ...]:
-        if not self.recompute_blocks:
-            return ()
-        places, begin, stop = self._places, *self._extents[stage]
-        runs = ((places.get(first, -1), places.get(last, -1) + 1) for first, last in self.recompute_blocks)
-        inside = ((max(a, begin) - begin, min(b, stop) - begin) for a, b in runs if a >= 0)
-        return tuple(range(a, b) for a, b in inside if a < b)
-
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        """Where each layer stands in the model."""
-        return {name: i for i, name in enumerate(name for stage in self.stages for name in stage.layers)}
+    def blocks(self) -> tuple[range, ...]:
+        """The blocks that are recomputed, as places in the model; those of other models are left out."""
+        places = {name: i for i, name in enumerate(name for stage in self.stages for name in stage.layers)}
+        known = [(places[a], places[b] + 1) for a, b in self.recompute_blocks if a in places and b in places]
+        return tuple(range(first, stop) for first, stop in known)
+
+    def _blocks_of(self, stage: int) -> tuple[range, ...]:
+        begin, stop = self._extents[stage]
+        inside = ((max(run.start, begin) - begin, min(run.stop, stop) - begin) for run in self.blocks)
+        return tuple(range(a, b) for a, b in inside if a < b)
 
     @functools.cached_property
     def _extents(self) -> tuple[tuple[int, int], ...]:

@@ -21,7 +21,14 @@ from profiles import shipped
 from tests.factory import devices, profile
 
 NAMES = [name for name in schedules.names() if schedules.get(name).trains]
-SAVINGS = ((), ("recompute",), ("offload",), ("host-optimizer",), ("recompute", "host-optimizer"))
+SAVINGS = (
+    (),
+    ("recompute",),
+    ("recompute-blocks",),
+    ("offload",),
+    ("host-optimizer",),
+    ("recompute", "host-optimizer"),
+)
 
 
 def filled(q: Question, plan: Plan) -> list[float]:
@@ -74,7 +81,10 @@ def test_tables_are_close_to_the_memory_model(model: str, saved: tuple[str, ...]
     costs = shipped.read(shipped.profiles()[model])
     cluster = devices(8, memory_bytes=10**12, host_bandwidth=1e12)
     q = Question(costs, cluster, 8, 32, 512, replicas=2, synchronisation=agreed, savings=saved)
-    plan = get("1f1b").spread(q)
+    try:
+        plan = get("1f1b").spread(q)
+    except PlanError:  # nothing is freed where VGG's parameters fill the last device
+        pytest.skip("not offered") if model == "vgg16" else pytest.fail("this frees something")
     for table, peak in zip(filled(q, plan), peaks(costs, plan, q), strict=True):
         print(plan, table / peak)
-        assert peak <= table <= 1.5 * peak
+        assert peak <= table <= (1.75 if plan.recompute_blocks else 1.5) * peak
