@@ -72,6 +72,8 @@ def _of_pipeline(outcome: Outcome) -> Iterator[int]:
         home = 0 if reads == "input stage" else stage
         read, reader = forwards[home, m]
         known = bisect.bisect_right(updates[reader, home], read)
+        # A stage of r holders updates once for every r micro-batches.
+        known = known * len(plan.holders[home]) // len(plan.holders[stage])
         yield bisect.bisect_left(updates[device, stage], end) - known
 
 

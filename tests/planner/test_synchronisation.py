@@ -369,6 +369,20 @@ def test_without_a_flush_links_bound_a_step(schedule: str) -> None:
     assert evaluate(placed).step_s <= simulated_step(placed) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical"])
+@pytest.mark.parametrize("r", [2, 3])
+def test_staleness_with_replicas_does_not_depend_on_m(schedule: str, r: int) -> None:
+    """A stage of r devices updates once for every r micro-batches; versions are counted in its own updates."""
+    first = Stage(layers=("layer0",), devices=tuple(f"d{i}" for i in range(r)))
+    stages = (first, Stage(layers=("layer1",), devices=("d3",)))
+    found = []
+    for m in (4, 5, 7, 12):
+        plan = Plan(strategy="uneven", schedule=schedule, stages=stages, microbatches=m, batch=m)
+        found.append(staleness(simulate(profile([2.0, 0.5]), plan, devices(4, bandwidth=1e3))))
+    assert max(found) - min(found) < 0.1
+    assert 0 < max(found) < 2 * r, "no more than there are micro-batches on their way"
+
+
 # Values and parameters that cross stages.
 
 
