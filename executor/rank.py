@@ -20,8 +20,7 @@ from executor.reduction import Buckets, start_alike
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
-from planner.programs.program import needs
-from planner.programs.waits import completions
+from planner.programs.waits import completions, taken
 from planner.values.plan import Plan
 
 
@@ -48,7 +47,7 @@ class Rank:
         self.file, self.plan, self.backend, self.seed = file, plan, backend, seed
         self.program = lower(plan)
         self.row: Row = self.program.rows[rank]
-        self.completions = completions(self.program)
+        self.takes, self.completions = taken(self.program), completions(self.program)
         (self.stage_index,) = plan.stages_of[rank]
         mine, count = plan.holders[self.stage_index], len(plan.stages)
         self.replica = mine.index(rank)
@@ -114,9 +113,8 @@ class Rank:
 
     def _perform(self, action: Action) -> None:
         start = self.backend.stamp()
-        receive = needs(action)
-        if receive in self.receiving:
-            for work in self.receiving.pop(receive):
+        for receive in self.takes.get(action, ()):
+            for work in self.receiving.pop(receive, ()):
                 work.wait()
         ready = self.backend.stamp()
         for send in self.completions.get(action, ()):

@@ -26,7 +26,7 @@ from executor.rank import Rank, Stamped
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders.action import Action
 from planner.orders.codes import RECV_FORWARD
-from planner.programs.program import RECEIVES, needs
+from planner.programs.program import RECEIVES
 from planner.values.plan import Plan
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
 
@@ -185,8 +185,9 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             found.append(msgspec.structs.replace(repeat, end=start))
         elif action.op in RECEIVES:
             posted[action] = end
-        receive = needs(action)
-        if receive in posted:
+        for receive in me.takes.get(action, ()):
+            if receive not in posted:
+                continue
             since = posted.pop(receive)
             size = me.stage.message_bytes(receive.microbatch or 0, forward=receive.op == RECV_FORWARD)
             found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))

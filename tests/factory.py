@@ -9,6 +9,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from planner.orders import schedules
+from planner.orders.action import Action
 from planner.orders.schedules import Shape
 from planner.programs.lowering import lower
 from planner.programs.program import Program
@@ -210,6 +211,12 @@ def pipeline(
         **fields,
     )
     return plan, lower(plan)
+
+
+def needs(action: Action) -> Action | None:
+    """The receive that a compute of a chain of stages waits for, where it exists: written down here a second time."""
+    op = {"F": "RECV_F", "B": "RECV_B", "I": "RECV_B", "R": "RECV_B"}.get(action.op)
+    return Action(action.stage, op, action.microbatch) if op else None
 
 
 def shapes(

@@ -37,7 +37,8 @@ from planner.orders.codes import (
     STAGE,
     STAGES,
 )
-from planner.programs.waits import Linked
+from planner.orders.operations import OPERATIONS, TABLE
+from planner.programs.waits import MESSAGES, Linked
 from planner.values.profile import Profile, interpolate
 from planner.values.trace import KINDS, MemoryPoint
 
@@ -66,7 +67,10 @@ class MemoryModel:
         width = len(self.of) * len(OPS)
         self.change = np.zeros((width, len(KINDS)))
         self.inside, self.inside_first = np.zeros(width), np.zeros(width)
-        self.inputs, self.output_gradients = self._received(RECV_FORWARD), self._received(RECV_BACKWARD)
+        self.sizes = self._message_bytes()
+        self.inputs = self._moved(RECV_FORWARD, leaving=False)
+        self.output_gradients = self._moved(RECV_BACKWARD, leaving=True)
+        self.input_gradients = self._moved(RECV_BACKWARD, leaving=False)
         for stage in range(len(self.of)):
             self._describe(stage)
 
@@ -82,19 +86,17 @@ class MemoryModel:
 
     def _describe(self, stage: int) -> None:
         of = self.of[stage]
-        has_input, has_gradient = self._receives(stage)
-        received = of.received if has_input else 0.0
-        received_gradient = of.received_gradient if has_gradient else 0.0
-        sent = of.sent_gradient if stage and self._receives(stage - 1)[1] else 0.0
+        received, received_gradient = float(self.inputs[stage]), float(self.output_gradients[stage])
+        sent = float(self.input_gradients[stage])
         gathered = of.gathered if "parameters" in self.shards else 0.0
         whole = of.reduced if "gradients" in self.shards else 0.0
         repeated = of.saved - of.kept
         trains = self.placed.schedule.trains
         inputs, targets = _batch_bytes(self.placed.profile, self.plan.loaded(stage))
-        first, last = stage == 0, stage == len(self.of) - 1
+        table = self.linked.edges.table
+        first = table.reaches[stage] == table.reaches[stage + 1]
+        last = table.leaves[stage] == table.leaves[stage + 1]
         self._set(stage, LOAD, inside=inputs + targets, input=inputs * first + targets * last)
-        self._set(stage, RECV_FORWARD, communication=received)
-        self._set(stage, RECV_BACKWARD, communication=received_gradient)
         if trains:
             self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
         else:
@@ -139,17 +141,27 @@ class MemoryModel:
         for kind, amount in change.items():
             self.change[at, _INDEX[kind]] += amount
 
-    def _receives(self, stage: int) -> tuple[bool, bool]:
-        """Whether a stage's input and its output's gradient come from another device."""
-        return bool(self.inputs[stage]), bool(self.output_gradients[stage])
+    def _message_bytes(self) -> Floats:
+        """Bytes of a message of every edge, plane by plane; 0 where its two stages are on one device."""
+        sizes: list[float] = []
+        for op, base in self.linked.planes:
+            if op in MESSAGES:
+                parties = self.linked.parties[base : base + self.linked.slots(op)].reshape(len(self.linked.edges), -1)
+                gradients = OPERATIONS[op].side == "leaving"
+                sizes += [
+                    self.placed.edge_bytes(edge, gradients=gradients) if used else 0.0
+                    for edge, used in zip(self.linked.edges, (parties.max(axis=1) > 0).tolist(), strict=True)
+                ]
+        return np.array(sizes)
 
-    def _received(self, op: str) -> npt.NDArray[np.bool_]:
-        """Which stages receive such messages."""
+    def _moved(self, op: str, *, leaving: bool) -> Floats:
+        """Bytes per micro-batch that every stage exchanges along the edges that leave it, or those that reach it."""
+        found = np.zeros(self.linked.stages)
         base = int(self.linked.base[codes.NUMBER[op]])
-        if base < 0:
-            return np.zeros(len(self.of), bool)
-        parties = self.linked.parties[base : base + self.linked.slots].reshape(self.linked.stages, -1)
-        found: npt.NDArray[np.bool_] = parties.max(axis=1) > 0
+        if base >= 0:
+            table, first = self.linked.edges.table, base // self.linked.microbatches
+            sizes = self.sizes[first : first + len(self.linked.edges)]
+            np.add.at(found, table.producer if leaving else table.consumer, sizes)
         return found
 
     @property
@@ -159,9 +171,8 @@ class MemoryModel:
         freed = np.zeros(len(linked.flat))
         base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
         if base >= 0:
-            known = linked.completions[base : base + linked.slots]
-            sent = np.array([0.0, *(of.sent_gradient for of in self.of)])[: len(self.of) + 1]
-            size = np.repeat(sent[np.minimum(np.arange(len(self.of)) + 2, len(self.of))], linked.microbatches)
+            known = linked.completions[base : base + linked.slots(RECV_BACKWARD)]
+            size = np.repeat(self.sizes[base // linked.microbatches :][: len(linked.edges)], linked.microbatches)
             np.add.at(freed, known[known >= 0], size[known >= 0])
         return freed
 
@@ -183,9 +194,10 @@ class MemoryModel:
         _peaks(
             len(linked.flat),
             *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1)),
-            *(self.inside, self.inside_first, self.gradients, np.array([of.sent_gradient for of in self.of])),
-            *(linked.posts, linked.waits, linked.answers if base >= 0 else linked.posts[:0]),
-            *(released, np.zeros(linked.stages, np.int64), peaks, levels),
+            *(self.inside, self.inside_first, self.gradients, TABLE, self.sizes, linked.microbatches),
+            *(base if base >= 0 else linked.transfers, linked.party, linked.waits, linked.also),
+            *(linked.answers if base >= 0 else linked.party[:0], released),
+            *(np.zeros(linked.stages, np.int64), peaks, levels),
         )
         return peaks
 
@@ -198,10 +210,11 @@ class MemoryModel:
         linked = self.linked
         kind = codes.stages(linked.flat) * len(OPS) + codes.ops(linked.flat)
         fresh = np.zeros(len(linked.flat), np.int8)
-        _fresh(
-            len(linked.flat), linked.flat, linked.offsets, self.gradients, np.zeros(linked.stages, np.int64), fresh
-        )  # fmt: skip
+        held = np.zeros(linked.stages, np.int64)
+        _fresh(len(linked.flat), linked.flat, linked.offsets, TABLE, self.gradients, held, fresh)
         change = self.change[kind]
+        receives = np.flatnonzero(codes.has(linked.flat, *MESSAGES))
+        change[receives, _INDEX["communication"]] += self.sizes[linked.party[receives] // linked.microbatches]
         change[:, _INDEX["gradients"]] += np.where(fresh, self.gradients[codes.stages(linked.flat)], 0.0)
         inside = np.where(fresh, self.inside_first[kind], self.inside[kind])
         freed = self.freed
@@ -210,8 +223,8 @@ class MemoryModel:
             a, b = int(linked.offsets[row]), int(linked.offsets[row + 1])
             live = self.static[row].copy()
             points.append(MemoryPoint(row, 0.0, tuple(live.tolist())))
-            sending = codes.stages(linked.flat[a:b][codes.has(linked.flat[a:b], SEND_BACKWARD)])
-            under_way = sum(self.of[stage].sent_gradient for stage in sending.tolist()) - float(freed[a:b].sum())
+            sent = linked.party[a:b][codes.has(linked.flat[a:b], SEND_BACKWARD)]
+            under_way = float(self.sizes[sent // linked.microbatches].sum()) - float(freed[a:b].sum())
             for i in range(a, b):
                 live[_INDEX["communication"]] -= freed[i]
                 if inside[i]:
@@ -230,36 +243,31 @@ class MemoryModel:
         return tuple(points)
 
 
-_B, _W = codes.NUMBER[BACKWARD], codes.NUMBER[BACKWARD_WEIGHT]
-_OPTIMIZER, _PUSH = codes.NUMBER[OPTIMIZER], codes.NUMBER[PUSH]
-_SEND_B = codes.NUMBER[SEND_BACKWARD]
-
-
 @kernel
-def _fresh(flat, offsets, gradients, held, fresh):  # type: ignore[no-untyped-def]
+def _fresh(flat, offsets, ops, gradients, held, fresh):  # type: ignore[no-untyped-def]
     """Mark the backwards that allocate their stage's gradients: the first of a device, and after each update."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
             op = flat[i] >> OP
             stage = flat[i] >> STAGE & STAGES
-            if op == _B or op == _W:
+            if ops.adds[op]:
                 if held[stage] != d + 1 and gradients[stage] > 0:
                     fresh[i] = 1
                 held[stage] = d + 1
-            elif op == _OPTIMIZER or op == _PUSH:
+            elif ops.uses[op]:
                 held[stage] = 0
     return 0
 
 
 @kernel
 def _peaks(  # type: ignore[no-untyped-def]
-    flat, offsets, width, static, change, inside, inside_first, gradients, sent,
-    posts, waits, answers, released, held, peaks, levels,
+    flat, offsets, width, static, change, inside, inside_first, gradients, ops, sizes, last, back,
+    party, waits, also, answers, released, held, peaks, levels,
 ):  # fmt: skip
     """Walk every row; as `MemoryModel.curve`, totals only.
 
-    `released` are the bytes of gradients' messages (`sent`, by the sending stage) that the arrival of a message lets
-    go: those that it answers. It is written and read by the same row.
+    `released` are the bytes of gradients' messages (numbers from `back` on; `sizes` of each edge's) that the arrival of
+    a message lets go: those that it answers. It is written and read by the same row.
     """
     for d in range(len(offsets) - 1):
         live = peak = static[d]
@@ -269,20 +277,24 @@ def _peaks(  # type: ignore[no-untyped-def]
             kind = stage * width + op
             if len(levels) > 0:
                 levels[i] = live
-            if op == _SEND_B:
-                if answers[posts[i]] >= 0:
-                    released[answers[posts[i]]] += sent[stage]
+            if ops.source[op]:
+                if party[i] >= back and answers[party[i]] >= 0:
+                    released[answers[party[i]]] += sizes[party[i] // last]
                 continue
-            if 0 <= waits[i] < len(released):
-                live -= released[waits[i]]
-                released[waits[i]] = 0.0
+            if ops.target[op]:
+                live += sizes[party[i] // last]
+            t = waits[i]
+            while 0 <= t < len(released):
+                live -= released[t]
+                released[t] = 0.0
+                t = also[t] if len(also) > 0 else -1
             most = live + inside[kind]
-            if op == _B or op == _W:
+            if ops.adds[op]:
                 if held[stage] != d + 1 and gradients[stage] > 0:
                     most = live + inside_first[kind]
                     live += gradients[stage]
                 held[stage] = d + 1
-            elif op == _OPTIMIZER or op == _PUSH:
+            elif ops.uses[op]:
                 held[stage] = 0
             live += change[kind]
             most = max(most, live)

@@ -10,11 +10,12 @@ from functools import cached_property
 
 from planner.costs import tensor
 from planner.orders import schedules, synchronisation
+from planner.orders.edges import Edge
 from planner.orders.schedules import Schedule
 from planner.orders.synchronisation import Synchronisation
 from planner.values.cluster import Cluster, Device
 from planner.values.plan import Plan
-from planner.values.profile import Profile
+from planner.values.profile import Profile, value_bytes
 
 
 class Placed:
@@ -72,6 +73,16 @@ class Placed:
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """The rows that hold each stage: those that reduce its gradients together."""
         return self.plan.holders
+
+    def edge_bytes(self, edge: Edge, *, gradients: bool) -> float:
+        """Bytes per micro-batch that go along an edge, or (only values with gradients) come back."""
+        if not edge.values:
+            return self.profile.crossing_bytes(self.ranges[edge.consumer].start, self.plan.samples, gradients=gradients)
+        return sum(
+            value_bytes(value, self.plan.samples)
+            for value in self.profile.values
+            if value.name in edge.values and (value.gradient or not gradients)
+        )
 
     @cached_property
     def capacities(self) -> tuple[float, ...]:

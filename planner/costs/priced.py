@@ -17,7 +17,7 @@ from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
 from planner.orders import codes
-from planner.orders.codes import OP, REDUCE_GRAD, STAGE, STAGES
+from planner.orders.codes import OP, PORT, PORTS, REDUCE_GRAD, STAGE, STAGES
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -97,9 +97,9 @@ class Costs:
 class Prices(NamedTuple):
     """The price list of a plan before it is written beside every action.
 
-    An action's kind is a number made of its device's class, stage and operation: `shift[row] + stage x ops + op`.
-    `place` says where each kind stands in `spread` (kinds, quantiles), `listing` prices others; the rest is as in
-    `Costs`.
+    An action's kind is a number made of its device's class, its port, stage and operation:
+    `shift[row] + (port x stages + stage) x ops + op`. `place` says where each kind stands in `spread` (kinds,
+    quantiles), `listing` prices others; the rest is as in `Costs`.
     """
 
     shift: npt.NDArray[np.int64]
@@ -119,19 +119,22 @@ class Prices(NamedTuple):
 def prices_of(placed: Placed, linked: Linked) -> Prices:
     """Price every kind of action and transfer; as `costs_of`."""
     devices = placed.devices[: linked.devices]
-    prices = PriceList(placed)
+    prices = PriceList(placed, linked.edges)
     classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
     examples = {classes[_class(device)]: device for device in reversed(devices)}
-    width = linked.stages * len(codes.OPS)
+    plane = linked.stages * len(codes.OPS)
+    width = linked.ports * plane
     shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
     place = np.full(width * len(classes), -1, np.int32)
-    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), place)
+    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), plane, place)
     found = np.flatnonzero(place >= 0)
     place = np.zeros(len(place), np.int32)
     place[found] = np.arange(len(found))
     spread = np.array(
         [
-            prices.action(codes.OPS[n % len(codes.OPS)], n % width // len(codes.OPS), examples[n // width])
+            prices.action(
+                codes.OPS[n % len(codes.OPS)], n % plane // len(codes.OPS), examples[n // width], n % width // plane
+            )
             for n in found.tolist()
         ]
     )
@@ -151,7 +154,7 @@ def costs_of(placed: Placed, linked: Linked) -> Costs:
     kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
     _price(
         len(linked.flat),
-        *(linked.flat, linked.offsets, prices.shift, len(codes.OPS), prices.place),
+        *(linked.flat, linked.offsets, prices.shift, len(codes.OPS), linked.stages * len(codes.OPS), prices.place),
         *(np.ascontiguousarray(prices.spread[:, MEDIAN]), kind, seconds),
     )
     return Costs(
@@ -176,20 +179,22 @@ def _updates(linked: Linked, prices: PriceList) -> dict[int, tuple[Flow, ...]]:
 
 
 @kernel
-def _occurring(flat, offsets, shift, ops, place):  # type: ignore[no-untyped-def]
+def _occurring(flat, offsets, shift, ops, plane, place):  # type: ignore[no-untyped-def]
     """Mark the kinds of actions that occur."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            place[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)] = 0
+            port = flat[i] >> PORT & PORTS
+            place[shift[d] + port * plane + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)] = 0
     return 0
 
 
 @kernel
-def _price(flat, offsets, shift, ops, place, medians, kind, seconds):  # type: ignore[no-untyped-def]
+def _price(flat, offsets, shift, ops, plane, place, medians, kind, seconds):  # type: ignore[no-untyped-def]
     """Write every action's kind and its median beside it."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            own = place[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
+            port = flat[i] >> PORT & PORTS
+            own = place[shift[d] + port * plane + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
             kind[i] = own
             seconds[i] = medians[own]
     return 0
@@ -205,8 +210,8 @@ def _transfers(linked: Linked, prices: PriceList) -> tuple[tuple[TransferKind, .
     kinds: list[TransferKind] = []
     for op, base in linked.planes:
         count = _group(
-            linked.slots,
-            *(base, linked.stages, linked.microbatches, op in BY_DEVICE, len(kinds)),
+            linked.slots(op),
+            *(base, linked.slots(op) // linked.microbatches, linked.microbatches, op in BY_DEVICE, len(kinds)),
             *(linked.parties, linked.source, linked.target, firsts, numbers),
         )
         for first in firsts[len(kinds) : count].tolist():
@@ -218,6 +223,8 @@ def _transfers(linked: Linked, prices: PriceList) -> tuple[tuple[TransferKind, .
 @kernel
 def _group(base, stages, last, messages, count, parties, source, target, firsts, numbers):  # type: ignore[no-untyped-def]
     """Number the kinds of one plane from `count` on; `firsts` are the first transfers of each. Returns the new count.
+
+    A plane has the transfers of some `stages`, of messages of edges.
 
     Of messages the devices count; those of a stage come in runs, so that the last one's kind is looked at first.
     """

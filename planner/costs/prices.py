@@ -22,14 +22,11 @@ from planner.orders.codes import (
     OPTIMIZER,
     PULL,
     PUSH,
-    RECV_BACKWARD,
-    RECV_FORWARD,
     REDUCE_GRAD,
     REDUCE_TIED,
-    SEND_BACKWARD,
-    SEND_FORWARD,
     UNSHARD_FORWARD,
 )
+from planner.orders.edges import Edges
 from planner.orders.operations import OPERATIONS
 from planner.programs.waits import MESSAGES
 from planner.values.cluster import Device, by_size
@@ -55,6 +52,8 @@ class TransferKind(NamedTuple):
 
     `at_once` is how long it takes when all workers of a server do the same together, as they do where each waits for
     all: the interpreter in which transfers do not meet counts with that.
+
+    A message has the number of its `edge`; its `stage` is the one that receives it.
     """
 
     op: str
@@ -69,13 +68,14 @@ class TransferKind(NamedTuple):
     busy: float = 0.0
     early: float = 0.0
     at_once: float = 0.0
+    edge: int = -1
 
 
 class PriceList:
     """Prices of one plan's operations, asked for once per kind."""
 
-    def __init__(self, placed: Placed) -> None:
-        self.placed = placed
+    def __init__(self, placed: Placed, edges: Edges | None = None) -> None:
+        self.placed, self.edges = placed, placed.plan.edges if edges is None else edges
         self.profile, self.plan, self.cluster = placed.profile, placed.plan, placed.cluster
         self.ranges, self.holders, self.devices = placed.ranges, placed.holders, placed.devices
         self.groups, self.way, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
@@ -83,15 +83,13 @@ class PriceList:
         self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
         self.tables: dict[object, object] = {}
 
-    def action(self, op: str, stage: int, device: Device) -> Spread:
+    def action(self, op: str, stage: int, device: Device, port: int = 0) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
         if op == LOAD:
             return np.array([at(self.profile.load, self.plan.loaded(stage), quantile) for quantile in QUANTILES])
-        posts = {SEND_FORWARD: (stage + 1, True), RECV_FORWARD: (stage, True)}
-        posts |= {SEND_BACKWARD: (stage - 1, False), RECV_BACKWARD: (stage, False)}
-        if op in posts:
-            target, forward = posts[op]
-            return np.full(len(QUANTILES), self.cluster.post_seconds(self.message_bytes(target, forward=forward)))
+        if OPERATIONS[op].side:
+            size = self.message_bytes(OPERATIONS[op].posts, self.edges.number(op, stage, port))
+            return np.full(len(QUANTILES), self.cluster.post_seconds(size))
         seconds = self.stages[stage].spread(op, device)
         if op == OPTIMIZER:
             if "optimizer" in self.way.shards:
@@ -100,21 +98,22 @@ class PriceList:
                 seconds = np.full(len(QUANTILES), self.on_host(stage, device))
         return seconds
 
-    def message_bytes(self, stage: int, *, forward: bool) -> float:
-        """Bytes of the message that `stage` receives."""
-        cut = self.ranges[stage].start if forward else self.ranges[stage].stop
-        return self.profile.crossing_bytes(cut, self.plan.samples, gradients=not forward)
+    def message_bytes(self, op: str, edge: int) -> float:
+        """Bytes of the messages that a receive `op` takes along an edge, by its number."""
+        return self.placed.edge_bytes(self.edges[edge], gradients=OPERATIONS[op].side == "leaving")
 
-    def transfer(self, op: str, stage: int, source: int, target: int) -> TransferKind:
-        """Price one kind of transfer."""
+    def transfer(self, op: str, number: int, source: int, target: int) -> TransferKind:
+        """Price one kind of transfer, of a stage's number, or of a message of an edge's."""
         if op in MESSAGES:
-            size = self.message_bytes(stage, forward=op == RECV_FORWARD)
+            stage, _ = self.edges.place(op, number)
+            size = self.message_bytes(op, number)
             # Each of the devices that split a stage's tensors has all of its activations, and sends them to its like.
             pairs = zip(self.groups[source], self.groups[target], strict=True)
             flows = tuple(Flow(self.cluster.path(*pair), size) for pair in pairs)
             seconds = together(self.cluster, flows)
             work = by_size(self.cluster.transfer_work, size) if self.cluster.transfer_work else 0.0
-            return TransferKind(op, stage, source, target, size, seconds, work, flows)
+            return TransferKind(op, stage, source, target, size, seconds, work, flows, edge=number)
+        stage = number
         if op in (OFFLOAD, FETCH):
             size = of_stage(self.placed, stage).kept
             flows, seconds = self.copied(source, size, back=op == FETCH)
@@ -123,6 +122,10 @@ class PriceList:
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
         return self._collective(op, stage)
+
+    def again(self, kind: TransferKind, source: int, target: int) -> TransferKind:
+        """Price the same transfer between other devices."""
+        return self.transfer(kind.op, kind.stage if kind.edge < 0 else kind.edge, source, target)
 
     def _collective(self, op: str, stage: int) -> TransferKind:
         if op == REDUCE_TIED:

@@ -66,9 +66,10 @@ class Operation(NamedTuple):
     early.
 
     Transfers are named by one of their operations. `posts` is the transfer it is a party of, `end` which end of a
-    message, `group` who else joins. `awaits` tells whether it waits for that transfer itself: always, or when it has
-    no micro-batch. Besides, it waits for the message `takes`, the copy `needs` and the gather `wants` of its stage and
-    micro-batch, where they exist. `makes` is the operation that sends on what it makes.
+    message, `side` which edges of its stage a message takes, `group` who else joins. `awaits` tells whether it waits
+    for that transfer itself: always, or when it has no micro-batch. Besides, it waits for the messages `takes`, the
+    copy `needs` and the gather `wants` of its stage and micro-batch, where they exist. `makes` is the operation that
+    sends on what it makes.
 
     `gradients` tells whether it adds to its stage's gradients or uses them up.
     """
@@ -82,6 +83,7 @@ class Operation(NamedTuple):
     busy: bool = False
     posts: str = ""
     end: Literal["", "source", "target"] = ""
+    side: Literal["", "leaving", "reaching"] = ""
     group: Group = ""
     awaits: Literal["", "always", "alone"] = ""
     takes: str = ""
@@ -118,13 +120,21 @@ OPERATIONS: dict[str, Operation] = {
         Operation(
             RECOMPUTE, "recompute", "recompute", takes=RECV_BACKWARD, needs=FETCH, wants=UNSHARD_BACKWARD, busy=True
         ),
-        Operation(SEND_FORWARD, "sending activations", "message", "", posts=RECV_FORWARD, end="source", group="pair"),
         Operation(
-            RECV_FORWARD, "receiving activations", "message", "", "link", posts=RECV_FORWARD, end="target", group="pair"
+            SEND_FORWARD, "sending activations", "message", "", posts=RECV_FORWARD, end="source", side="leaving",
+            group="pair",
         ),
-        Operation(SEND_BACKWARD, "sending gradients", "message", "", posts=RECV_BACKWARD, end="source", group="pair"),
         Operation(
-            RECV_BACKWARD, "receiving gradients", "message", "", "link", posts=RECV_BACKWARD, end="target", group="pair"
+            RECV_FORWARD, "receiving activations", "message", "", "link", posts=RECV_FORWARD, end="target",
+            side="reaching", group="pair",
+        ),
+        Operation(
+            SEND_BACKWARD, "sending gradients", "message", "", posts=RECV_BACKWARD, end="source", side="reaching",
+            group="pair",
+        ),
+        Operation(
+            RECV_BACKWARD, "receiving gradients", "message", "", "link", posts=RECV_BACKWARD, end="target",
+            side="leaving", group="pair",
         ),
         Operation(OFFLOAD, "copying to the host", "copy", lane="link", posts=OFFLOAD, group="host"),
         Operation(RELEASE, "waiting for the copy to the host", "copy", needs=OFFLOAD),
@@ -164,6 +174,7 @@ SYNCHRONISING = tuple(op for op, operation in OPERATIONS.items() if operation.gr
 """What a device does to agree with others on gradients and parameters: it computes nothing while it waits for that."""
 
 PAIR, HOLDERS, TIED, SERVER, HOST = 1, 2, 3, 4, 5
+ALONE, ALWAYS = 1, 2
 _GROUPS = ("", "pair", "holders", "tied", "server", "host")
 
 Numbers = npt.NDArray[np.int64]
@@ -172,16 +183,16 @@ Numbers = npt.NDArray[np.int64]
 class Table(NamedTuple):
     """The same for loops: one entry per operation's number; operations and transfers by number, -1 for none.
 
-    `group` is one of PAIR to HOST (0: none), `source` and `target` whether it is that end of a message.
-    `awaits` is 2 where it waits for its own transfer, 1 where it does so without a micro-batch.
-    `way` is 0 for what takes activations, 1 for what takes gradients, -1 for others; `makes` the same for what it
-    makes; `adds` and `uses` speak of gradients.
+    `group` is one of PAIR to HOST (0: none), `source` and `target` whether it is that end of a message, `leaving`
+    whether a message takes the edges that leave its stage. `awaits` is ALWAYS where it waits for its own transfer,
+    ALONE where it does so without a micro-batch. `adds` and `uses` speak of gradients.
     """
 
     posts: Numbers
     group: Numbers
     source: Numbers
     target: Numbers
+    leaving: Numbers
     awaits: Numbers
     takes: Numbers
     needs: Numbers
@@ -207,6 +218,7 @@ def _table() -> Table:
         group=np.array([_GROUPS.index(o.group) for o in every], np.int64),
         source=marks([o.end == "source" for o in every]),
         target=marks([o.end == "target" for o in every]),
+        leaving=marks([o.side == "leaving" for o in every]),
         awaits=np.array([("", "alone", "always").index(o.awaits) for o in every], np.int64),
         takes=numbers("takes"),
         needs=numbers("needs"),
@@ -220,6 +232,8 @@ def _table() -> Table:
 
 
 TABLE = _table()
+for _column in TABLE:
+    _column.flags.writeable = False
 
 
 def named(**wanted: object) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from planner.costs.stage_memory import stage_memory
 from planner.orders import codes, schedules, synchronisation
 from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE, Order
 from planner.placement import partition
-from planner.programs.lowering import compute_order, offload
+from planner.programs.lowering import compute_order
+from planner.programs.savings import offload
 from planner.values.plan import Plan, asynchronous, windows
 from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
 

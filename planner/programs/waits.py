@@ -1,30 +1,27 @@
-"""Who waits for whom in a program, as arrays: what both simulators walk.
+"""Who waits for whom in a program, as arrays: what the proof and both simulators walk.
 
 Everything that takes time beside a device's own computing is a *transfer*: a message, a copy to or from the host, a
 collective, a push to a server. Some actions *post* to a transfer; when its last party has posted, it begins; some
-actions *wait* for it.
+actions *wait* for it. Which do is said by the table of operations, and by the program's edges.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
+from planner.basis.errors import PlanError
 from planner.orders import codes
-from planner.orders.action import Action, actions
-from planner.orders.codes import (
-    MICROBATCH,
-    OP,
-    SAME,
-    STAGE,
-    STAGES,
-)
-from planner.orders.operations import OPERATIONS, named
+from planner.orders.action import Action, actions, grid
+from planner.orders.codes import MICROBATCH, NUMBER, OP, PORT, PORTS, STAGE, STAGES
+from planner.orders.operations import ALONE, ALWAYS, HOLDERS, OPERATIONS, OPS, PAIR, TABLE, TIED, named
 from planner.programs.program import Program
 
 Ints = npt.NDArray[np.int64]
@@ -32,56 +29,92 @@ Numbers = npt.NDArray[np.int32]
 """Numbers of transfers, positions and devices: half the memory of 64 bits, which is what the walk waits for."""
 
 PLANES = tuple(dict.fromkeys(operation.posts for operation in OPERATIONS.values() if operation.posts))
-"""Kinds of transfers, by the action that completes or starts them. A plane has one slot per stage and micro-batch."""
+"""Kinds of transfers, by the action that completes or starts them. A plane has one slot per stage (of messages: per
+edge) and micro-batch."""
 MESSAGES = named(end="target")
-COLLECTIVES = named(group="holders")
-"""Planes whose n-th transfer of a stage joins the n-th action of every holder."""
+DRAWN, NEIGHBOURS = 4096, 6
+"""Actions of a program that is drawn whole in an error; of a longer one, those before and behind the bad one."""
+
+
+class Links(NamedTuple):
+    """What `_link` writes: of every action what it posts to and waits for, of every transfer its parties and ends."""
+
+    posts: Numbers
+    waits: Numbers
+    copies: Numbers
+    parties: Numbers
+    source: Numbers
+    target: Numbers
+    also: Numbers
 
 
 class Linked:
     """A program's actions, flat, with what each posts to and waits for.
 
     `flat` are the codes of all rows, `offsets` where each row begins. `posts`, `waits` and `copies` hold a transfer's
-    number, or -1: a compute waits for its message (`waits`) and for a copy or a gather (`copies`). Transfers are
-    numbered plane by plane, stage by stage, micro-batch by micro-batch (or turn by turn); `parties` is how many post
-    to each, 0 for a number that is not used. `source` and `target` are the devices of a message's two ends; of other
-    transfers both are the (last) device that posts.
+    number, or -1: a compute waits for its message (`waits`) and for a copy or a gather (`copies`). `party` is as
+    `posts`, and has also what an action is a party of without posting. Whoever waits for a message also waits for the
+    message `also` of it, -1 for none: those along a stage's other edges; the array is empty where no stage has several.
+
+    Transfers are numbered plane by plane, stage by stage (messages: edge by edge), micro-batch by micro-batch (or turn
+    by turn); `parties` is how many post to each, 0 for a number that is not used. `source` and `target` are the devices
+    of a message's two ends; of other transfers both are the (last) device that posts.
     """
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        """Raise `PlanError` where an action names a stage, edge or micro-batch that the program does not have."""
+        self.program, self.edges = program, program.edges
         self.flat, self.offsets = codes.flatten(program.order)
         self.devices = len(program.order)
-        self.present, self.stages, self.microbatches = codes.extent(self.flat)
-        used = [self.present[codes.NUMBER[op]] > 0 for op in PLANES]
-        self.slots = self.stages * self.microbatches
-        self.base = np.full(len(codes.OPS), -1, np.int64)
+        self.present, stages, self.microbatches = codes.extent(self.flat)
+        self.stages = max(stages, self.edges.stages)
+        self.base = np.full(len(OPS), -1, np.int64)
         count = 0
-        for op, is_used in zip(PLANES, used, strict=True):
-            if is_used:
-                self.base[codes.NUMBER[op]] = count
-                count += self.slots
+        for op in PLANES:
+            if self._used(op):
+                self.base[NUMBER[op]] = count
+                count += self.slots(op)
         if max(count, len(self.flat)) >= 1 << 31:
             raise OverflowError(f"{len(self.flat)} actions with {count} transfers are more than 32 bits can number")
-        self.posts, self.waits, self.copies = (np.empty(len(self.flat), np.int32) for _ in range(3))
-        self.parties = np.zeros(count, np.int32)
-        self.source, self.target = (np.full(count, -1, np.int32) for _ in range(2))
-        turns = np.zeros(3 * self.stages * any(self.base[codes.NUMBER[op]] >= 0 for op in COLLECTIVES), np.int64)
-        _link(
+        table = self.edges.table
+        several = len(self.edges) and max(np.diff(table.leaves).max(), np.diff(table.reaches).max()) > 1
+        posts, waits, copies = (np.empty(len(self.flat), np.int32) for _ in range(3))
+        source, target = (np.full(count, -1, np.int32) for _ in range(2))
+        also = np.full(count if several else 0, -1, np.int32)
+        links = Links(posts, waits, copies, np.zeros(count, np.int32), source, target, also)
+        turns = np.full(2 * len(OPS) * self.stages, -1, np.int64)
+        collective = any(OPERATIONS[op].group == "holders" and self.base[NUMBER[op]] >= 0 for op in PLANES)
+        gathered = np.full(count if collective else 0, -1, np.int32)
+        bad = _link(
             len(self.flat),
-            *(self.flat, self.offsets, self.stages, self.microbatches, self.base, turns),
-            *(self.posts, self.waits, self.copies, self.parties, self.source, self.target),
+            *(self.flat, self.offsets, TABLE, table, self.edges.stages, self.microbatches, self.base),
+            *(turns, gathered, links),
         )
+        if bad >= 0:
+            raise disproved(self, bad, f"{self.actions[bad]} has no edge or micro-batch to go along")
+        self.posts, self.waits, self.copies, self.parties, self.source, self.target, self.also = links
+        self.party = posts
+
+    def _used(self, op: str) -> bool:
+        parties = (o for o, operation in OPERATIONS.items() if operation.posts == op)
+        return any(self.present[NUMBER[party]] > 0 for party in parties)
+
+    def slots(self, op: str) -> int:
+        """How many numbers a plane has."""
+        return (len(self.edges) if op in MESSAGES else self.stages) * self.microbatches
 
     def buffered(self) -> Linked:
         """Return it with messages that begin when they are sent, whether or not their receive has been posted."""
         found = copy.copy(self)
         found.posts = np.where(codes.has(self.flat, *MESSAGES), -1, self.posts)
         found.parties = self.parties.copy()
-        for op, base in self.planes:
-            if op in MESSAGES:
-                found.parties[base : base + self.slots] -= self.parties[base : base + self.slots] > 0
+        found.parties[: self.messages] -= self.parties[: self.messages] > 0
         return found
+
+    @cached_property
+    def ports(self) -> int:
+        """How many edges a stage has at most on one side; at least 1."""
+        return int(codes.ports(self.flat).max(initial=0)) + 1 if len(self.also) else 1
 
     @property
     def transfers(self) -> int:
@@ -101,7 +134,23 @@ class Linked:
     @cached_property
     def planes(self) -> list[tuple[str, int]]:
         """The planes that are used, with the number of their first transfer."""
-        return [(op, int(self.base[codes.NUMBER[op]])) for op in PLANES if self.base[codes.NUMBER[op]] >= 0]
+        return [(op, int(self.base[NUMBER[op]])) for op in PLANES if self.base[NUMBER[op]] >= 0]
+
+    def receive(self, transfer: int) -> Action:
+        """Return the receive of a message."""
+        op, base = max((plane for plane in self.planes if plane[1] <= transfer), key=lambda plane: plane[1])
+        edge, microbatch = divmod(transfer - base, self.microbatches)
+        stage, port = self.edges.place(op, edge)
+        return Action(stage, op, microbatch, port)
+
+    def awaited(self, position: int) -> list[int]:
+        """Return all transfers that an action waits for."""
+        found = [int(self.copies[position])]
+        transfer = int(self.waits[position])
+        while transfer >= 0:
+            found.append(transfer)
+            transfer = int(self.also[transfer]) if len(self.also) else -1
+        return [transfer for transfer in found if transfer >= 0]
 
     @cached_property
     def answers(self) -> Numbers:
@@ -112,122 +161,139 @@ class Linked:
         answers = np.full(self.transfers, -1, np.int32)
         _answer(
             len(self.flat),
-            *(self.flat, self.offsets, self.waits, self.posts, self.source, self.target, self.messages),
-            *(np.full(self.devices, -1, np.int32), answers),
+            *(self.flat, self.offsets, TABLE, self.waits, self.posts, self.also, self.source, self.target),
+            *(self.messages, np.full(self.devices, -1, np.int64), answers),
         )
         return answers
 
     @property
     def messages(self) -> int:
         """How many numbers messages have: they come first."""
-        return self.slots * sum(op in MESSAGES for op, _ in self.planes)
+        return sum(self.slots(op) for op, _ in self.planes if op in MESSAGES)
 
     @cached_property
     def completions(self) -> Numbers:
         """Position at which each message's send is known to be complete, -1 where nothing says so."""
         takers = np.full(self.transfers + 1, -1, np.int32)  # the last for messages without answer
-        _take(len(self.flat), self.waits, self.messages, takers)
+        _take(len(self.flat), self.waits, self.also, self.messages, takers)
         return takers[self.answers]
 
 
-# The kernels know operations by number: constants, so that they can be compiled.
-_F, _B, _I, _R = (codes.NUMBER[op] for op in ("F", "B", "I", "R"))
-_SEND_F, _RECV_F, _SEND_B, _RECV_B = (codes.NUMBER[op] for op in ("SEND_F", "RECV_F", "SEND_B", "RECV_B"))
-_OFFLOAD, _RELEASE, _FETCH = (codes.NUMBER[op] for op in ("OFFLOAD", "RELEASE", "FETCH"))
-_UNSHARD_F, _UNSHARD_B = (codes.NUMBER[op] for op in ("UNSHARD_F", "UNSHARD_B"))
-_REDUCE, _TIED, _PULL, _PUSH = (codes.NUMBER[op] for op in ("REDUCE_GRAD", "REDUCE_TIED", "PULL", "PUSH"))
-
-
 @kernel
-def _link(flat, offsets, stages, last, base, turns, posts, waits, copies, parties, source, target):  # type: ignore[no-untyped-def]
-    """One pass over all rows."""
+def _link(flat, offsets, ops, edges, stages, last, base, turns, gathered, links):  # type: ignore[no-untyped-def]
+    """One pass over all rows. Returns an action that names what is not there, or -1.
+
+    The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last.
+    `gathered` is the transfer of every stage's and micro-batch's own gather or reduction.
+    """
+    posts, waits, copies, parties, source, target, also = links
+    half = len(turns) // 2
     for d in range(len(offsets) - 1):
-        for i in range(len(turns)):
-            turns[i] = 0
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i]
             op = action >> OP
             stage = action >> STAGE & STAGES
-            at = stage * last + (action & MICROBATCH) - 1
-            own = -1
+            m = (action & MICROBATCH) - 1
             posts[i] = waits[i] = copies[i] = -1
-            if op == _F:
-                if base[_RECV_F] >= 0 and target[base[_RECV_F] + at] == d:
-                    waits[i] = base[_RECV_F] + at
-                gather = _UNSHARD_F
-            elif op == _B or op == _I or op == _R:
-                if base[_RECV_B] >= 0 and target[base[_RECV_B] + at] == d:
-                    waits[i] = base[_RECV_B] + at
-                if base[_FETCH] >= 0 and parties[base[_FETCH] + at] > 0:
-                    copies[i] = base[_FETCH] + at
-                gather = _UNSHARD_B
-            else:
-                gather = -1
-                if op == _SEND_F:
-                    own = base[_RECV_F] + at + last
-                    source[own] = d
-                elif op == _SEND_B:
-                    own = base[_RECV_B] + at - last
-                    source[own] = d
-                elif op == _RECV_F or op == _RECV_B:
-                    own = base[op] + at
-                    target[own] = d
-                elif op == _RELEASE:
-                    copies[i] = base[_OFFLOAD] + at
-                elif base[op] >= 0:
-                    if op == _UNSHARD_F or op == _UNSHARD_B or op == _REDUCE:  # the n-th of every holder join
-                        which = (op - _UNSHARD_F if op != _REDUCE else 2) * stages + stage
-                        own = base[op] + stage * last + turns[which]
-                        turns[which] += 1
-                        if op == _REDUCE or action & MICROBATCH == 0:
-                            waits[i] = own
-                    elif op == _TIED:
-                        own = base[op] + stage * last
-                        waits[i] = own
+            if stage >= stages:
+                return i
+            plane = ops.takes[op]
+            if plane >= 0 and base[plane] >= 0:
+                leaves = ops.leaving[plane]
+                first = edges.leaves[stage] if leaves else edges.reaches[stage]
+                stop = edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]
+                previous = -1
+                for k in range(first, stop):
+                    t = base[plane] + (edges.leaving[k] if leaves else edges.reaching[k]) * last + m
+                    if target[t] == d:
+                        if previous < 0:
+                            waits[i] = t
+                        else:
+                            also[previous] = t
+                        previous = t
+            plane = ops.needs[op]
+            if plane >= 0 and base[plane] >= 0 and parties[base[plane] + stage * last + m] > 0:
+                copies[i] = base[plane] + stage * last + m
+            plane = ops.posts[op]
+            if plane >= 0:
+                group = ops.group[op]
+                if group == PAIR:
+                    leaves = ops.leaving[op]
+                    k = (edges.leaves[stage] if leaves else edges.reaches[stage]) + (action >> PORT & PORTS)
+                    if m < 0 or k >= (edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
+                        return i
+                    own = base[plane] + (edges.leaving[k] if leaves else edges.reaching[k]) * last + m
+                    if ops.source[op]:
+                        source[own] = d
                     else:
-                        own = base[op] + at
-                        if op == _PULL or op == _PUSH:
-                            waits[i] = own
+                        target[own] = d
+                else:
+                    own = base[plane] + stage * last
+                    if group == HOLDERS:
+                        turn = op * stages + stage
+                        if turns[half + turn] != d:
+                            turns[half + turn] = d
+                            turns[turn] = 0
+                        own += turns[turn]
+                        turns[turn] += 1
+                        if m >= 0:
+                            gathered[base[plane] + stage * last + m] = own
+                    elif group != TIED:
+                        if m < 0:
+                            return i
+                        own += m
                     source[own] = d
                     target[own] = d
-                if own >= 0:
-                    posts[i] = own
-                    parties[own] += 1
-            if gather >= 0 and base[gather] >= 0:  # a gather is at most a few actions back
-                j = i - 1
-                while j >= offsets[d]:
-                    if flat[j] >> OP == gather and (flat[j] & SAME) == (action & SAME):
-                        copies[i] = posts[j]
-                        break
-                    if flat[j] >> OP <= _B and (flat[j] & SAME) == (action & SAME):
-                        break
-                    j -= 1
-    return 0
+                    if ops.awaits[op] == ALWAYS or (ops.awaits[op] == ALONE and m < 0):
+                        waits[i] = own
+                posts[i] = own
+                parties[own] += 1
+            plane = ops.wants[op]
+            if plane >= 0 and base[plane] >= 0:
+                copies[i] = max(copies[i], gathered[base[plane] + stage * last + m])
+    return -1
 
 
 @kernel
-def _take(waits, messages, takers):  # type: ignore[no-untyped-def]
+def _take(waits, also, messages, takers):  # type: ignore[no-untyped-def]
     """Find the first action that waits for each message."""
     for i in range(len(waits) - 1, -1, -1):
-        if 0 <= waits[i] < messages:
-            takers[waits[i]] = i
+        t = waits[i]
+        while 0 <= t < messages:
+            takers[t] = i
+            t = also[t] if len(also) > 0 else -1
     return 0
 
 
 @kernel
-def _answer(flat, offsets, waits, posts, source, target, messages, nearest, answers):  # type: ignore[no-untyped-def]
-    """Find, from the end of each row, the send that answers each message; the first action to take it has the word."""
-    rows = len(offsets) - 1
-    for d in range(rows):
-        for other in range(rows):
-            nearest[other] = -1
+def _answer(flat, offsets, ops, waits, posts, also, source, target, messages, nearest, answers):  # type: ignore[no-untyped-def]
+    """Find, from the end of each row, the send that answers each message; the first action to take it has the word.
+
+    `nearest` is where the row sends to each other row next; what an earlier row wrote there lies before this one.
+    """
+    for d in range(len(offsets) - 1):
         for i in range(offsets[d + 1] - 1, offsets[d] - 1, -1):
-            op = flat[i] >> OP
-            if op == _SEND_F or op == _SEND_B:
-                nearest[target[posts[i]]] = posts[i]
-            elif 0 <= waits[i] < messages:
-                answers[waits[i]] = nearest[source[waits[i]]]
+            if ops.source[flat[i] >> OP]:
+                nearest[target[posts[i]]] = i
+            else:
+                t = waits[i]
+                while 0 <= t < messages:
+                    known = nearest[source[t]]
+                    answers[t] = posts[known] if known >= offsets[d] else -1
+                    t = also[t] if len(also) > 0 else -1
     return 0
+
+
+def taken(program: Program) -> dict[Action, tuple[Action, ...]]:
+    """Return the receives that must have completed before each action that takes anything from outside its device.
+
+    A recompute waits for the gradient as its backward does: `torch.utils.checkpoint` starts it from inside that.
+    """
+    linked = Linked(program)
+    taking = np.flatnonzero((linked.waits >= 0) & (linked.waits < linked.messages)).tolist()
+    return {
+        linked.actions[i]: tuple(linked.receive(t) for t in linked.awaited(i) if t < linked.messages) for i in taking
+    }
 
 
 def completions(program: Program) -> dict[Action, tuple[Action, ...]]:
@@ -240,7 +306,32 @@ def completions(program: Program) -> dict[Action, tuple[Action, ...]]:
     linked = Linked(program)
     known = linked.completions
     found: dict[Action, list[Action]] = defaultdict(list)
-    for i in np.flatnonzero(codes.has(linked.flat, codes.SEND_FORWARD, codes.SEND_BACKWARD)).tolist():
+    for i in np.flatnonzero(codes.has(linked.flat, *named(end="source"))).tolist():
         if known[linked.posts[i]] >= 0:
             found[linked.actions[known[linked.posts[i]]]].append(linked.actions[i])
     return {action: tuple(done) for action, done in found.items()}
+
+
+def waits_for_ever(linked: Linked, at: Sequence[int]) -> PlanError:
+    """Return the error of a program whose rows have come to the positions `at`, and no further."""
+    stuck = next(i for i, end in zip(at, linked.offsets[1:].tolist(), strict=True) if i < end)
+    return disproved(linked, stuck, f"{linked.actions[stuck]} waits for ever")
+
+
+def disproved(linked: Linked, position: int, why: str) -> PlanError:
+    """Return the error of a program that is no step, with the bad cell (an index into `linked.flat`) marked."""
+    device = int(np.searchsorted(linked.offsets, position, side="right")) - 1
+    cell = (device, position - int(linked.offsets[device])) if position >= 0 else None
+    where = f"device {cell[0]}, action {cell[1]}" if cell else "the whole program"
+    if len(linked.flat) <= DRAWN:
+        where += f"\n{grid(linked.program.order, mark=cell)}"
+    elif cell:
+        first = max(0, cell[1] - NEIGHBOURS)
+        row = linked.program.order[device][first : cell[1] + NEIGHBOURS + 1]
+        where += f"\n... {grid((row,), mark=(0, cell[1] - first))} ..."
+    return PlanError(
+        what="the program is not a valid step",
+        where=where,
+        why=why,
+        fix="correct the schedule that generated it (planner/orders/schedules)",
+    )

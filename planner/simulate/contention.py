@@ -22,7 +22,7 @@ from planner.orders import codes
 from planner.orders.codes import PULL, PUSH
 from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
-from planner.programs.waits import MESSAGES, Linked
+from planner.programs.waits import MESSAGES, Linked, waits_for_ever
 from planner.simulate.network import Network, load
 from planner.simulate.resources import Alone, FairShare, Process, Then
 from planner.simulate.steady import steady_step
@@ -47,14 +47,14 @@ def simulated_step(placed: Placed) -> float:
     plan = placed.plan
     costs = costs_of(placed, Linked(unroll(plan)))
     run = Run(costs, plan.devices, together=not placed.synchronisation.asynchronous)
-    run.env.run()
+    run.play()
     return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
 
 
 def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
     """Walk the program with the costs from time 0 and return what happened."""
     run = Run(costs, devices)
-    run.env.run()
+    run.play()
     return run.trace()
 
 
@@ -69,7 +69,7 @@ class Ahead:
 
 
 class Run:
-    """One walk of all devices through their rows; `env.run()` plays it."""
+    """One walk of all devices through their rows; `play` plays it."""
 
     def __init__(
         self, costs: Costs, devices: tuple[str, ...], *, together: bool = True, failures: tuple[Failure, ...] = ()
@@ -79,6 +79,7 @@ class Run:
         self.env = simpy.Environment()
         self.seconds: list[float] = costs.seconds.tolist()
         self.posts, self.waits, self.copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
+        self.also: list[int] = linked.also.tolist()
         self.missing: list[int] = linked.parties.tolist()
         self.kind_of: list[int] = costs.transfer_kind.tolist()
         self.done = bytearray(linked.transfers)
@@ -90,6 +91,8 @@ class Run:
         self.pushes = [kind.op == PUSH for kind in costs.kinds]
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
+        self.at = linked.offsets[:-1].tolist()
+        self.left = linked.devices
         self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
         self.nothing = Alone(self.env)
@@ -134,12 +137,12 @@ class Run:
         """Walk one row."""
         env, use = self.env, self.cores[device].use
         posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
-        start, ready, end = self.start, self.ready, self.end
+        start, ready, end, also = self.start, self.ready, self.end, self.also
         foreseen, unfinished, updates = self.foreseen, self.unfinished, self.costs.updates
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
-            start[i] = now
+            start[i], self.at[device] = now, i
             post, wait, copy = posts[i], waits[i], copies[i]
             if post >= 0:
                 self.post(post)
@@ -149,6 +152,12 @@ class Run:
             if copy >= 0 and not done[copy]:
                 yield self.wait(copy)
                 now = env.now
+            while wait >= 0 and also:  # what comes along the stage's other edges
+                wait = also[wait]
+                if wait >= 0 and not done[wait]:
+                    yield self.wait(wait)
+                    now = env.now
+            wait = waits[i]
             ready[i] = now if wait < 0 or wait != post else self.begun[wait]
             own = seconds[i]
             while failures and failures[0].at_s <= now + own:
@@ -165,6 +174,13 @@ class Run:
                 yield unfinished[copy][-1]
                 now = env.now
             end[i] = now
+        self.left -= 1
+
+    def play(self) -> None:
+        """Walk all rows to their ends. Raises `PlanError` when actions wait for each other for ever."""
+        self.env.run()
+        if self.left:
+            raise waits_for_ever(self.linked, self.at)
 
     def update(self, i: int, seconds: float) -> simpy.Event:
         """Return the event of the end of an update on the host, whose memory others use, too."""
@@ -338,8 +354,7 @@ class Run:
         for transfer, begin, end in self.moved:
             kind = self.costs.kinds[self.kind_of[transfer]]
             if kind.op in MESSAGES:
-                base = int(self.linked.base[codes.NUMBER[kind.op]])
-                action = f"{kind.stage}{kind.op}{(transfer - base) % self.linked.microbatches}"
+                action = str(self.linked.receive(transfer))
                 events.append(Event(kind.target, LINK, action, begin, begin, end, kind.bytes))
             elif OPERATIONS[kind.op].lane == LINK:
                 for i in posting[transfer]:

@@ -133,8 +133,7 @@ def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:
     for kind in prices.kinds:
         alike = [kind]
         if kind.source >= 0 and kind.op not in COPIED and (common or kind.op in SERVED):
-            ends = ((kind.op, kind.stage, kind.source + shift, kind.target + shift) for shift in shifts)
-            alike += [prices.listing.transfer(*end) for end in ends]
+            alike += [prices.listing.again(kind, kind.source + shift, kind.target + shift) for shift in shifts]
         elif kind.op in COPIED:
             copy = partial(prices.listing.copied, size=kind.bytes, back=kind.op == FETCH)
             alike += [kind._replace(flows=copy(kind.source + shift)[0]) for shift in shifts]

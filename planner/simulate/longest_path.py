@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
-from planner.basis.errors import PlanError
 from planner.costs.priced import Costs, Prices
-from planner.orders.codes import OP, OPS, PUSH, STAGE, STAGES
-from planner.programs.waits import Linked
+from planner.orders.codes import OP, OPS, PORT, PORTS, PUSH, STAGE, STAGES
+from planner.programs.waits import Linked, Numbers, waits_for_ever
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,6 +29,44 @@ class Walked(NamedTuple):
     def step_s(self) -> float:
         """When the last action is done."""
         return float(self.end.max(initial=0.0))
+
+
+class _Rows(NamedTuple):
+    """Of every row: the action it is at, the first that has not posted, its clock, where its prices begin."""
+
+    at: npt.NDArray[np.int64]
+    posted: npt.NDArray[np.int64]
+    now: Floats
+    shift: npt.NDArray[np.int64]
+
+
+class _Actions(NamedTuple):
+    """The program: codes, where rows begin, what is posted to and waited for, as in `Linked`."""
+
+    flat: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    posts: Numbers
+    waits: Numbers
+    copies: Numbers
+    also: Numbers
+
+
+class _Kinds(NamedTuple):
+    """Prices of the kinds of transfers, as in `TransferKind`; `free` is when each lane is free again."""
+
+    seconds: Floats
+    lane: npt.NDArray[np.int64]
+    busy: Floats
+    early: Floats
+    free: Floats
+
+
+class _Transfers(NamedTuple):
+    """Of every transfer: its kind, how many parties have not posted, when the last one has."""
+
+    kind: Numbers
+    missing: Numbers
+    begun: Floats
 
 
 class Makespan(NamedTuple):
@@ -61,24 +98,25 @@ def _run(
     ready: Floats,
     end: Floats,
 ) -> Makespan:
-    kinds = prices.kinds
-    now, begun = np.zeros(linked.devices), np.zeros(linked.transfers)
+    begins, kinds = linked.offsets[:-1], prices.kinds
+    rows = _Rows(begins.copy(), begins.copy(), np.zeros(linked.devices), shift)
+    transfers = _Transfers(prices.transfer_kind, linked.parties.copy(), np.zeros(linked.transfers))
     stuck = _walk(
         len(linked.flat),
-        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, len(OPS), shift, seconds),
-        *(taken(prices), np.array([kind.lane for kind in kinds], np.int64)),
-        *(np.array([kind.busy for kind in kinds]), np.array([kind.early for kind in kinds])),
-        *(prices.transfer_kind, linked.parties.copy(), begun, np.zeros(3 * linked.devices)),
-        *(linked.offsets[:-1].copy(), linked.offsets[:-1].copy(), now, ready, end),
+        _Actions(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, linked.also),
+        _Kinds(
+            taken(prices),
+            np.array([kind.lane for kind in kinds], np.int64),
+            np.array([kind.busy for kind in kinds]),
+            np.array([kind.early for kind in kinds]),
+            np.zeros(3 * linked.devices),
+        ),
+        transfers,
+        *(rows, len(OPS), linked.stages * len(OPS), seconds, ready, end),
     )
     if stuck >= 0:
-        raise PlanError(
-            what="the program is not a valid step",
-            where=f"device {linked.row[stuck]}",
-            why=f"{linked.actions[stuck]} waits for ever",
-            fix="correct the schedule that generated it (planner/schedules)",
-        )
-    return Makespan(float(now.max(initial=0.0)), begun)
+        raise waits_for_ever(linked, rows.at.tolist())
+    return Makespan(float(rows.now.max(initial=0.0)), transfers.begun)
 
 
 def taken(prices: Costs | Prices) -> Floats:
@@ -88,18 +126,18 @@ def taken(prices: Costs | Prices) -> Floats:
 
 
 @kernel
-def _walk(  # type: ignore[no-untyped-def]
-    flat, offsets, posts, waits, copies, ops, shift, seconds, price, lane, busy, early, kind, missing, begun, free,
-    at, posted, now, ready, end,
-):  # fmt: skip
+def _walk(actions, kinds, transfers, devices, ops, plane, seconds, ready, end):  # type: ignore[no-untyped-def]
     """Let every device go on until it waits for a transfer whose last party has not posted; again until none moves.
 
-    `seconds` are those of every action if `ready` and `end` are to be written, else of every kind of action: writing
-    times costs as much as finding them. `begun` is when a transfer's last party has posted, `missing` how many parties
-    have not. Of every device, `at` is the action it is at, `posted` the first that has not posted, `now` its clock.
-    Devices are visited there and back, because forwards run down the pipeline and backwards up. Returns an action that
-    waits for ever, or -1. `lane`, `busy` and `early` are as in `TransferKind`, `free` is when each lane is free again.
+    `seconds` are those of every action if `ready` and `end` are to be written, else of every kind of action (see
+    `planner.costs.priced.Prices`): writing times costs as much as finding them. Devices are visited there and back,
+    because forwards run down the pipeline and backwards up. Returns an action that waits for ever, or -1.
     """
+    flat, offsets, posts, waits, copies, also = actions
+    price, lane, busy, early, free = kinds
+    kind, missing, begun = transfers
+    at, posted, now, shift = devices
+    several = len(also) > 0
     rows = len(offsets) - 1
     timed = len(end) > 0
     moved = True
@@ -128,6 +166,13 @@ def _walk(  # type: ignore[no-untyped-def]
                     if missing[wait] > 0:
                         break
                     clock = max(clock, begun[wait] + price[kind[wait]])
+                    if several and also[wait] >= 0:
+                        other = also[wait]
+                        while other >= 0 and missing[other] == 0:
+                            clock = max(clock, begun[other] + price[kind[other]])
+                            other = also[other]
+                        if other >= 0:
+                            break
                 copy = copies[i]
                 if copy >= 0:
                     if missing[copy] > 0:
@@ -138,7 +183,9 @@ def _walk(  # type: ignore[no-untyped-def]
                     clock += seconds[i]
                     end[i] = clock
                 else:
-                    clock += seconds[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
+                    action = flat[i]
+                    own = (action >> PORT & PORTS) * plane + (action >> STAGE & STAGES) * ops + (action >> OP)
+                    clock += seconds[shift[d] + own]
                 i += 1
             posted[d] = after
             if i > first:

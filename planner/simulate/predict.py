@@ -53,7 +53,7 @@ def simulate(
 
     def step(prices: Costs) -> Run:
         run = Run(prices, plan.devices, together=not placed.synchronisation.asynchronous, failures=failures)
-        run.env.run()
+        run.play()
         return run
 
     if costs.certain:

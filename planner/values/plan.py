@@ -11,11 +11,13 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.orders import schedules, synchronisation
+from planner.orders.edges import Edges, chain
 from planner.orders.schedules import Schedule
 from planner.orders.synchronisation import USUAL
 
@@ -33,6 +35,13 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     layers: tuple[str, ...]
     devices: tuple[str, ...]
+
+
+class RowRole(NamedTuple):
+    """What a row of a program is there for: the stages that it holds, and whether it serves parameters to others."""
+
+    stages: tuple[int, ...]
+    serves: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
@@ -259,6 +268,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             for stage in held:
                 found[stage].append(row)
         return tuple(map(tuple, found))
+
+    @property
+    def edges(self) -> Edges:
+        """Who sends what to whom: every stage to the next."""
+        return chain(len(self.stages))
+
+    @functools.cached_property
+    def roles(self) -> tuple[RowRole, ...]:
+        """What every row is there for."""
+        servers = set(self.servers)
+        return tuple(
+            RowRole(held, not servers.isdisjoint(group))
+            for held, group in zip(self.stages_of, self.groups, strict=True)
+        )
 
     def layer_ranges(self, layers: Sequence[str]) -> tuple[range, ...]:
         """Return each stage's layers as indices into `layers`.

@@ -14,11 +14,13 @@ from planner.basis.errors import PlanError
 from planner.orders import schedules
 from planner.orders.action import Action, actions, parse
 from planner.orders.codes import OPS, PORTS
+from planner.orders.edges import chain
 from planner.orders.schedules import Shape
-from planner.programs.lowering import communicate
-from planner.programs.program import SENDS, Program, needs, prove
+from planner.programs.messages import communicate
+from planner.programs.program import SENDS, Program
+from planner.programs.proof import prove
 from planner.programs.waits import completions
-from tests.factory import pipeline, shapes
+from tests.factory import needs, pipeline, shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ACTIONS = st.builds(
@@ -62,7 +64,7 @@ def test_lowering_equals_torch_up_to_reordering(drawn: tuple[str, Shape]) -> Non
 
     name, shape = drawn
     order = schedules.arrange(name, shape)
-    mine = [[str(action) for action in actions(row)] for row in communicate(order, shape.stages)]
+    mine = [[str(action) for action in actions(row)] for row in communicate(order, chain(shape.stages))]
     theirs = torch_lowering(order, shape.stages)
     assert [sorted(row) for row in mine] == [sorted(row) for row in theirs]
 
@@ -109,18 +111,18 @@ def _broken(text: str) -> Program:
 
 
 @pytest.mark.parametrize(
-    ("text", "stages", "marked", "why"),
+    ("text", "marked", "why"),
     [
-        ("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1B0 1F0 1SEND_B0", 2, ">1F0<", "must follow"),
-        ("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0", 2, ">0RECV_B0<", "has no 1SEND_B0"),
-        ("0F0 0F0 0B0", 1, ">0F0<", "occurs twice"),
-        ("0F0", 1, "0F0", "missing"),
-        ("0F0 0RECV_B0 0B0 0SEND_F0\n1RECV_F0 1F0 1B0 1SEND_B0", 2, ">0B0<", "waits for ever"),
+        ("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1B0 1F0 1SEND_B0", ">1F0<", "must follow"),
+        ("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0", ">0RECV_B0<", "has no 1SEND_B0"),
+        ("0F0 0F0 0B0", ">0F0<", "occurs twice"),
+        ("0F0", "0F0", "missing"),
+        ("0F0 0RECV_B0 0B0 0SEND_F0\n1RECV_F0 1F0 1B0 1SEND_B0", ">0B0<", "waits for ever"),
     ],
 )
-def test_proof_marks_the_bad_cell(text: str, stages: int, marked: str, why: str) -> None:
+def test_proof_marks_the_bad_cell(text: str, marked: str, why: str) -> None:
     with pytest.raises(PlanError) as raised:
-        prove(_broken(text), stages, 1)
+        prove(_broken(text), 1)
     assert marked in raised.value.where
     assert why in raised.value.why
 
@@ -131,7 +133,7 @@ def test_proof_wants_messages_in_order() -> None:
         1RECV_F1 1RECV_F0 1F0 1F1 1B0 1SEND_B0 1B1 1SEND_B1
     """
     with pytest.raises(PlanError, match="not a valid step") as raised:
-        prove(_broken(text), 2, 2)
+        prove(_broken(text), 2)
     assert "is sent where" in raised.value.why
 
 

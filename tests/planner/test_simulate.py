@@ -20,7 +20,7 @@ from planner.orders.schedules import Shape
 from planner.placement.question import Question
 from planner.placement.strategies import all_strategies
 from planner.programs.lowering import lower
-from planner.programs.program import Program, needs
+from planner.programs.program import Program
 from planner.programs.waits import Linked
 from planner.simulate.contention import interpret
 from planner.simulate.longest_path import walk
@@ -30,7 +30,7 @@ from planner.values.cluster import Cluster, Host
 from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 from planner.values.trace import KINDS
-from tests.factory import devices, pipeline, profile, shapes
+from tests.factory import devices, needs, pipeline, profile, shapes
 
 COST = st.integers(1, 9).map(float)
 

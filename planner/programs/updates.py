@@ -1,0 +1,136 @@
+"""Passes that add what stands around computes and messages: updates, what replicas and shards need, a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.basis.compiled import kernel
+from planner.orders import codes, synchronisation
+from planner.orders.codes import (
+    FORWARD,
+    LOAD,
+    NUMBER,
+    OP,
+    OPTIMIZER,
+    PUSH,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    SEND_BACKWARD,
+    UNSHARD_FORWARD,
+    Codes,
+    Order,
+    cut,
+)
+from planner.orders.edges import Edges
+from planner.orders.operations import TABLE
+from planner.values.plan import RowRole
+
+
+def advance(row: Codes, *wanted: str) -> Codes:
+    """Post the operations `wanted` one compute earlier, so that they overlap it; those of a kind keep their order."""
+    row = row.copy()
+    early = np.array([op in wanted for op in codes.OPS], np.int8)
+    _advance(len(row), row, early, TABLE.busy)
+    return row
+
+
+@kernel
+def _advance(row, early, busy):  # type: ignore[no-untyped-def]
+    for i in range(len(row)):
+        action = row[i]
+        op = action >> OP
+        if not early[op]:
+            continue
+        at = i
+        computes = 0
+        while at > 0 and computes < 1 and row[at - 1] >> OP != op:
+            computes += busy[row[at - 1] >> OP]
+            row[at] = row[at - 1]
+            at -= 1
+        row[at] = action
+    return 0
+
+
+def send_first(row: Codes) -> Codes:
+    """Send a gradient on before replicas agree: the stage before is waiting for it, as torch's lowering has it too.
+
+    Without a flush it may also have what the other replicas are waiting for.
+    """
+    row = row.copy()
+    for op in (REDUCE_GRAD, PUSH):
+        _send_first(len(row), row, NUMBER[op], NUMBER[SEND_BACKWARD], TABLE.busy)
+    return row
+
+
+@kernel
+def _send_first(row, held, send, busy):  # type: ignore[no-untyped-def]
+    """Move every action `held` up behind the last `send` that stands between it and the next compute."""
+    count = len(row)
+    for i in range(count):
+        if row[i] >> OP == held:
+            action = row[i]
+            last = i
+            j = i + 1
+            while j < count and not busy[row[j] >> OP]:
+                if row[j] >> OP == send:
+                    last = j
+                j += 1
+            for k in range(i, last):
+                row[k] = row[k + 1]
+            row[last] = action
+    return 0
+
+
+def optimize(row: Codes, share: int) -> Codes:
+    """Update every stage's parameters as often as an asynchronous plan does: every `share` micro-batches."""
+    behind = codes.has(row, REDUCE_GRAD)
+    if not behind.any():
+        behind = synchronisation.last_backward(row, share)
+    at = np.flatnonzero(behind)
+    following = row[np.minimum(at + 1, len(row) - 1)]
+    at = at + codes.has(following, SEND_BACKWARD)  # the neighbour is waiting for the gradient, not for the update
+    return np.insert(row, at + 1, codes.with_op(row[behind], OPTIMIZER))
+
+
+def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
+    """Add up the gradients of parameters that several stages share, when all of them have theirs."""
+    held = set(codes.stages(row[codes.has(row, FORWARD)]).tolist())
+    mine = [codes.code(REDUCE_TIED, group[0]) for group in tied if held & set(group)]
+    return codes.join(row, np.array(mine, np.int64))
+
+
+def gather(row: Codes) -> Codes:
+    """Gather updated shards behind the optimizer, for the stage's next forward, which waits for them.
+
+    Of several updates in front of one forward, the last one's; behind the last forward nobody needs them.
+    """
+    updates, forwards = (np.flatnonzero(codes.has(row, op)) for op in (OPTIMIZER, FORWARD))
+    at, added = [updates[:0]], [row[:0]]
+    for stage in np.unique(codes.stages(row[updates])):
+        own, following = (where[codes.stages(row[where]) == stage] for where in (updates, forwards))
+        turn = np.searchsorted(following, own)
+        used = (turn < len(following)) & np.append(turn[1:] != turn[:-1], True)
+        at.append(own[used] + 1)
+        added.append(codes.with_op(row[following[turn[used]]], UNSHARD_FORWARD))
+    return np.insert(row, np.concatenate(at), np.concatenate(added))
+
+
+def frame(rows: Order, roles: Sequence[RowRole], edges: Edges, behind: Sequence[tuple[str, ...]]) -> Order:
+    """Begin and end the step.
+
+    Its batch is produced where it is used: inputs where no edge reaches a stage, targets where none leaves it. At the
+    end every stage of a row does what is `behind` it: the update of its parameters, the gather of the updated shards.
+    """
+    table = edges.table
+    loads = (np.diff(table.leaves) == 0) | (np.diff(table.reaches) == 0)
+    heads = [[codes.code(LOAD, s) for s in role.stages if loads[s]] for role in roles]
+    tails = [[codes.code(op, s) for s in role.stages for op in last] for role, last in zip(roles, behind, strict=True)]
+    lengths = [len(head) + len(row) + len(tail) for head, row, tail in zip(heads, rows, tails, strict=True)]
+    framed = cut(np.empty(sum(lengths), np.int64), np.cumsum([0, *lengths]))
+    for whole, head, row, tail in zip(framed, heads, rows, tails, strict=True):
+        whole[: len(head)] = head
+        whole[len(head) : len(head) + len(row)] = row
+        whole[len(head) + len(row) :] = tail
+    return framed
