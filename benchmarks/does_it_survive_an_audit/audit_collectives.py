@@ -180,7 +180,7 @@ def tensor_ranks_send() -> Found:
     """Each of four tensor ranks has the whole activation and sends it to its like: 4 x 100 MB / 10 GB/s = 40 ms."""
     profile = _split_chain(2, 8, 0.1, 10**8)
     prices = PriceList(Placed(profile, _tensor_plan(profile, 2), TWO_BY_FOUR))
-    return Found(prices.transfer(RECV_FORWARD, 1, 0, 1).seconds, 4 * 1e8 / 10e9)
+    return Found(prices.transfer(RECV_FORWARD, 0, 0, 1).seconds, 4 * 1e8 / 10e9)
 
 
 # Sharded states.
