@@ -6,6 +6,7 @@ The table is `data/hardware.toml`. It knows no model and needs no torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -124,7 +125,9 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             bandwidth_bytes_per_s=LINK_EFFICIENCY * self.link_bytes_per_s,
             shared=False,
         )
-        devices = tuple(Device(name=f"d{i}", memory_bytes=self.memory_bytes, host="local") for i in range(DEVICES))
+        devices = tuple(
+            Device(name=f"d{i}", memory_bytes=self.memory_bytes, host="local", kind=name) for i in range(DEVICES)
+        )
         return Cluster(name=f"{DEVICES} x {name}", hosts=(host,), devices=devices, links=(link,))
 
 
@@ -144,6 +147,34 @@ def table() -> Table:
     """Read the data file."""
     data = (resources.files("profiles") / "data" / "hardware.toml").read_bytes()
     return msgspec.toml.decode(data, type=Table)
+
+
+def kind_of(described: str) -> str:
+    """Return the kind of a device that torch describes so, "" where the table has none.
+
+    >>> kind_of("NVIDIA A100-SXM4-40GB"), kind_of("NVIDIA H100 80GB HBM3"), kind_of("AMD EPYC 9354")
+    ('a100-40', 'h100', '')
+    """
+    words = re.split(r"[^a-z0-9]+", described.lower())
+    same = [name for name in table().gpu if name.partition("-")[0] in words or name in words]
+    named = [name for name in same if f"{name.partition('-')[2]}gb" in words]
+    return next(iter((*named, *same)), "")
+
+
+def relative_speed(kind: str, of: str, dtype: str) -> float | None:
+    """Return how much faster one kind of device is than another, None where the table does not know both.
+
+    The smaller of the ratios of their peaks in this dtype and of their memories' bytes/s: layers are bound by one.
+
+    >>> relative_speed("v100-16", "v100", "float32"), relative_speed("h100", "mine", "float32")
+    (1.0, None)
+    """
+    known = table().gpu
+    mine, theirs = (known.get(ALIASES.get(name, name)) for name in (kind, of))
+    if mine is None or theirs is None:
+        return None
+    peaks = [device.flops.get(dtype, device.flops["float32"]) for device in (mine, theirs)]
+    return min(peaks[0] / peaks[1], mine.memory_bytes_per_s / theirs.memory_bytes_per_s)
 
 
 def get(name: str) -> tuple[str, Hardware]:

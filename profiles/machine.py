@@ -29,6 +29,7 @@ from planner.programs.program import RECEIVES, SENDS
 from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.plan import Plan, Stage
 from profiles.chain import Chain
+from profiles.hardware import kind_of
 
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
 POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
@@ -79,8 +80,9 @@ def measure(model: str, kind: str, samples: int) -> Machine:
     if kind == "cuda":
         count = torch.cuda.device_count()
         host = Host(name="local", cores=cores, memory_bytes=devices.memory_bytes("cpu"))
+        known = kind_of(devices.describe("cuda"))
         gpus = tuple(
-            Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1)
+            Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1, kind=known)
             for i in range(count)
         )
         cluster = Cluster(name="this machine", hosts=(host,), devices=gpus)

@@ -68,7 +68,7 @@ def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {
         *("objective", "cluster", "batch_samples", "complete", "candidates", "evaluated", "best", "plans", "pareto"),
         *("simulated_with_contention", "search_s", "plans_per_s", "explanation", "families", "estimated"),
-        *("run_best", "run_best_why_not_best"),
+        *("run_best", "run_best_why_not_best", "time_against_cost"),
     } == set(found)
     assert found["complete"] is True
     assert found["best"] == found["plans"][0]["plan"]
@@ -166,7 +166,7 @@ def test_unknown_names_get_the_nearest(
         (("--saving", "offload", "--strategy", "gpipe", "--k", "2", "--m", "8"), USAGE, "no plan is possible"),
         (("--saving", "offload", "--strategy", "1f1b", "--k", "2"), USAGE, "no plan is possible"),
         (("--strategy", "1f1b", "--k", "8", "--synchronisation", "all-reduce", "--m", "1"), USAGE, "no plan is"),
-        (("--budget", "0"), USAGE, "budget"),
+        (("--seconds", "0"), USAGE, "seconds"),
     ],
 )
 def test_impossible_searches(

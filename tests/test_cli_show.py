@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from planner.basis.errors import ARTEFACT, USAGE
+from planner.cli import complete
 from planner.cli.main import invoke
 from planner.cli.show import slots
 from planner.orders import schedules
 from planner.orders.schedules import Shape
+from tests import factory
 from tests.test_cli import by_hand, failing
 
 
@@ -131,3 +134,160 @@ def test_best_of_a_shipped_profile_is_not_run(capsys: pytest.CaptureFixture[str]
     assert found["run_best"] is None
     assert "no model file" in found["run_best_why_not_best"]
     assert data(capsys, "show")["plan"] == found["best"], "the shipped profile is found again"
+
+
+def test_a_plan_file_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    every = data(capsys, "simulate", "--k", "2", "--m", "4")
+    Path("mine.toml").write_text(Path(".plan/plans/gpipe-k2-m4.toml").read_text())
+    one = data(capsys, "simulate", "mine.toml")
+    assert [plan["plan"] for plan in one["plans"]] == ["gpipe-k2-m4"]
+    assert one["plans"][0] == next(plan for plan in every["plans"] if plan["plan"] == "gpipe-k2-m4")
+    assert data(capsys, "show")["plan"] == "gpipe-k2-m4"
+    assert "a plan says everything" in failing(capsys, USAGE, "simulate", "mine.toml", "--k", "2")["what"]
+    there = data(capsys, "simulate", "mine.toml", "--cluster", "dgx-a100")
+    assert there["cluster"] == "dgx-a100", "its devices have other names there"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--replicas", "2", "--strategy", "1f1b"), "1f1b-k4-m4-r2"),
+        (("--chunks", "2", "--replicas", "1", "--strategy", "interleaved", "--k", "2"), "interleaved-k2-m4-v2"),
+        (("--replicas", "2", "--synchronisation", "zero-1", "--strategy", "gpipe"), "gpipe-k4-m4-r2-zero-1"),
+        (("--recompute", "--strategy", "1f1b"), "1f1b-k4-m4-recompute"),
+        (("--no-recompute", "--strategy", "1f1b", "--saving", "none"), "1f1b-k4-m4"),
+        (("--saving", "host-optimizer", "--strategy", "1f1b", "--cluster", "dgx-a100"), "1f1b-k4-m4-host"),
+    ],
+)
+def test_everything_a_plan_has_can_be_asked_for(
+    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], name: str
+) -> None:
+    by_hand()
+    k = () if "--k" in options else ("--k", "4")
+    ranked = data(capsys, "simulate", *k, "--m", "4", *options)
+    assert name in {plan["plan"] for plan in ranked["plans"]}
+    assert ("--recompute" in options) <= all("recompute" in plan["plan"] for plan in ranked["plans"])
+    found = data(capsys, "search", *k, "--m", "4", *options)
+    assert name in {plan["plan"] for plan in found["plans"]}
+
+
+def test_one_line_per_reason_with_what_makes_it_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    rejected = data(capsys, "simulate", "--k", "2", "--m", "1")["rejected"]
+    reasons = [entry["why"] for entry in rejected]
+    assert len(reasons) == len(set(reasons))
+    data_parallel = next(entry for entry in rejected if "data-parallel" in entry["strategies"])
+    assert len(data_parallel["strategies"]) > 3, "all that share the reason"
+    assert data_parallel["fix"] == "--m 2 makes it possible"
+    assert "data-parallel" in {
+        plan["plan"].partition("-k")[0] for plan in data(capsys, "simulate", "--k", "2", "--m", "2")["plans"]
+    }
+    out = text(capsys, "simulate", "--k", "2", "--m", "1")
+    assert len([line for line in out.splitlines() if line.startswith("not possible")]) == len(reasons)
+
+
+def test_strategies_that_decide_themselves_are_not_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    rejected = data(capsys, "simulate", "--k", "4", "--m", "4", "--replicas", "2")["rejected"]
+    own = next(entry for entry in rejected if "decide about replicas" in entry["why"])
+    assert "data-parallel" in own["strategies"]
+    assert "makes it possible" not in own["fix"]
+
+
+def test_prices_give_a_front_of_time_against_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Hosts are rented whole: on one host the quickest plan is the cheapest."""
+    by_hand()
+    asked = ("search", "--strategy", "data-parallel", "--strategy", "single", "--saving", "none")
+    assert data(capsys, *asked)["time_against_cost"] == []
+    found = data(capsys, *asked, "--host-price", "3.6", "--epoch", "1000")
+    (front,) = found["time_against_cost"]
+    assert front["plan"] == found["best"]
+    assert front["cost"] == pytest.approx(front["seconds"] * 3.6 / 3600)
+    assert "time against cost:" in text(capsys, *asked, "--price", "1")
+    assert "--epoch" in failing(capsys, USAGE, *asked, "--deadline", "1")["fix"]
+    cheap = data(capsys, *asked, "--price", "1", "--epoch", "1000", "--deadline", "1", "--objective", "cost")
+    assert cheap["time_against_cost"][0]["seconds"] <= 3600
+
+
+def estimated(kind: str, name: str = "estimated") -> str:
+    """The path of a profile of four layers on a device of a kind."""
+    profile = factory.profile([1.0] * 4, message_bytes=10)
+    machine = msgspec.structs.replace(
+        profile.machine, devices=tuple(msgspec.structs.replace(d, kind=kind) for d in profile.machine.devices)
+    )
+    path = Path(f"{name}.json")
+    path.write_bytes(msgspec.json.encode(msgspec.structs.replace(profile, machine=machine)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cluster", "speed"),
+    [
+        ("h100", "dgx-h100", 1.0),
+        ("v100", "dgx1-v100", 1.0),
+        ("v100-16", "dgx-h100", 3.7),
+        ("v100", "dgx-h100", 3.7),
+        ("h100", "dgx1-v100", 15.7 / 67),  # FP32 peaks; memory would say 900 / 3350
+        ("h100", "h200x8", 1.0),  # the same units; memory alone would say 1.4
+        ("h100", "laptop-gpu", 0.5 * 15.7 / 67),
+    ],
+)
+def test_speeds_are_relative_to_what_was_profiled(
+    capsys: pytest.CaptureFixture[str], kind: str, cluster: str, speed: float
+) -> None:
+    asked = ("simulate", "--k", "1", "--m", "4", "--strategy", "single", "--no-recompute", "--saving", "none")
+    there = data(capsys, *asked, "--profile", estimated(kind), "--cluster", cluster)
+    here = data(capsys, *asked, "--profile", estimated(kind))
+    assert here["plans"][0]["step_s"] / there["plans"][0]["step_s"] == pytest.approx(speed)
+
+
+def test_speeds_that_nobody_knows_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A measured CPU is no V100: the cluster's 1.7 is taken, and said."""
+    by_hand()
+    assert invoke(["simulate", "--k", "2", "--m", "4", "--cluster", "dgx-a100", "--strategy", "gpipe"]) == 0
+    assert "relative to a v100" in " ".join(capsys.readouterr().err.split())
+    data(
+        capsys, "simulate", "--profile", "vgg16", "--k", "2", "--m", "4", "--cluster", "dgx-a100", "--strategy", "gpipe"
+    )
+    assert invoke(["simulate", "--profile", "vgg16", "--k", "2", "--m", "4", "--cluster", "dgx-h100"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
+def test_the_page_is_of_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says for which model and hardware it is, what makes it again, and its plan is in its own table."""
+    found = data(capsys, "simulate", "--profile", "vgg16", "--cluster", "dgx-a100", "--k", "2", "--m", "8")
+    other = next(plan for plan in found["plans"] if plan["plan"] != found["best"])
+    data(capsys, "report", "--plan", other["plan"], "--out", "a page.html")
+    page = Path("a page.html").read_text()
+    assert f"plan report --simulated --plan {other['plan']} --out &#x27;a page.html&#x27;" in page
+    assert "model vgg16: 38" in page
+    assert "on dgx-a100: a100-80 of 80.00" in page
+    assert page.count("this page</span>") == 1
+    assert f'data-value="{other["step_s"]!r}"' in page, "the figure of the simulation, not one drawn again"
+    text = Path(".plan/plans/gpipe-k2-m8.toml").read_text().replace("microbatches = 8", "microbatches = 16")
+    Path("mine.toml").write_text(text)
+    data(capsys, "report", "--plan", "mine.toml", "--out", "page.html")
+    page = Path("page.html").read_text()
+    assert "--plan mine.toml" in page
+    assert page.count("this page</span>") == 1
+
+
+def test_help_has_a_glossary_of_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name in ("gpipe-k2-m8", "-r4", "0B1", "sync", "bubble"):
+        assert name in out
+
+
+def test_names_are_completed(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    data(capsys, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe")
+    assert complete.plans("gp") == ["gpipe-k2-m4", "gpipe-k2-m4-recompute"]
+    assert complete.plans("b") == ["best"]
+    assert complete.strategies("zb-h") == ["zb-h1", "zb-h2"]
+    assert complete.clusters("dgx1") == ["dgx1-v100"]
+    assert complete.profiles("vgg") == ["vgg16"]
+    assert complete.synchronisations("zero-1") == ["zero-1"]
+    assert complete.objectives("c") == ["cost"]
+    assert complete.columns("sy") == ["sync"]

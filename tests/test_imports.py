@@ -76,7 +76,11 @@ def test_private_names_of_torch_live_in_one_module() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], *([c, "--help"] for c in ("init", "profile", "simulate", "run", "report"))]
+    "arguments",
+    [
+        ["--help"],
+        *([c, "--help"] for c in ("init", "profile", "simulate", "search", "show", "explain", "run", "report")),
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -8,7 +8,8 @@ import typer
 
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
-from planner.cli.search import asked, nothing_fits
+from planner.cli.answer import nothing_fits
+from planner.cli.searching import asked
 from planner.search.explain import explain as sentences
 from planner.search.search import Search, State
 from planner.simulate.predict import simulate

@@ -19,6 +19,18 @@ from planner.cli import explain, init, profile, report, run, search, show, simul
 from planner.cli.output import failure
 from planner.store import FOLDER
 
+GLOSSARY = """Start with: plan init, plan profile model.py, plan simulate --k 2 --m 8, plan run best.
+
+Names: gpipe-k2-m8 is the strategy gpipe on K=2 devices with M=8 micro-batches per step; -r4 has 4 replicas of the \
+pipeline (-r2.1: 2 of its first stage, 1 of its second), -v2 two stages per device (chunks), -t4 tensors split over 4 \
+devices; -zero-1 says how replicas agree where that is not by all-reduce; -recompute repeats forwards, -recompute3 \
+those of 3 layers, -offload swaps activations to the host, -host updates there.
+
+Actions: 0B1 is stage 0, backward, micro-batch 1. F forward, B backward (I of the input, W of the weights), R recompute.
+
+Columns: bubble is the share of the devices' time in which they do nothing, sync that in which they wait for \
+reductions, gathers, pulls and pushes; 10 to 90 % is the throughput if all durations are long, or short."""
+
 app = typer.Typer(
     name="plan",
     no_args_is_help=True,
@@ -26,7 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan how to train a PyTorch model: measure its layers, simulate every way of spreading them over devices, "
     "run the best one, and see prediction and measurement side by side.",
-    epilog="Start with: plan init, plan profile model.py, plan simulate --k 2 --m 8, plan run best",
+    rich_markup_mode="rich",
+    epilog=GLOSSARY,
 )
 
 

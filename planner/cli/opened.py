@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError
+from planner.cli import output
 from planner.search.ranking import Ranking
 from planner.store import Store
 from planner.values import cluster_file
@@ -30,7 +31,53 @@ def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profi
     measured = store.load_profile(path)
     if profile is None:
         check_fresh(measured, path)
-    return store, path, measured, cluster_file.find(cluster, shipped.clusters()) if cluster else measured.machine
+    return store, path, measured, hardware_of(measured, cluster)
+
+
+def hardware_of(profile: Profile, cluster: str | None) -> Cluster:
+    """Return the cluster of that name or file, its devices' speeds relative to the profile's; by default its machine.
+
+    Says on stderr where what a speed is relative to is not what was profiled, and no table knows both.
+    """
+    from profiles import shipped
+
+    if cluster is None:
+        return profile.machine
+    found, unsure = compared_with(cluster_file.find(cluster, shipped.clusters()), profile)
+    for note in unsure:
+        output.progress.print(f"note: {note}", markup=False)
+    return found
+
+
+def compared_with(cluster: Cluster, profile: Profile) -> tuple[Cluster, list[str]]:
+    """Return a cluster with its devices' speeds relative to the profiled device; and what is not known about that.
+
+    A device of the profile's own kind has speed 1. A speed that the file gives relative to the profile's kind holds.
+    Else it is the ratio of peaks, where `profiles/data/hardware.toml` has both kinds; or the file's, times that of what
+    it is relative to; or, where nobody knows, it stays as it is.
+    """
+    from profiles.hardware import relative_speed
+
+    own, dtype = profile.device_kind, profile.key.dtype
+    devices, unsure = [], dict[str, None]()
+    for device in cluster.devices:
+        kinds = relative_speed(device.kind, own, dtype)
+        other = relative_speed(device.speed_of, own, dtype)
+        if device.kind and device.kind == own:
+            device = msgspec.structs.replace(device, speed=1.0, speed_of=own)
+        elif device.speed_of and other == 1.0:
+            device = msgspec.structs.replace(device, speed_of=own)
+        elif device.speed_of and kinds is not None:
+            device = msgspec.structs.replace(device, speed=kinds, speed_of=own)
+        elif device.speed_of and other is not None:
+            device = msgspec.structs.replace(device, speed=device.speed * other, speed_of=own)
+        elif device.speed_of and device.speed_of != own:
+            unsure[
+                f"the profile is of {own or profile.key.device}, and {cluster.name} says how fast its devices are "
+                f"relative to a {device.speed_of}: their speed of {device.speed:g} is taken as it is"
+            ] = None
+        devices.append(device)
+    return msgspec.structs.replace(cluster, devices=tuple(devices)), list(unsure)
 
 
 class Meant(NamedTuple):
@@ -61,9 +108,7 @@ def meant(reference: str, profile: str | None, cluster: str | None) -> Meant:
     ranking = store.load_ranking() if known else None
     path = store.profile_path(profile or (ranking.profile if ranking else None))
     measured = store.load_profile(path)
-    hardware = ranking.cluster if ranking and profile is None else measured.machine
-    if cluster is not None:
-        hardware = cluster_file.find(cluster, shipped.clusters())
+    hardware = ranking.cluster if ranking and profile is None and cluster is None else hardware_of(measured, cluster)
     plan.layer_ranges([layer.name for layer in measured.layers])
     return Meant(on_devices_of(plan, hardware), measured, path, hardware, None if is_file(reference) else ranking)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from planner import __version__
 from planner.basis.errors import PlanError
 from planner.cli import output
 from planner.cli.comparison import compared
+from planner.cli.complete import plans
+from planner.cli.opened import meant
 from planner.search.ranking import Ranking
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store
+from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.profile import Profile
 
@@ -26,21 +31,25 @@ def report(
     simulated: Annotated[
         bool, typer.Option("--simulated", help="Show the last simulation's best plan, without a run.")
     ] = False,
-    plan: Annotated[str | None, typer.Option(help="With --simulated: another plan than the best.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="With --simulated: another plan than the best.", autocompletion=plans)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
-    from executor.abilities import able
     from profiles import shipped
 
     store = Store(catalogue=shipped)
     if simulated or plan is not None:
-        ranking = store.load_ranking()
-        path = store.profile_path(ranking.profile)
-        profile = store.load_profile(path)
-        predicted = predict(profile, store.plan(plan or "best", able), ranking.cluster)
-        page = _write(None, predicted, profile, ranking, out, f"plan report --simulated --out {out.name}")
+        question = meant(plan or "best", None, None)
+        ranking, profile = store.load_ranking(), question.profile
+        known = {str(outcome.plan): outcome for outcome in ranking.outcomes}.get(str(question.plan))
+        if known is None or known.plan != question.plan:
+            known = predict(profile, question.plan, question.cluster)
+        named = f" --plan {shlex.quote(plan)}" if plan else ""
+        command = f"plan report --simulated{named} --out {shlex.quote(out.name)}"
+        page = _write(None, known, profile, with_outcome(ranking, known), question.cluster, out, command)
     else:
         folder, result = store.load_run(run)
         profile = store.load_profile(Path(result.profile))
@@ -57,13 +66,27 @@ def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: P
         ranking: Ranking | None = store.load_ranking()
     except PlanError:
         ranking = None
-    if ranking is not None and str(result.measured.plan) not in {str(o.plan) for o in ranking.outcomes}:
-        ranking = None
-    return _write(result, result.predicted, profile, ranking, out, f"plan report {folder.name} --out {out.name}")
+    same = ranking is not None and ranking.cluster == profile.machine and ranking.batch == result.measured.plan.batch
+    compared_with = with_outcome(ranking, result.predicted) if ranking is not None and same else None
+    command = f"plan report {folder.name} --out {shlex.quote(out.name)}"
+    return _write(result, result.predicted, profile, compared_with, profile.machine, out, command)
+
+
+def with_outcome(ranking: Ranking, shown: Outcome) -> Ranking:
+    """Return a ranking in which the plan of a page has the figures of the page."""
+    others = [outcome for outcome in ranking.outcomes if str(outcome.plan) != str(shown.plan)]
+    every = sorted((*others, shown), key=lambda o: (not o.fits, -o.throughput if o.fits else o.tightest.lack))
+    return msgspec.structs.replace(ranking, outcomes=tuple(every))
 
 
 def _write(
-    result: Run | None, predicted: Outcome, profile: Profile, ranking: Ranking | None, out: Path, command: str
+    result: Run | None,
+    predicted: Outcome,
+    profile: Profile,
+    ranking: Ranking | None,
+    cluster: Cluster,
+    out: Path,
+    command: str,
 ) -> Path:
     from reports.page import Report, write
 
@@ -74,8 +97,9 @@ def _write(
             comparison=compared(result, profile) if result else None,
             ranking=ranking,
             profile=profile,
+            cluster=cluster,
             environment=environment(profile),
-            assumptions=assumptions(predicted, profile),
+            assumptions=assumptions(predicted, profile, cluster),
             command=command,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         ),
@@ -99,9 +123,9 @@ def environment(profile: Profile) -> dict[str, str]:
     }
 
 
-def assumptions(predicted: Outcome, profile: Profile) -> tuple[str, ...]:
+def assumptions(predicted: Outcome, profile: Profile, cluster: Cluster) -> tuple[str, ...]:
     """What the prediction takes for granted, in sentences."""
-    machine = profile.machine.take(len(predicted.plan.device_names)) if profile.machine.elastic else profile.machine
+    machine = cluster.take(len(predicted.plan.device_names)) if cluster.elastic else cluster
     sentences = [
         "Layer times are estimated from counted operations and data sheets: nothing was measured."
         if profile.estimated

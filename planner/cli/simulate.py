@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import typer
 
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, rate, seconds
 from planner.cli import output, runnable, tables
+from planner.cli.complete import plans
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
-from planner.cli.opened import opened
-from planner.cli.search import run
-from planner.cli.tables import FILTER_HELP, SORT_HELP
+from planner.cli.opened import meant, opened
+from planner.cli.options import (
+    ChunksOption,
+    ClusterOption,
+    FilterOption,
+    JsonOption,
+    ProfileOption,
+    RecomputeOption,
+    ReplicasOption,
+    SavingOption,
+    SortOption,
+    StrategyOption,
+    SynchronisationOption,
+    TensorOption,
+    axes,
+)
+from planner.cli.searching import Question, run
 from planner.placement import strategies
 from planner.placement.devices import choose
-from planner.search.ranking import Ranking, check, rank
+from planner.search.ranking import DEFAULT_SAVINGS, Ranking, Shape, check, rank
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject
 from planner.simulate.limits import limits
 from planner.simulate.predict import SAMPLES, SEED
+from planner.simulate.predict import simulate as predict
 from planner.simulate.staleness import staleness
+from planner.store import Store
+from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
+from planner.values.plan import asynchronous
 from planner.values.profile import Profile
 
 SHOWN = 15
@@ -32,69 +53,149 @@ SHOWN = 15
 
 
 def simulate(
+    plan: Annotated[
+        str | None,
+        typer.Argument(help="A plan file, or a plan of the last simulation: only its figures.", autocompletion=plans),
+    ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Number of devices (partitions). Default: search all.")] = None,
     m: Annotated[int | None, typer.Option("--m", help="Number of micro-batches per step. Default: 8.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the model file's batch_size.")] = None,
-    strategy: Annotated[
-        list[str] | None, typer.Option(help="Only this strategy; may be repeated. Default: all of them.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="A profile's path or name, or a shipped one, as resnet50. Default: the last one.")
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Other hardware than the profiled: a TOML file, or a shipped name, as dgx-a100.")
-    ] = None,
+    strategy: StrategyOption = None,
+    replicas: ReplicasOption = None,
+    tensor: TensorOption = None,
+    chunks: ChunksOption = None,
+    synchronisation: SynchronisationOption = None,
+    recompute: RecomputeOption = None,
+    saving: SavingOption = None,
+    profile: ProfileOption = None,
+    cluster: ClusterOption = None,
     samples: Annotated[int, typer.Option(help="Steps drawn from the measured spread, per plan.", min=1)] = SAMPLES,
     seed: Annotated[int, typer.Option(help="Seed of these draws.")] = SEED,
     stale: Annotated[bool, typer.Option(help="Let plans with stale gradients be the best.")] = False,
     slow_device: Annotated[list[str] | None, typer.Option(help="A device that is slower: d3=2 is twice.")] = None,
     slow_link: Annotated[list[str] | None, typer.Option(help="A link that is slower: d0:d1=4.")] = None,
     fail: Annotated[list[str] | None, typer.Option(help="A device that stops: d2@1.5+3 is at 1.5 s, for 3 s.")] = None,
-    sort: Annotated[str | None, typer.Option(help=SORT_HELP, metavar="COLUMN")] = None,
-    words: Annotated[list[str] | None, typer.Option("--filter", help=FILTER_HELP, metavar="TEXT")] = None,
+    sort: SortOption = None,
+    words: FilterOption = None,
     every: Annotated[bool, typer.Option("--all", help="Show all plans, not only the best.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them.
 
-    Without --k the whole space is searched, as by plan search.
+    Without --k the whole space is searched, as by plan search. A plan file is simulated as it is.
     """
-    if k is None:
-        axes = {"ms": (m,) if m is not None else (), "strategies": tuple(strategy or ())}
-        for name in strategy or ():
-            strategies.get(name)
-        if slow_device or slow_link or fail:
+    asked = axes(
+        m=None if m is None else [m],
+        strategy=strategy,
+        replicas=replicas,
+        tensor=tensor,
+        chunks=chunks,
+        synchronisation=synchronisation,
+        saving=saving,
+        recompute=recompute,
+    )
+    faults = Faults(tuple(slow_device or ()), tuple(slow_link or ()), tuple(fail or ()))
+    draws = Draws(samples, seed)
+    if plan is not None:
+        if k is not None or batch is not None or any(asked.values()):
+            raise PlanError(
+                what="a plan says everything itself",
+                where=f"plan {plan}",
+                why="K, M, batch, strategies and savings are its own",
+                fix=f"plan simulate {plan}",
+            )
+        simulated = _one(plan, profile, cluster, faults, draws)
+    elif k is None:
+        if any(faults):
             raise PlanError(
                 what="faults are simulated for one K, not searched with",
                 where="--slow-device, --slow-link and --fail",
                 why="which device or link is meant depends on how many there are",
                 fix="give the number of devices, for example --k 4",
             )
-        run(
-            profile=profile,
-            cluster=cluster,
-            batch=batch,
-            axes=axes,
-            stale=stale,
-            samples=samples,
-            seed=seed,
-            sort=sort,
-            words=words or (),
-            json=json,
+        of = Question(
+            profile=profile, cluster=cluster, batch=batch, axes=asked, stale=stale, samples=samples, seed=seed
         )
+        run(of, sort=sort, words=words or (), json=json)
         return
+    else:
+        simulated = _ranked(opened(profile, cluster), faults, draws, asked, k, 8 if m is None else m, batch, stale)
+    store, path, measured, ranking = simulated
+    store.save_ranking(ranking)
+    rows = tables.arranged(ranking.outcomes, sort, words or ())
+    if json:
+        output.document("simulate", as_data(ranking, rows, measured, path))
+    else:
+        _print(ranking, rows, measured, path, shown=len(rows) if every else SHOWN)
+
+
+class Draws(NamedTuple):
+    """How many steps are drawn per plan, and from which seed."""
+
+    samples: int
+    seed: int
+
+
+class Faults(NamedTuple):
+    """What is said to go wrong: slower devices, slower links, devices that stop."""
+
+    slow_devices: tuple[str, ...]
+    slow_links: tuple[str, ...]
+    failing: tuple[str, ...]
+
+    def on(self, cluster: Cluster, names: Sequence[str]) -> tuple[Cluster, tuple[Failure, ...]]:
+        """Return the cluster of those devices with its slower parts, and the failures; plans do not know of them."""
+        if not any(self):
+            return cluster, ()
+        return inject(
+            cluster.only(names), slow_devices=self.slow_devices, slow_links=self.slow_links, failing=self.failing
+        )
+
+
+Simulated = tuple[Store, Path, Profile, Ranking]
+
+
+def _one(reference: str, profile: str | None, cluster: str | None, faults: Faults, draws: Draws) -> Simulated:
+    """Simulate one plan: a ranking with nothing else in it."""
+    from profiles import shipped
+
+    store = Store(catalogue=shipped)
+    question = meant(reference, profile, cluster)
+    plan, measured = question.plan, question.profile
+    faulty, failures = faults.on(question.cluster, plan.device_names)
+    outcome = predict(measured, plan, faulty, samples=draws.samples, seed=draws.seed, failures=failures)
+    ranking = Ranking(
+        k=len(plan.device_names),
+        m=plan.microbatches,
+        batch=plan.batch,
+        profile=store.name_of(question.path),
+        cluster=faulty,
+        outcomes=(outcome,),
+        chosen=str(plan),
+    )
+    return store, question.path, measured, ranking
+
+
+def _ranked(
+    where: tuple[Store, Path, Profile, Cluster],
+    faults: Faults,
+    draws: Draws,
+    asked: dict[str, tuple[Any, ...]],
+    k: int,
+    m: int,
+    batch: int | None,
+    stale: bool,
+) -> Simulated:
+    """Simulate all strategies that are asked for, in all shapes that are asked for."""
     from executor.abilities import able
 
-    m = 8 if m is None else m
-    store, path, measured, hardware = opened(profile, cluster)
+    store, path, measured, hardware = where
     batch = measured.batch if batch is None else batch
-    faulty = hardware
-    failures: tuple[Failure, ...] = ()
-    if slow_device or slow_link or fail:
-        check(measured, k=k, m=m, batch=batch)
-        whole = hardware.only([device.name for device in choose(hardware, k)])  # the plan does not know of them
-        faulty, failures = inject(whole, slow_devices=slow_device or (), slow_links=slow_link or (), failing=fail or ())
-    chosen = [strategies.get(name) for name in strategy] if strategy else None
+    check(measured, k=k, m=m, batch=batch)
+    faulty, failures = faults.on(hardware, [device.name for device in choose(hardware, k)] if any(faults) else ())
+    shapes = itertools.product(
+        asked["replicas"] or (1,), asked["tensors"] or (1,), asked["chunks"] or (0,), asked["synchronisations"] or ("",)
+    )
     ranking = rank(
         measured,
         faulty,
@@ -102,19 +203,16 @@ def simulate(
         m=m,
         batch=batch,
         name=store.name_of(path),
-        strategies=chosen,
-        samples=samples,
-        seed=seed,
+        strategies=[strategies.get(name) for name in asked["strategies"]],
+        shapes=[Shape(*shape) for shape in shapes],
+        savings=asked["savings"] or DEFAULT_SAVINGS,
+        samples=draws.samples,
+        seed=draws.seed,
         stale=stale,
         failures=failures,
         able=able,
     )
-    store.save_ranking(ranking)
-    rows = tables.arranged(ranking.outcomes, sort, words or ())
-    if json:
-        output.document("simulate", as_data(ranking, rows, measured, path))
-    else:
-        _print(ranking, rows, measured, path, shown=len(rows) if every else SHOWN)
+    return store, path, measured, ranking
 
 
 def as_data(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: Path) -> dict[str, Any]:
@@ -129,7 +227,7 @@ def as_data(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: 
         **runnable.as_data(ranking, measured, path),
         "limits": [limit.text for limit in limits(ranking.best, ranking.cluster)],
         "plans": [figures(outcome) for outcome in rows],
-        "rejected": [{"strategy": r.strategy, "why": r.why} for r in ranking.rejected],
+        "rejected": [msgspec.to_builtins(rejected) for rejected in ranking.rejected],
     }
 
 
@@ -146,13 +244,15 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: P
     if len(rows) > shown:
         output.results.print(f"and {len(rows) - shown} more plans (--all shows them)")
     for rejected in ranking.rejected:
-        output.results.print(f"not possible: {rejected.strategy}: {rejected.why}", markup=False)
-    stale = next((o for o in ranking.outcomes if o.fits), best)
-    if stale is not best:
+        output.results.print(f"not possible: {rejected}", markup=False)
+    stale = next((o for o in ranking.outcomes if o.fits and asynchronous(o.plan)), best)
+    if stale.throughput > best.throughput:
         gain = percent(stale.throughput / best.throughput - 1)
         old = f"gradients {staleness(stale):.1f} updates old on average"
         output.results.print(f"{stale.plan} would be {gain} faster with {old} (--stale lets it be the best)")
-    output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}")
+    output.results.print(
+        f"\nbest: {best.plan}, {rate(best.throughput)}{tables.tied(best, ranking.outcomes, ranking.stale)}"
+    )
     if len(best.samples_s) > SAMPLES:
         shares = "  ".join(f"{q} % {seconds(step)}" for q, step in percentiles(best).items())
         output.results.print(f"step over {len(best.samples_s)} draws: {shares}")

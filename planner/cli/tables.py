@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from planner.basis.errors import PlanError, unknown
 from planner.basis.units import percent, rate, seconds, size
 from planner.values.outcome import Outcome
+from planner.values.plan import asynchronous
 
 
 class Column(NamedTuple):
@@ -39,8 +40,6 @@ COLUMNS = (
     Column("fits", "fits", lambda o: "yes" if o.fits else "no", lambda o: not o.fits),
 )
 NAMES = tuple(column.name for column in COLUMNS)
-SORT_HELP = f"Sort the table by {', '.join(NAMES[:-1])} or {NAMES[-1]}. Default: the best first."
-FILTER_HELP = "Show only plans whose name has this text, as gpipe; may be repeated."
 
 
 def arranged(outcomes: Sequence[Outcome], sort: str | None, words: Sequence[str]) -> list[Outcome]:
@@ -78,3 +77,13 @@ def show(outcomes: Sequence[Outcome], *, title: str, best: Outcome | None, witho
         table.add_row(*(column.cell(outcome) for column in columns), style="bold" if bold else None)
     output.results.print(title, markup=False, soft_wrap=True)
     output.results.print(table)
+
+
+def tied(best: Outcome, outcomes: Sequence[Outcome], stale: bool) -> str:
+    """Say which plan is quicker than the best, if any is, and why it is not the best."""
+    rivals = [o for o in outcomes if o.fits and (stale or not asynchronous(o.plan))]
+    quickest = max(rivals, key=lambda o: o.throughput, default=best)
+    gain = quickest.throughput / best.throughput - 1
+    if quickest.plan == best.plan or gain <= 0:
+        return ""
+    return f" ({quickest.plan} is {percent(gain)} faster: a tie, which the simpler plan wins)"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from planner.basis.errors import NOTHING_FITS, PlanError
 from planner.basis.units import size
 from planner.placement.question import Question
-from planner.placement.strategies import Strategy, all_strategies
+from planner.placement.strategies import Axis, Strategy, all_strategies
 from planner.search.choice import Merit, choose, merit
+from planner.search.possible import Rejected, rejections
 from planner.search.simplicity import identity
 from planner.simulate.contention import Failure
 from planner.simulate.predict import SAMPLES, SEED, simulate
@@ -20,12 +21,17 @@ from planner.values.outcome import Outcome
 from planner.values.plan import Plan, asynchronous
 from planner.values.profile import Profile
 
+DEFAULT_SAVINGS: tuple[tuple[str, ...], ...] = ((), ("recompute",))
+"""With and without recompute; where there is nothing to recompute, without."""
 
-class Rejected(msgspec.Struct, frozen=True, kw_only=True):
-    """A strategy that gives no plan here, and why."""
 
-    strategy: str
-    why: str
+class Shape(NamedTuple):
+    """What is asked of a pipeline besides K and M: see `Question`."""
+
+    replicas: int = 1
+    tensor: int = 1
+    chunks: int = 0
+    synchronisation: str = ""
 
 
 class Ranking(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +96,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
         return PlanError(
             what="no plan fits into memory",
             where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
-            why="; ".join(lines) or "; ".join(f"{r.strategy}: {r.why}" for r in self.rejected),
+            why="; ".join(lines) or "; ".join(map(str, self.rejected)),
             fix=f"{what} would hold {nearest[0].plan}" if nearest else "change K or M",
             code=NOTHING_FITS,
             details=[
@@ -113,27 +119,33 @@ def rank(
     seed: int = SEED,
     stale: bool = False,
     failures: tuple[Failure, ...] = (),
+    shapes: Sequence[Shape] = (Shape(),),
+    savings: Sequence[tuple[str, ...]] = DEFAULT_SAVINGS,
     able: Callable[[Plan], bool] = lambda plan: True,
     progress: Callable[[str], None] = lambda label: None,
 ) -> Ranking:
-    """Simulate every strategy, with and without recompute, for K devices and M micro-batches.
+    """Simulate every strategy with every set of savings, for K devices and M micro-batches.
 
+    `shapes` say what else is asked: replicas, chunks, tensor splits, synchronisation. Strategies that decide about
+    these themselves have no part in such a question.
     Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
     Raises `PlanError` (exit 2) when K, M or the batch are not positive, M does not divide the batch, or K is larger
     than the number of layers.
     """
     check(profile, k=k, m=m, batch=batch)
+    question = Question(profile, cluster, k, m, batch)
     outcomes: list[Outcome] = []
-    rejected: list[Rejected] = []
-    for entry, plan in _plans(Question(profile, cluster, k, m, batch), strategies or all_strategies()):
+    failed: list[tuple[Strategy, PlanError]] = []
+    questions = [question._replace(**shape._asdict()) for shape in shapes]
+    for entry, plan in _plans(questions, strategies or all_strategies(), savings):
         if isinstance(plan, PlanError):
-            rejected.append(Rejected(strategy=entry.name, why=f"{plan.what}: {plan.why}"))
+            failed.append((entry, plan))
             continue
         progress(str(plan))
         try:
             outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
         except PlanError as error:
-            rejected.append(Rejected(strategy=str(plan), why=f"{error.what}: {error.why}"))
+            failed.append((entry, error))
     distinct: dict[tuple[object, ...], Outcome] = {}
     for outcome in outcomes:  # two names of one plan are one: the first registered that needs least memory
         known = distinct.setdefault(identity(outcome.plan), outcome)
@@ -149,7 +161,7 @@ def rank(
         cluster=cluster,
         outcomes=tuple(outcomes),
         stale=stale,
-        rejected=tuple(rejected),
+        rejected=rejections(questions[0], failed),
         able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
     )
 
@@ -177,13 +189,34 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
         )
 
 
-def _plans(question: Question, strategies: Sequence[Strategy]) -> Iterator[tuple[Strategy, Plan | PlanError]]:
-    """Yield every plan, and the one that recomputes where that frees anything: it is cut with that in mind."""
-    for entry in strategies:
-        try:
-            yield entry, entry.spread(question)
-        except PlanError as error:
-            yield entry, error
-            continue
-        with contextlib.suppress(PlanError):
-            yield entry, entry.spread(question._replace(savings=("recompute",)))
+def _plans(
+    questions: Sequence[Question], strategies: Sequence[Strategy], savings: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[Strategy, Plan | PlanError]]:
+    """Yield every strategy's plans, or why there are none; a plan is cut with its savings in mind."""
+    for question in questions:
+        for entry in strategies:
+            for index, chosen in enumerate(savings):
+                try:
+                    _heeds(entry, question)
+                    yield entry, entry.spread(question._replace(savings=chosen))
+                except PlanError as error:
+                    if index == 0 or savings is not DEFAULT_SAVINGS:
+                        yield entry, error
+
+
+def _heeds(entry: Strategy, question: Question) -> None:
+    """Raise `PlanError` (exit 2) for a strategy that would not do what the question asks."""
+    asked: dict[Axis, bool] = {
+        "replicas": question.replicas > 1,
+        "chunks": question.chunks > 0,
+        "tensor": question.tensor > 1,
+        "synchronisation": bool(question.synchronisation),
+    }
+    ignored = [axis for axis, wanted in asked.items() if wanted and axis not in entry.takes]
+    if ignored:
+        raise PlanError(
+            what=f"{entry.name} cannot be arranged",
+            where=f"--{ignored[0]}",
+            why=f"they decide about {' and '.join(ignored)} themselves",
+            fix=f"leave --{ignored[0]} out",
+        )

@@ -11,6 +11,9 @@ from planner.values.outcome import Outcome
 from planner.values.plan import Plan, windows
 from planner.values.trace import COMPUTE, LINK
 
+MOSTLY = 0.9
+"""Share of the devices' time from which on computing itself is what limits a plan, before all losses."""
+
 
 class Limit(NamedTuple):
     """One loss: the share of all devices' time, and a sentence."""
@@ -95,6 +98,9 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
                 f"shared cores: {count} processes on {cores} cores, each at most {percent(cores / threads)} as fast",
             )
         )
+    own = sum(by_op.get(op, 0.0) for op, operation in OPERATIONS.items() if operation.computes) / whole
+    if found and own > MOSTLY:
+        found.append(Limit(own, f"the layers' own computing: {percent(own)} of the devices' time"))
     found.sort(key=lambda limit: -limit.share)
     if not found:
         work = seconds(max(computed) / windows(outcome.plan))

@@ -38,6 +38,8 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """One place where a stage computes. `speed` is relative to the profiled device (2 = twice as fast).
 
+    `kind` is what it is, as in `profiles/data/hardware.toml`, "" where nobody says. In a cluster file, `speed_of` names
+    the kind that `speed` is relative to; without, it is whatever was profiled.
     `price_per_hour` is in any currency.
     Devices with the same `host` share its cores when `shares_cores` (CPU processes); a GPU does not.
     """
@@ -45,7 +47,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     memory_bytes: int
     host: str
+    kind: str = ""
     speed: float = 1.0
+    speed_of: str = ""
     threads: int = 1
     price_per_hour: float = 0.0
     shares_cores: bool = False

@@ -239,6 +239,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if index < len(self.layers) - 1 and index not in read:
                 raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
 
+    @property
+    def device_kind(self) -> str:
+        """What the profiled device is, as in `profiles/data/hardware.toml`; "" where nobody says."""
+        return self.machine.devices[0].kind if self.machine.devices else ""
+
     @cached_property
     def graph(self) -> nx.DiGraph[int]:
         """The layers as a networkx graph: nodes are layer indices, edges carry `bytes` at the largest measured size."""

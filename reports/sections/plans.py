@@ -19,16 +19,22 @@ def plans(report: Report) -> str:
     ranking = report.ranking
     if ranking is None or not (ranking.outcomes or ranking.rejected):
         return ""
-    shown = report.predicted.plan
-    rows = [_row(outcome, shown=outcome.plan == shown) for outcome in ranking.outcomes]
-    asked = f"K = {ranking.k} devices, M = {ranking.m} micro-batches and a batch of {ranking.batch} samples"
-    caption = f"Predicted for {asked}; click a heading to sort."
+    shown = str(report.predicted.plan)
+    rows = [_row(outcome, shown=str(outcome.plan) == shown) for outcome in ranking.outcomes]
+    asked = f"K = {ranking.k} devices, M = {ranking.m} micro-batches and "
+    if len({(len(o.plan.device_names), o.plan.microbatches) for o in ranking.outcomes}) > 1:
+        asked = ""
+    caption = f"Predicted for {asked}a batch of {ranking.batch} samples on {ranking.cluster.name}; "
+    caption += "click a heading to sort."
     parts = [table(_HEAD, rows, caption="All simulated plans.", limit=_ROWS, sortable=True)] if rows else []
     if ranking.rejected:
-        rejected: list[list[Cell]] = [[r.strategy, r.why] for r in ranking.rejected]
+        rejected: list[list[Cell]] = [[", ".join(r.strategies), r.why, r.fix] for r in ranking.rejected]
         parts.append(
             table(
-                ["Strategy without a plan", "Why"], rejected, caption="Strategies that give no plan here.", limit=_ROWS
+                ["Strategies without a plan", "Why", "Instead"],
+                rejected,
+                caption="Strategies that give no plan here.",
+                limit=_ROWS,
             )
         )
     title = _finding(ranking.outcomes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import NamedTuple
 
 from planner.basis.units import percent, rate, seconds, size
@@ -76,7 +77,35 @@ _CARDS = (
 def header(report: Report) -> Html:
     """Write the page's title and what the plan is, in one line."""
     plan = report.predicted.plan
-    return join(tag("h1", plan), tag("ul", *(tag("li", fact) for fact in _facts(plan)), cls="facts"))
+    return join(
+        tag("h1", plan),
+        tag("ul", *(tag("li", unbroken(fact)) for fact in (*about(report), *_facts(plan))), cls="facts"),
+    )
+
+
+def about(report: Report) -> list[str]:
+    """Say for which model and which hardware the page is: its devices, and what joins those that the plan takes."""
+    profile, cluster = report.profile, report.cluster
+    parameters = sum(layer.parameter_bytes for layer in profile.layers)
+    taken = [d for d in cluster.devices if d.name in report.predicted.plan.device_names]
+    kind = "processes" if cluster.elastic else " and ".join(sorted({d.kind or "devices" for d in taken})) or "devices"
+    hosts = _count(len({d.host for d in taken}) or 1, "host")
+    memory = sorted({d.memory_bytes for d in taken}) or [cluster.hosts[0].memory_bytes]
+    room = size(memory[0]) if len(memory) == 1 else f"{size(memory[0])} to {size(memory[-1])}"
+    model = f"model {PurePath(profile.key.model).name}: {_count(len(profile.layers), 'layer')}, {size(parameters)}"
+    each = "shared" if cluster.elastic else "each"
+    return [model, f"on {cluster.name}: {kind} of {room} {each} on {hosts}", *_links(report, {d.host for d in taken})]
+
+
+def _links(report: Report, hosts: set[str]) -> list[str]:
+    """The bandwidths of the links that the plan's devices and their hosts have, the widest first."""
+    ends = {*report.predicted.plan.device_names, *hosts}
+    links = [link for link in report.cluster.links if report.cluster.elastic or ends & set(link.between)]
+    widths = sorted({link.bandwidth_bytes_per_s for link in links}, reverse=True)
+    if len(report.predicted.plan.device_names) == 1 or not widths:
+        return []
+    shown = ", ".join(f"{width / 1e9:.3g} GB/s" for width in widths[:4])
+    return [f"links of {shown}{' and less' if len(widths) > 4 else ''}"]
 
 
 def _facts(plan: Plan) -> list[str]:
@@ -114,8 +143,7 @@ def _sentences(report: Report) -> list[str]:
     speed = f"{outcome.plan} should train {known(numbers.throughput_samples_per_s, rate)}"
     speed += f" ({interval})" if interval else ""
     speed += f" at {known(numbers.step_s, seconds)} per step."
-    cluster = report.ranking.cluster if report.ranking else report.profile.machine
-    sentences = [speed, _memory_sentence(outcome), f"Limited by {limits(outcome, cluster)[0].text}."]
+    sentences = [speed, _memory_sentence(outcome), f"Limited by {limits(outcome, report.cluster)[0].text}."]
     if report.measured is not None:
         error = relative(_error(report, report.measured))
         found = figures(report.measured)

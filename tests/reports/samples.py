@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from planner.search.ranking import Ranking, Rejected
+from planner.search.possible import Rejected
+from planner.search.ranking import Ranking
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome, compare
@@ -88,7 +89,7 @@ def report(stages: int = 4, *, run: bool = True, ranked: bool = True, **more: ob
             profile="model-1",
             cluster=cluster,
             outcomes=tuple(outcomes),
-            rejected=(Rejected(strategy="data-parallel", why="9 micro-batches are not a multiple of 4 replicas"),),
+            rejected=(Rejected(strategies=("data-parallel",), why="9 micro-batches are not a multiple of 4 replicas"),),
         )
     replays = tuple(stretched(t, 0.985) for t in real.steps) if real else ()
     return Report(
@@ -97,6 +98,7 @@ def report(stages: int = 4, *, run: bool = True, ranked: bool = True, **more: ob
         comparison=compare(predicted, real, replays=replays) if real else None,
         ranking=ranking,
         profile=profile,
+        cluster=cluster,
         environment=ENVIRONMENT,
         assumptions=ASSUMPTIONS,
         command=f"plan report {plan}",

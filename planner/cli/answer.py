@@ -1,0 +1,145 @@
+"""What a search has found, in words and as JSON data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
+from planner.basis.units import percent, seconds, size
+from planner.cli import output, tables
+from planner.cli.draw import ascii_timeline
+from planner.cli.figures import figures
+from planner.search.cost import HOUR_S
+from planner.search.explain import cheapest_change, explain
+from planner.search.possible import grouped
+from planner.search.search import Answer, Found, Search
+from planner.values.outcome import Outcome
+
+
+def nothing_fits(searching: Search, answer: Answer) -> PlanError:
+    """The error of a search without an answer: the nearest plans, and the cheapest change that would do."""
+    if answer.complete and not answer.nearest:
+        why = "; ".join(f"{f.name}: {f.why}" for f in answer.families if f.why) or "there is no candidate"
+        return PlanError(
+            what="no plan is possible",
+            where=f"cluster '{searching.cluster.name}'",
+            why=why,
+            fix="allow other K, M or strategies",
+            code=USAGE,
+        )
+    change = cheapest_change(searching, answer)
+    nearest = "; ".join(f"{f.label} needs {_too_much(f)}" for f in answer.nearest)
+    return PlanError(
+        what="no plan fits into memory" if answer.complete else "no plan that fits has been found in that time",
+        where=f"cluster '{searching.cluster.name}', {answer.evaluated} candidates evaluated of {answer.points}",
+        why=nearest or "nothing was evaluated",
+        fix=change if answer.complete else "search longer: the same command goes on where it was",
+        code=NOTHING_FITS,
+        details=[{"plan": f.label, "peak_bytes": f.peak_bytes, "lack_fraction": f.lack - 1} for f in answer.nearest],
+    )
+
+
+def _too_much(found: Found) -> str:
+    more = percent(found.lack - 1)
+    return (
+        f"{more} more memory of the host {found.full}" if found.full else f"{size(found.peak_bytes)}, {more} too much"
+    )
+
+
+def as_data(
+    searching: Search, answer: Answer, outcomes: Sequence[Outcome], rows: Sequence[Outcome], rented: Sequence[Found]
+) -> dict[str, Any]:
+    """A search as JSON data, with units in the names."""
+    return {
+        "objective": answer.objective,
+        "cluster": searching.cluster.name,
+        "batch_samples": answer.batch,
+        "complete": answer.complete,
+        "candidates": answer.points,
+        "evaluated": answer.evaluated,
+        "simulated_with_contention": answer.simulated,
+        "search_s": answer.seconds,
+        "plans_per_s": answer.evaluated / max(1e-9, answer.seconds),
+        "explanation": explain(searching, answer, outcomes[0], changes=False),
+        "plans": [figures(outcome) for outcome in rows],
+        "pareto": [
+            {"plan": f.label, "step_s": f.step_s, "peak_bytes": f.peak_bytes, "contention_simulated": f.exact}
+            for f in answer.front
+        ],
+        "time_against_cost": [
+            {
+                "plan": f.label,
+                "devices": len(searching.plan(f).device_names),
+                "step_s": f.step_s,
+                "price_per_hour": f.price_per_hour,
+                "samples": searching.terms.samples,
+                "seconds": searching.terms.seconds(f.step_s, answer.batch),
+                "cost": searching.terms.money(f.step_s, answer.batch, f.price_per_hour),
+                "contention_simulated": f.exact,
+            }
+            for f in rented
+        ],
+        "families": [msgspec.to_builtins(family) for family in answer.families],
+        "estimated": searching.profile.estimated,
+    }
+
+
+def show(
+    searching: Search,
+    answer: Answer,
+    outcomes: Sequence[Outcome],
+    rows: Sequence[Outcome],
+    rented: Sequence[Found],
+) -> None:
+    """Print the table, what the search has done, its fronts, and why the best plan is that."""
+    title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
+    title = f"estimated: {title}" if searching.profile.estimated else title
+    tables.show(rows, title=title, best=outcomes[0], without=("interval", "fits"))
+    speed = answer.evaluated / max(1e-9, answer.seconds)
+    state = "nothing that was left out can be better" if answer.complete else "stopped; the same command goes on"
+    output.results.print(
+        f"{answer.evaluated:,} of {answer.points:,} candidates evaluated in {seconds(answer.seconds)} ({speed:.0f} "
+        f"plans/s), {answer.simulated} with contention: {state}"
+    )
+    front = [f"{f.label} ({seconds(f.step_s)}, {size(f.peak_bytes)})" for f in answer.front]
+    if len(front) > 1:
+        shown = front if len(front) <= 5 else [*front[:2], f"{len(front) - 4} more", *front[-2:]]
+        output.results.print(f"time against memory: {'; '.join(shown)}", markup=False)
+    front = [f"{f.label} ({price_words(searching, f)})" for f in rented]
+    if rented:
+        output.results.print(f"time against cost: {'; '.join(front)}", markup=False)
+    for line in _families(answer):
+        output.results.print(line, markup=False)
+    print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
+    for sentence in explain(searching, answer, outcomes[0], changes=False):
+        output.results.print(sentence, markup=False)
+
+
+def price_words(searching: Search, found: Found) -> str:
+    """Say how long the samples that are asked about take, and what they cost."""
+    terms, batch, bound = searching.terms, searching.batch, "" if found.exact else "at least "
+    if terms.samples == batch:
+        million = found.price_per_hour / HOUR_S * found.step_s / batch * 1e6
+        return f"{bound}{seconds(found.step_s)} a step, {bound}{million:.3g} per million samples"
+    spent, cost = terms.seconds(found.step_s, batch), terms.money(found.step_s, batch, found.price_per_hour)
+    return f"{bound}{seconds(spent)}, {bound}{cost:.3g} for {terms.samples:,} samples"
+
+
+def _families(answer: Answer) -> list[str]:
+    """Why strategies are not the answer: those that cannot be, do not fit, or may not compete."""
+    impossible, too_large, barred = [], [], []
+    for family in answer.families:
+        if "+" in family.name or (family.evaluated > family.too_large and not family.why):
+            continue
+        if family.impossible and not family.evaluated:
+            impossible.append((family.name, family.why.partition(" cannot be arranged: ")[2] or family.why))
+        elif family.evaluated and family.evaluated == family.too_large:
+            too_large.append(f"{family.name} ({family.too_large} candidates)")
+        elif family.why and not family.impossible:
+            barred.append((family.name, family.why))
+    lines = [f"not possible where it might be better: {', '.join(names)}: {why}" for names, why in grouped(impossible)]
+    lines += [f"does not fit: {', '.join(too_large)}"] if too_large else []
+    return lines + [f"not competing: {', '.join(names)}: {why}" for names, why in grouped(barred)]

@@ -1,0 +1,199 @@
+"""A search from the question to what is saved of its answer: what `plan search` and `plan simulate` without K do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from planner import __version__
+from planner.basis.errors import PlanError
+from planner.cli import answer as answers
+from planner.cli import output, runnable, tables
+from planner.cli.opened import opened
+from planner.search.cost import HOUR_S, Terms, with_prices
+from planner.search.ranking import Ranking, check
+from planner.search.rented import time_against_cost
+from planner.search.search import Answer, Progress, Search, State
+from planner.search.space import Space, space
+from planner.simulate.predict import SAMPLES, SEED, simulate
+from planner.store import Searched, Store
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.profile import Profile
+
+SHOWN = 8
+"""Leaders that are simulated in full and shown."""
+
+
+class Question(NamedTuple):
+    """What is asked: see the options of `plan search`. Nothing said is the default, or the whole space."""
+
+    profile: str | None
+    cluster: str | None
+    batch: int | None
+    axes: dict[str, tuple[Any, ...]]
+    objective: str = "throughput"
+    epoch: int = 0
+    price: float | None = None
+    host_price: float | None = None
+    deadline_h: float | None = None
+    budget: float | None = None
+    stale: bool = False
+    seconds: float = float("inf")
+    restart: bool = False
+    samples: int = SAMPLES
+    seed: int = SEED
+
+    def terms(self, batch: int) -> Terms:
+        """Return what is asked beside the objective. Raises `PlanError` (exit 2) for a deadline of nothing."""
+        if (self.deadline_h is not None or self.budget is not None) and not self.epoch:
+            raise PlanError(
+                what="a deadline or a budget is for so many samples",
+                where="--deadline and --budget",
+                why="--epoch does not say how many",
+                fix="give them, for example --epoch 1281167",
+            )
+        return Terms(self.epoch or batch, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget)
+
+
+def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (), json: bool = False) -> None:
+    """Search, save, and print."""
+    from executor.abilities import able
+
+    store, path, measured, hardware = opened(question.profile, question.cluster)
+    store.check_writable()
+    priced = with_prices(hardware, device=question.price, host=question.host_price)
+    batch = measured.batch if question.batch is None else question.batch
+    for number in question.axes.get("ks") or (1,):
+        check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=batch)
+        hardware.take(number)
+    for number in question.axes.get("ms") or ():
+        check(measured, k=1, m=number, batch=batch)
+    of = space(measured, priced, batch, **question.axes)
+    searching = _begin(store, measured, priced, batch, of, question)
+    answer = _searched(store, searching, str(path), question.seconds)
+    if not answer.leaders:
+        raise answers.nothing_fits(searching, answer)
+    outcomes = outlined(searching, answer, question.samples, question.seed)
+    if question.cluster is None and not measured.estimated:
+        outcomes += _runnable(searching, outcomes, question.seconds, question.samples, question.seed)
+    best = outcomes[0]
+    ranking = Ranking(
+        k=len(best.plan.device_names),
+        m=best.plan.microbatches,
+        batch=batch,
+        profile=store.name_of(path),
+        cluster=hardware,
+        outcomes=tuple(outcomes),
+        stale=question.stale,
+        able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
+        chosen=str(best.plan),
+    )
+    store.save_ranking(ranking)
+    rented = time_against_cost(searching, question.seconds)
+    shown = sorted(outcomes, key=lambda o: searching.score(o.plan, o.step_s, o.peak_bytes))
+    rows = tables.arranged(shown, sort, words)
+    if json:
+        data = answers.as_data(searching, answer, outcomes, rows, rented)
+        output.document("search", {**data, **runnable.as_data(ranking, measured, path)})
+    else:
+        answers.show(searching, answer, outcomes, rows, rented)
+        note, _ = runnable.words(ranking, measured, path)
+        if note:
+            output.results.print(note, markup=False)
+        output.results.print("next: plan explain best   (what would change the answer)", markup=False)
+
+
+def _begin(store: Store, profile: Profile, cluster: Cluster, batch: int, of: Space, question: Question) -> Search:
+    """Make a search, with what the same one has evaluated before."""
+    from executor.abilities import able
+
+    terms = question.terms(batch)
+    digest = asked(profile, cluster, batch, of, question.objective, terms, question.stale)
+    state = State(question=digest)
+    if not question.restart and (store.root / "search.json").exists():
+        try:
+            before = store.load_search()
+            if before.question == digest:
+                state.done = before.done
+        except PlanError:
+            pass  # a damaged file is searched again, and replaced
+    return Search(
+        profile,
+        cluster,
+        batch,
+        of,
+        objective=question.objective,
+        terms=terms,
+        stale=question.stale,
+        state=state,
+        able=able,
+    )
+
+
+def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, terms: Terms, stale: bool) -> str:
+    """Return a digest of all that a search's answer depends on."""
+    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, terms, stale]
+    return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
+
+
+def _searched(store: Store, searching: Search, profile: str, budget: float) -> Answer:
+    """Run a search with its progress shown; save it however it ends."""
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    words = searching.objective.words
+    with Bar(*columns, console=output.progress, transient=True) as bar:
+        task = bar.add_task("searching", total=None)
+
+        def told(progress: Progress) -> None:
+            left = progress.remaining_s * progress.per_second
+            best = f"best {progress.best}, {words(progress.score)}" if progress.best else "nothing fits yet"
+            bar.update(
+                task,
+                description=f"{progress.per_second:.0f} plans/s, {best}",
+                completed=progress.seen,
+                total=progress.seen + left,
+            )
+
+        try:
+            return searching.run(told, seconds=budget)
+        finally:
+            store.save_search(
+                Searched(
+                    question=searching.state.question,
+                    profile=profile,
+                    cluster=searching.cluster,
+                    batch=searching.batch,
+                    space=searching.space,
+                    objective=searching.objective.name,
+                    terms=searching.terms,
+                    stale=searching.stale,
+                    answer=searching.answer(),
+                    done=searching.state.done,
+                )
+            )
+
+
+def outlined(searching: Search, answer: Answer, samples: int, seed: int) -> list[Outcome]:
+    """Simulate the leaders in full, best first: contention, spread, memory over time."""
+    outcomes = []
+    for found in answer.leaders[:SHOWN]:
+        plan = searching.plan(found)
+        outcomes.append(simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed))
+    return outcomes
+
+
+def _runnable(searching: Search, outcomes: Sequence[Outcome], budget: float, samples: int, seed: int) -> list[Outcome]:
+    """Return the best plan that the executor can run, where the leaders have none: `plan run best` takes it."""
+    from executor.abilities import able
+
+    if any(able(outcome.plan) for outcome in outcomes):
+        return []
+    again = Search(searching.profile, searching.cluster, searching.batch, searching.space, allowed=able)
+    found = again.run(seconds=budget).leaders
+    plans = map(again.plan, found[:1])
+    return [simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed) for plan in plans]
