@@ -93,6 +93,7 @@ def show(
     outcomes: Sequence[Outcome],
     rows: Sequence[Outcome],
     rented: Sequence[Found],
+    enough: bool,
 ) -> None:
     """Print the table, what the search has done, its fronts, and why the best plan is that."""
     title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
@@ -104,13 +105,16 @@ def show(
         f"{answer.evaluated:,} of {answer.points:,} candidates evaluated in {seconds(answer.seconds)} ({speed:.0f} "
         f"plans/s), {answer.simulated} with contention: {state}"
     )
-    front = [f"{f.label} ({seconds(f.step_s)}, {size(f.peak_bytes)})" for f in answer.front]
+    front = [
+        f"{f.label} ({'' if f.exact else 'at least '}{seconds(f.step_s)}, {size(f.peak_bytes)})" for f in answer.front
+    ]
     if len(front) > 1:
         shown = front if len(front) <= 5 else [*front[:2], f"{len(front) - 4} more", *front[-2:]]
         output.results.print(f"time against memory: {'; '.join(shown)}", markup=False)
     front = [f"{f.label} ({price_words(searching, f)})" for f in rented]
     if rented:
-        output.results.print(f"time against cost: {'; '.join(front)}", markup=False)
+        stopped = "" if enough else " (stopped: there may be quicker plans)"
+        output.results.print(f"time against cost: {'; '.join(front)}{stopped}", markup=False)
     for line in _families(answer):
         output.results.print(line, markup=False)
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
@@ -142,4 +146,9 @@ def _families(answer: Answer) -> list[str]:
             barred.append((family.name, family.why))
     lines = [f"not possible where it might be better: {', '.join(names)}: {why}" for names, why in grouped(impossible)]
     lines += [f"does not fit: {', '.join(too_large)}"] if too_large else []
-    return lines + [f"not competing: {', '.join(names)}: {why}" for names, why in grouped(barred)]
+    return lines + [f"not competing: {', '.join(names)}: {_of(names, why)}" for names, why in grouped(barred)]
+
+
+def _of(names: Sequence[str], why: str) -> str:
+    """A reason of one in the plural, where several have it."""
+    return why if len(names) == 1 else why.replace("its ", "their ").replace("lets it ", "lets them ")

@@ -26,6 +26,8 @@ from planner.values.profile import Profile
 
 SHOWN = 8
 """Leaders that are simulated in full and shown."""
+FRONT_S = 20.0
+"""Seconds for the front of time against cost, beside those that the search itself has taken."""
 
 
 class Question(NamedTuple):
@@ -93,14 +95,15 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
         chosen=str(best.plan),
     )
     store.save_ranking(ranking)
-    rented = time_against_cost(searching, question.seconds)
+    rented, enough = time_against_cost(searching, min(question.seconds, FRONT_S + answer.seconds))
     shown = sorted(outcomes, key=lambda o: searching.score(o.plan, o.step_s, o.peak_bytes))
     rows = tables.arranged(shown, sort, words)
     if json:
         data = answers.as_data(searching, answer, outcomes, rows, rented)
+        data["time_against_cost_complete"] = enough
         output.document("search", {**data, **runnable.as_data(ranking, measured, path)})
     else:
-        answers.show(searching, answer, outcomes, rows, rented)
+        answers.show(searching, answer, outcomes, rows, rented, enough)
         note, _ = runnable.words(ranking, measured, path)
         if note:
             output.results.print(note, markup=False)
