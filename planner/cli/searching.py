@@ -14,8 +14,8 @@ from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
 from planner.cli.opened import opened
 from planner.search.cost import HOUR_S, Terms, with_prices
+from planner.search.front import cost_front
 from planner.search.ranking import Ranking, check
-from planner.search.rented import time_against_cost
 from planner.search.search import Answer, Progress, Search, State
 from planner.search.space import Space, space
 from planner.simulate.predict import SAMPLES, SEED, simulate
@@ -95,7 +95,7 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
         chosen=str(best.plan),
     )
     store.save_ranking(ranking)
-    rented, enough = time_against_cost(searching, min(question.seconds, FRONT_S + answer.seconds))
+    rented, enough = cost_front(searching, seconds=min(question.seconds, FRONT_S + answer.seconds))
     shown = sorted(outcomes, key=lambda o: searching.score(o.plan, o.step_s, o.peak_bytes))
     rows = tables.arranged(shown, sort, words)
     if json:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from planner.search.cost import least_price_per_hour
+from planner.search.cost import least_price_per_hour, priced
 from planner.search.search import Found, Search
 
 
-def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[Found, ...]:
-    """Return the plans that no other beats in both time and money, the cheapest first.
+def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[Found, ...], bool]:
+    """Return the plans that no other beats in both time and money, the cheapest first, and whether that is proved.
 
     Hosts are rented whole, so a cluster has few prices: for each, one search finds the plan that is best in time, and
     proves it unless `seconds` for all of them end first. The terms of `search` hold for all. A plan's money is
-    `search.terms.money(found.step_s, search.batch, found.price_per_hour)`.
+    `search.terms.money(found.step_s, search.batch, found.price_per_hour)`. Without prices there is no front.
     """
+    if not priced(search.cluster):
+        return (), True
     sizes: dict[float, list[int]] = defaultdict(list)
     for k in search.space.ks:
         sizes[least_price_per_hour(search.cluster, k)].append(k)
     best: list[Found] = []
+    proved = True
     for ks in sizes.values():
         own = Search(
             search.profile,
@@ -30,10 +33,12 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[Found,
             able=search.able,
             allowed=search.allowed,
         )
-        best += own.run(seconds=seconds / len(sizes)).leaders[:1]
+        answer = own.run(seconds=seconds / len(sizes))
+        best += answer.leaders[:1]
+        proved = proved and answer.complete
     best.sort(key=lambda found: (found.price_per_hour * found.step_s, found.step_s))
     front: list[Found] = []
     for found in best:
         if not front or found.step_s < front[-1].step_s:
             front.append(found)
-    return tuple(front)
+    return tuple(front), proved

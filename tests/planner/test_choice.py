@@ -148,11 +148,12 @@ def test_the_front_of_time_against_cost() -> None:
     cluster = msgspec.structs.replace(cluster, links=slow)
     of = space(costs, cluster, 24, strategies=("single", "data-parallel"), savings=((),), ks=(1, 4, 8, 12))
     search = Search(costs, cluster, 24, of, objective="cost", terms=Terms(24))
-    front = cost_front(search)
+    front, proved = cost_front(search)
+    assert proved
     assert [found.price_per_hour for found in front] == [6.0, 12.0, 18.0]
     assert front[0].key == search.run().leaders[0].key
     money = [search.terms.money(f.step_s, 24, f.price_per_hour) for f in front]
     assert money == sorted(money)
     assert [f.step_s for f in front] == sorted((f.step_s for f in front), reverse=True)
     late = Search(costs, cluster, 24, of, terms=Terms(24, deadline_s=front[1].step_s))
-    assert cost_front(late) == front[1:], "what misses the deadline is not on it"
+    assert cost_front(late)[0] == front[1:], "what misses the deadline is not on it"
