@@ -40,8 +40,16 @@ def carrying(cluster: Cluster, flows: Sequence[Flow]) -> float:
 
 
 def latency(cluster: Cluster, flows: Sequence[Flow], seconds: float) -> float:
-    """Seconds of a transfer that are not its bytes': it takes `seconds` alone, less what its slowest link needs."""
+    """Seconds of a transfer that are not its bytes': it takes `seconds` alone, less what its slowest link needs.
+
+    Within a host there is no wire: what a message takes there beside its bytes is the host's own work on it.
+    """
     links = 2 * len(cluster.links)
+    ends = {
+        end for path, _ in flows for number in path[:1] if number < links for end in cluster.link_of(number).between
+    }
+    if len(ends) < 2:
+        return 0.0
     own = (size / cluster.link_of(n).bandwidth_bytes_per_s for path, size in flows for n in path if n < links)
     waiting = seconds - max((*own, carrying(cluster, flows)), default=0.0)
     return waiting if waiting > _ROUNDING * seconds else 0.0

@@ -112,6 +112,7 @@ class Run:
         lanes = shared - {-1}
         self.queued = [kind.lane in lanes for kind in costs.kinds]
         ahead = {n for n, kind in enumerate(costs.kinds) if self.queued[n] and kind.early > 0}
+        self.parts = [self._parts(kind) for kind in costs.kinds]
         self.turns = Turns()
         self.foreseen = foreseen(linked, self.kind_of, ahead) if ahead else {}
         self.ahead: dict[int, Ahead] = {
@@ -288,7 +289,10 @@ class Run:
 
     def begin(self, number: int, then: Then) -> None:
         """Serve a transfer of a kind on its links and on its ends' cores; call `then` with the last of these parts."""
-        parts = self._parts(self.costs.kinds[number])
+        parts = self.parts[number]
+        if not parts:
+            self.send(number, then, self.takes[number])
+            return
         left = 1 + len(parts)
 
         def done() -> None:
@@ -297,7 +301,7 @@ class Run:
             if not left:
                 then()
 
-        self.send(number, done if parts else then, self.takes[number])
+        self.send(number, done, self.takes[number])
         for part, share in parts:
             part.serve(share, done)
 
@@ -307,7 +311,8 @@ class Run:
         if own.free:
             self.nothing.serve(seconds, then)
         elif delay:
-            self.nothing.serve(delay, lambda: self.network.send(own, seconds - delay, then))
+            rest = seconds - delay
+            self.env.timeout(delay).callbacks.append(lambda _: self.network.send(own, rest, then))
         else:
             self.network.send(own, seconds, then)
 

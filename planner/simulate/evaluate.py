@@ -1,6 +1,8 @@
 """A plan's step time and peak memory, as fast as they can be had: what a search asks thousands of times.
 
-Nothing is shared and nothing drawn (`planner.simulate.longest_path`), and no times of single actions are written down.
+Nothing is drawn, no times of single actions are written down, and of sharing only what is certain is known: a step
+takes at least what its longest path takes (`planner.simulate.longest_path`) and what its links need
+(`planner.simulate.link_bound`).
 A step of many micro-batches is not walked to its end: its steady state is continued (`planner.simulate.extrapolate`).
 """
 

@@ -64,12 +64,13 @@ def load(flows: Sequence[Flow], seconds: float, bandwidth: Sequence[float]) -> L
 class _Sending:
     """A transfer under way: `left` seconds of being alone, which pass at `speed`."""
 
-    __slots__ = ("due", "left", "load", "since", "speed", "then", "timer")
+    __slots__ = ("due", "late", "left", "load", "since", "speed", "then", "timer")
 
     def __init__(self, load: Load, seconds: float, then: Then, now: float) -> None:
         self.load, self.left, self.then, self.since = load, seconds, then, now
         self.speed = 0.0
         self.due = math.inf
+        self.late = False
         self.timer: simpy.Event | None = None
 
 
@@ -91,16 +92,18 @@ class Network:
     def send(self, load: Load, seconds: float, then: Then) -> None:
         """Call `then` when what takes `seconds` alone has been sent."""
         sending = _Sending(load, seconds, then, self.env.now)
-        crowded = []
+        users, asked, full, crowded = self.users, self.asked, self.full, []
         for link, rate in zip(load.links, load.rates, strict=True):
-            self.users[link][sending] = rate
-            self.asked[link] += rate
-            if self.asked[link] > self.full[link]:
+            users[link][sending] = rate
+            asked[link] += rate
+            if asked[link] > full[link]:
                 crowded.append(link)
         if crowded:
             self._settle_later(crowded)
         else:
-            self._run_at(sending, 1.0)
+            sending.speed = 1.0
+            sending.due = sending.since + seconds
+            self._set_timer(sending, seconds)
 
     def _leave(self, sending: _Sending) -> None:
         crowded = []
@@ -123,7 +126,8 @@ class Network:
         sending.since, sending.speed = now, speed
         earlier = now + sending.left / speed < sending.due
         sending.due = now + sending.left / speed
-        if sending.timer is None or earlier:
+        sending.late = not (sending.timer is None or earlier)
+        if not sending.late:
             self._set_timer(sending, sending.left / speed)
 
     def _set_timer(self, sending: _Sending, seconds: float) -> None:
@@ -133,10 +137,11 @@ class Network:
     def _expire(self, sending: _Sending, timer: simpy.Event) -> None:
         if timer is not sending.timer:
             return  # another one was set since
-        rest = sending.due - self.env.now
-        if rest > _ROUNDING * self.env.now:
-            self._set_timer(sending, rest)
-            return
+        if sending.late:  # it goes slower than when the timer was set
+            rest = sending.due - self.env.now
+            if rest > _ROUNDING * self.env.now:
+                self._set_timer(sending, rest)
+                return
         self._leave(sending)
         sending.then()
 
@@ -147,10 +152,23 @@ class Network:
 
     def _settle(self, _: simpy.Event) -> None:
         """Give everything that meets on crowded links its fair speed."""
-        links, sendings = self._together(list(self._changed))
-        self._changed = {}
+        changed, self._changed = list(self._changed), {}
+        if len(changed) == 1 and all(len(sending.load.links) == 1 for sending in self.users[changed[0]]):
+            self._divide(changed[0])
+            return
+        links, sendings = self._together(changed)
         for sending, speed in _fair(sendings, {link: self.bandwidth[link] for link in links}, self.users):
             self._run_at(sending, speed)
+
+    def _divide(self, link: int) -> None:
+        """Settle one link whose users pass no other: the slower ones first, each its part of what is left."""
+        users = self.users[link]
+        room, weight = self.bandwidth[link], sum(rate / sending.load.rate for sending, rate in users.items())
+        for sending in sorted(users, key=_own_rate):
+            own, asked = sending.load.rate, users[sending]
+            speed = min(1.0, room / (weight * own))
+            self._run_at(sending, speed)
+            room, weight = room - asked * speed, weight - asked / own
 
     def _together(self, links: list[int]) -> tuple[list[int], list[_Sending]]:
         """Return what depends on these links' users: crowded links that share a user, and all users of these."""
@@ -166,6 +184,10 @@ class Network:
                         seen[other] = None
                         links.append(other)
         return [link for link in links if self.asked[link] > self.full[link]], list(found)
+
+
+def _own_rate(sending: _Sending) -> float:
+    return sending.load.rate
 
 
 class _Last(simpy.Event):

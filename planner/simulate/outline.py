@@ -20,7 +20,7 @@ DRAWN = 100_000
 
 
 def outline(placed: Placed) -> Outcome:
-    """Predict a step as `planner.simulate.evaluate` does: nothing is shared, every duration is the median.
+    """Predict a step as `planner.simulate.evaluate` does: sharing is a bound, every duration the median.
 
     The trace is the first replica's, where replicas are alike. Where even that is too long to be drawn, it has no
     events, and of the memory only every device's peak.

@@ -1,4 +1,4 @@
-"""Hardware that is shared while it works: cores and links, as SimPy resources whose users slow each other down."""
+"""Hardware that is shared while it works: cores, as a SimPy resource whose users slow each other down."""
 
 from __future__ import annotations
 
