@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import gpt
+import msgspec
 from figure import Found, figure
 from hardware import hosts_of
 
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
+from planner.orders import codes
 from planner.placement import strategies
 from planner.placement.question import Question
 from planner.programs.lowering import unroll
@@ -95,3 +97,35 @@ def main_gradients() -> Found:
     BF16_Optimizer keeps float32 gradients; the copy of the parameters and Adam's two moments are float32 as well.
     """
     return Found(_per_parameter("data-parallel", "bf16", 8), 18.0)
+
+
+def _served(row: int) -> float:
+    """Bytes per parameter that are always there on a device of 8, with a central server on the first, in float32."""
+    costs, cluster = gpt.profile(1, BLOCKS=2), hosts_of(1, 8, nic=1e9)
+    plan = strategies.get("parameter-server").spread(Question(costs, cluster, 8, 8, 8))
+    plan = msgspec.structs.replace(plan, servers=(plan.device_names[0],))
+    model = MemoryModel(Placed(costs, plan, cluster), Linked(unroll(plan)))
+    return float(model.static[row].sum()) / sum(layer.parameter_bytes / 4 for layer in costs.layers)
+
+
+@figure("central server and worker on one device", section="memory", unit="bytes per parameter", before="4")
+def central_server() -> Found:
+    """What it computes with (4), its copy of the parameters (4) and Adam's two moments (8), all in float32: 16."""
+    return Found(_served(0), 16.0)
+
+
+@figure("worker of a central server", section="memory", unit="bytes per parameter", before="4")
+def worker() -> Found:
+    """Parameters only (4): its gradients come with the first backward and go with the push, state it has none."""
+    return Found(_served(1), 4.0)
+
+
+@figure("inputs that each of 64 replicas loads", section="memory", unit="samples", before="64")
+def loaded() -> Found:
+    """A batch of 64 over 64 replicas: one sample each, not all of them (a DistributedSampler's share)."""
+    costs, cluster = gpt.profile(1, BLOCKS=2), hosts_of(8, 8, nic=1e9)
+    plan = strategies.get("data-parallel").spread(Question(costs, cluster, 64, 64, 64))
+    model = MemoryModel(Placed(costs, plan, cluster), Linked(unroll(plan, replicas=1)))
+    inputs, targets = costs.batch_bytes[0][1:]
+    load = codes.NUMBER[codes.LOAD]
+    return Found(float(model.change[load].sum()) / (inputs + targets), 1.0)
