@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from planner.basis.errors import DEVICE, PlanError
+from planner.programs.proof import InTurn
 
 
 class Backend(Protocol):
@@ -18,6 +19,7 @@ class Backend(Protocol):
 
     name: str
     communication: str
+    in_turn: InTurn
     device: torch.device
 
     def synchronize(self) -> None:
@@ -34,6 +36,7 @@ class Cpu:
     """The host's cores: work is done when the call returns."""
 
     name, communication = "cpu", "gloo"
+    in_turn: InTurn = "per pair"
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -73,6 +76,7 @@ class Cuda:
     """One GPU: stamps are events on the current stream, tied to the host's clock by a first synchronised one."""
 
     name, communication = "cuda", "nccl"
+    in_turn: InTurn = "per device"  # batched point-to-point operations on the pipeline's one communicator
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)

@@ -45,7 +45,7 @@ class Rank:
         self, file: ModelFile, layered: LayeredModel, plan: Plan, backend: Backend, rank: int, *, seed: int
     ) -> None:
         self.file, self.plan, self.backend, self.seed = file, plan, backend, seed
-        self.program = lower(plan)
+        self.program = lower(plan, in_turn=backend.in_turn)
         self.row: Row = self.program.rows[rank]
         self.takes, self.completions = taken(self.program), completions(self.program)
         (self.stage_index,) = plan.stages_of[rank]
