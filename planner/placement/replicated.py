@@ -40,11 +40,17 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
     be a multiple of any stage's replicas, which take turns (1F1B-RR); only replicas of one whole pipeline each have the
     same share of it. Devices that this leaves over stay idle.
     """
-    for count in range(q.k, 0, -1):
+    most = min(q.k, q.m) if q.k > FEW else q.k
+    fewer = range(most, 0, -1) if most <= FEW else [most >> i for i in range(most.bit_length())]
+    for count in dict.fromkeys([q.k, *fewer]):
         plan = _on(q._replace(k=count), strategy, schedule)
         if plan is not None:
             return plan
     raise AssertionError("one device can always hold all stages")
+
+
+FEW = 16
+"""Up to so many devices every smaller number is tried where M cannot be dealt to all; beyond, halves."""
 
 
 def _on(q: Question, strategy: str, schedule: str) -> Plan | None:
@@ -136,11 +142,15 @@ def _levels(q: Question, whole: Plan, hosts: Sequence[Sequence[Device]]) -> list
         return replicas if each_update else q.m
 
     def of_devices(replicas: int) -> Table:
+        if replicas > q.m:
+            return gradients + math.inf
         names = tuple(device.name for host in hosts for device in host)[:replicas]
         per_byte = collectives.all_reduce(between.cluster, names, 2.0**30) / 2**30
         return gradients * per_byte / turns(replicas)
 
     def of_hosts(replicas: int) -> Table:
+        if replicas > q.m:
+            return gradients + math.inf
         per_byte = 2 * (replicas - 1) * between.across_seconds(2.0**30 / replicas) / 2**30
         return gradients * per_byte / turns(replicas)
 
