@@ -40,6 +40,7 @@ class StageTables:
         self.q, self.plan, self.chosen = q, plan, chosen
         self.flight = flight(plan)
         self.names = {device.name: device for device in q.devices}
+        self.alike = len({(device.speed, device.memory_bytes) for device in q.devices}) == 1
         self.device = [self.weakest(stage.devices) for stage in plan.stages]
         self.cluster = q.cluster.only(plan.device_names)
         self.schedule = schedules.get(plan.schedule)
@@ -48,6 +49,8 @@ class StageTables:
 
     def weakest(self, names: Sequence[str]) -> Device:
         """Return the first of a stage's devices, as slow and as small as any of them: replicas wait for each other."""
+        if self.alike:
+            return self.names[names[0]]
         own = [self.names[name] for name in names]
         speed, memory = min(device.speed for device in own), min(device.memory_bytes for device in own)
         if speed == own[0].speed and memory == own[0].memory_bytes:

@@ -11,6 +11,8 @@ from planner.basis.memo import memoised
 from planner.values.cluster import Cluster
 
 HOUR_S = 3600.0
+ROUNDING = 1e-9
+"""Relative differences up to this one are those of adding floats in another order."""
 Amount: TypeAlias = Any
 """A number, or an array of them: bounds of many points are reckoned at once."""
 
@@ -36,8 +38,8 @@ class Terms(NamedTuple):
 
     def met(self, step_s: Amount, batch: int, price_per_hour: float) -> Amount:
         """Whether a plan is done in time, and within the budget; with lower bounds of steps, whether each may be."""
-        in_time = self.deadline_s is None or self.seconds(step_s, batch) <= self.deadline_s
-        affordable = self.budget is None or self.money(step_s, batch, price_per_hour) <= self.budget
+        in_time = self.deadline_s is None or self.seconds(step_s, batch) <= self.deadline_s * (1 + ROUNDING)
+        affordable = self.budget is None or self.money(step_s, batch, price_per_hour) <= self.budget * (1 + ROUNDING)
         return in_time & affordable
 
 

@@ -43,6 +43,8 @@ ACTIONS = 100_000
 
 WORTH_A_LOOK = 0.98
 """A candidate that looks better than the best by this factor is looked at closely at once: it rules others out."""
+MADE = 16
+"""Plans that are kept, as a candidate is often looked at again at once."""
 TELL_S = 0.1
 """Seconds between two reports of progress."""
 
@@ -178,6 +180,7 @@ class Search:
         self.slowing = slowing(profile, cluster)
         self.savings = _by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
+        self.made: dict[str, Placed] = {}
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
         self.families: dict[str, Counter[str]] = defaultdict(Counter)
@@ -305,13 +308,25 @@ class Search:
             return
         for candidate in hoped:
             try:
-                plan = make(candidate, self.profile, self.cluster, self.batch)
-                own = self.score(plan, plan_bound(Placed(self.profile, plan, self.cluster)), 0.0)
+                placed = self._placed(candidate)
+                own = self.score(placed.plan, plan_bound(placed), 0.0)
+                recut = squeezed(question(candidate, self.profile, self.cluster, self.batch), placed)
             except PlanError as error:
                 self._impossible(candidate, f"{error.what}: {error.why}")
                 continue
+            if recut:  # what saves is cut otherwise: what this plan takes says nothing about it
+                self._save(candidate, bound)
             if not self._hopeless(own, candidate):
                 self._push(max(bound, own), candidate)
+
+    def _placed(self, candidate: Candidate) -> Placed:
+        """Make a candidate's plan; the last few are kept, as they are often asked for again at once."""
+        if candidate.key not in self.made:
+            plan = make(candidate, self.profile, self.cluster, self.batch)
+            self.made[candidate.key] = Placed(self.profile, plan, self.cluster)
+            while len(self.made) > MADE:
+                self.made.pop(next(iter(self.made)))
+        return self.made[candidate.key]
 
     def _push(self, score: float, item: Candidate | Found) -> None:
         """Put a candidate, or one that has been looked at, in the queue: of equals the one that saves least first."""
@@ -342,13 +357,8 @@ class Search:
             return
         counts["evaluated"] += 1
         self.known[candidate.bare].append((frozenset(candidate.savings), found))
-        if not candidate.savings:
-            for saved in self.space.savings:
-                more = candidate._replace(savings=saved)
-                slower = set(saved) <= self.slowing and not (found.stale or found.squeezed) and self.objective.timed
-                least = found.score if slower else bound
-                if saved and not self._hopeless(least, more) and not self._dominated(more):
-                    self._push(max(bound, least), more)
+        if not found.squeezed:
+            self._save(candidate, bound, found)
         if found.lack > 1:
             counts["too large"] += 1
             self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
@@ -361,11 +371,11 @@ class Search:
             else:
                 self._push(found.score, found)
 
-    def _save(self, candidate: Candidate, bound: float, found: Found) -> None:
-        """Put what saves more than a candidate in the queue: where it can only be slower, behind the candidate."""
+    def _save(self, candidate: Candidate, bound: float, found: Found | None = None) -> None:
+        """Put what saves more than a candidate in the queue: where it can only be slower, behind what was `found`."""
         for saved in self.savings.get(candidate.savings, ()):
-            slower = not candidate.savings and set(saved) <= self.slowing and not found.stale and self.objective.timed
-            least = max(bound, found.score) if slower else bound
+            slower = not candidate.savings and set(saved) <= self.slowing and self.objective.timed
+            least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
             if not self._hopeless(least, more) and not self._dominated(more):
                 self._push(least, more)
@@ -410,10 +420,12 @@ class Search:
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
         try:
-            plan = make(candidate, self.profile, self.cluster, self.batch)
+            placed = self._placed(candidate)
+            plan = placed.plan
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
-            placed = Placed(self.profile, plan, self.cluster)
+            if candidate.savings and self._hopeless(self.score(plan, plan_bound(placed), 0.0), candidate):
+                return None
             evaluation = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
