@@ -131,8 +131,10 @@ def made(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[
     return found
 
 
-def peaks(costs: Profile, plan: Plan, cluster: Cluster) -> list[float]:
-    return [point.total for point in simulate(costs, plan, cluster).peak]
+def peaks(costs: Profile, plan: Plan, cluster: Cluster) -> tuple[list[float], bool]:
+    """Each device's peak, and whether it and what the plan keeps in hosts' memory fit."""
+    outcome = simulate(costs, plan, cluster)
+    return [point.total for point in outcome.peak], outcome.fits
 
 
 class Tried(NamedTuple):
@@ -149,8 +151,7 @@ def everything(
     """All plans that fit and may be the best."""
     found = []
     for _, plan in made(costs, cluster, batch, of):
-        held = peaks(costs, plan, cluster)
-        fits = all(peak <= room for peak, room in zip(held, Placed(costs, plan, cluster).capacities, strict=True))
+        held, fits = peaks(costs, plan, cluster)
         if fits and (stale or not asynchronous(plan)):
             step = simulated_step(Placed(costs, plan, cluster))
             price = price_per_hour(cluster, plan.device_names)
