@@ -7,14 +7,18 @@ are (gloo).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.orders import codes
-from planner.orders.codes import MICROBATCH, OP, PORT, PORTS, STAGE, STAGES, Codes, Order, cut, flatten
+from planner.orders.codes import MICROBATCH, OP, PORT, STAGE, STAGES, Codes, Order, cut, flatten
 from planner.orders.edges import Edges
-from planner.orders.operations import PAIR, TABLE
+from planner.orders.operations import TABLE
+
+Numbers = npt.NDArray[np.int32]
 
 
 def communicate(rows: Order, edges: Edges) -> Order:
@@ -48,22 +52,32 @@ def messages(rows: Order, edges: Edges) -> Order:
     """
     if not len(edges):
         return rows
-    rows, home, place, turns = _play(rows, edges)
+    rows, posted = _play(rows, edges)
     flat, offsets = flatten(rows)
-    last = len(home) // edges.stages
-    message, sends, receives = np.empty(len(flat), np.int32), *(np.empty(len(place), np.int64) for _ in range(2))
-    _prefetch(
-        len(flat), flat, offsets, TABLE, edges.table, last, home, place, turns, message, sends, receives
-    )  # fmt: skip
+    if len(flat) == len(posted.message):  # otherwise something waits for ever: the proof shows it
+        _prefetch(len(flat), flat, offsets, TABLE, posted)
     return cut(flat, offsets)
 
 
-def _play(rows: Order, edges: Edges) -> tuple[Order, Codes, npt.NDArray[np.float64], npt.NDArray[np.int32]]:
-    """Return the rows with their messages, the row of every stage's every micro-batch, and the order of all messages.
+class Posted(NamedTuple):
+    """The messages of a program, numbered forward edge by edge, micro-batch by micro-batch, then those of gradients.
 
-    Of each message its place in that order, forward edge by edge, micro-batch by micro-batch, then those of gradients;
-    and the messages in that order, -1 behind the last.
+    `message` is the number of every action's message, -1 for none. Of each message: `place` in the order that all
+    devices agree on (0: there is none), the rows `source` and `target`, and where its send and its receive stand.
+    `turns` are the messages in that order, -1 behind the last.
     """
+
+    message: Numbers
+    place: npt.NDArray[np.float64]
+    source: Numbers
+    target: Numbers
+    send: Numbers
+    receive: Numbers
+    turns: Numbers
+
+
+def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
+    """Return the rows with their messages, and the messages."""
     flat, offsets = flatten(rows)
     last = codes.extent(flat).microbatches
     home = np.full(edges.stages * last, -1, np.int64)
@@ -72,13 +86,33 @@ def _play(rows: Order, edges: Edges) -> tuple[Order, Codes, npt.NDArray[np.float
     _count(len(flat), flat, offsets, TABLE, edges.table, last, home, starts)
     np.cumsum(starts, out=starts)
     out, ends = np.empty(starts[-1], np.int64), starts[:-1].copy()
-    made, ready = np.zeros(2 * edges.stages * last, np.int8), np.zeros(len(rows), np.int8)
-    place, turns = np.zeros(2 * len(edges) * last), np.full(2 * len(edges) * last, -1, np.int32)
-    _communicate(
-        len(flat), flat, offsets, TABLE, edges.table, last, home, made, offsets[:-1].copy(), ready, out, ends, place,
-        turns,
-    )  # fmt: skip
-    return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), home, place, turns
+    played = Played(
+        made=np.zeros(2 * edges.stages * last, np.int8),
+        at=offsets[:-1].copy(),
+        phase=np.zeros(len(rows), np.int64),
+        out=out,
+        ends=ends,
+    )
+    count = 2 * len(edges) * last
+    source, target, send, receive = (np.empty(count, np.int32) for _ in range(4))
+    message = np.full(len(out), -1, np.int32)
+    posted = Posted(message, np.zeros(count), source, target, send, receive, np.full(count, -1, np.int32))
+    _communicate(len(flat), flat, offsets, TABLE, edges.table, last, home, played, posted)
+    return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), posted
+
+
+class Played(NamedTuple):
+    """How far the rows have been played.
+
+    `made` marks values, then gradients, of every stage and micro-batch. Of every row: `at`, its next compute; `phase`,
+    in which it posts its messages of this round; `ends`, up to where its part of `out` is written.
+    """
+
+    made: npt.NDArray[np.int8]
+    at: Codes
+    phase: Codes
+    out: Codes
+    ends: Codes
 
 
 @kernel
@@ -114,83 +148,104 @@ def _count(flat, offsets, ops, edges, last, home, lengths):  # type: ignore[no-u
     return 0
 
 
+_IDLE, _SILENT, _PHASES = -1, 4, 4
+"""Phases of a round: messages to the next row, to the one before, further on, further back; none, or not ready."""
+
+
 @kernel
-def _communicate(  # type: ignore[no-untyped-def]
-    flat, offsets, ops, edges, last, home, made, at, ready, out, ends, place, turns
-):  # fmt: skip
-    """Play the rows in rounds; `made` marks values (then gradients), `home` is the row of a stage's micro-batch."""
+def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type: ignore[no-untyped-def]
+    """Play the rows in rounds; `home` is the row of a stage's micro-batch."""
+    made, at, phase, out, ends = played.made, played.at, played.phase, played.out, played.ends
     rows = len(offsets) - 1
     slots = len(made) // 2
-    messages = len(place) // 2
+    messages = len(posted.place) // 2
     count = 0
     moved = True
     while moved:
         moved = False
         for d in range(rows):
-            ready[d] = 0
-            if at[d] < offsets[d + 1]:
-                action = flat[at[d]]
-                stage = action >> STAGE & STAGES
-                m = (action & MICROBATCH) - 1
-                ready[d] = 1
-                take = ops.takes[action >> OP]
-                if take >= 0 and ops.leaving[take]:
-                    for k in range(edges.leaves[stage], edges.leaves[stage + 1]):
-                        edge = edges.leaving[k]
-                        if edges.gradient[edge] and not made[slots + edges.consumer[edge] * last + m]:
-                            ready[d] = 0
-                elif take >= 0:
-                    for k in range(edges.reaches[stage], edges.reaches[stage + 1]):
-                        if not made[edges.producer[edges.reaching[k]] * last + m]:
-                            ready[d] = 0
-        for d in range(rows):
-            if ready[d]:
-                moved = True
-                out[ends[d]] = flat[at[d]]
-                ends[d] += 1
-        for turn in range(4 * rows):  # what goes to the next row, to the one before, further on, and further back
-            d = turn % rows if turn // rows % 2 == 0 else rows - 1 - turn % rows
-            if not ready[d]:
+            phase[d] = _IDLE
+            if at[d] == offsets[d + 1]:
                 continue
             action = flat[at[d]]
-            send = ops.makes[action >> OP]
-            if send < 0:
-                ready[d] = 0
-                at[d] += 1
-                continue
             stage = action >> STAGE & STAGES
             m = (action & MICROBATCH) - 1
-            receive = ops.posts[send]
+            ready = True
+            take = ops.takes[action >> OP]
+            if take >= 0 and ops.leaving[take]:
+                for k in range(edges.leaves[stage], edges.leaves[stage + 1]):
+                    edge = edges.leaving[k]
+                    if edges.gradient[edge] and not made[slots + edges.consumer[edge] * last + m]:
+                        ready = False
+            elif take >= 0:
+                for k in range(edges.reaches[stage], edges.reaches[stage + 1]):
+                    if not made[edges.producer[edges.reaching[k]] * last + m]:
+                        ready = False
+            if not ready:
+                continue
+            moved = True
+            out[ends[d]] = action
+            ends[d] += 1
+            phase[d] = _SILENT
+            send = ops.makes[action >> OP]
+            if send < 0:
+                continue
+            phase[d] = 0
             leaves = ops.leaving[send]
             first = edges.leaves[stage] if leaves else edges.reaches[stage]
-            stop = edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]
-            if turn < 3 * rows and first < stop:
+            if first < (edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
                 edge = edges.leaving[first] if leaves else edges.reaching[first]
                 target = home[(edges.consumer[edge] if leaves else edges.producer[edge]) * last + m]
                 if target >= 0 and target != d:
-                    back = target < d
-                    near = target == d + 1 or target == d - 1
-                    if turn // rows != (0 if near else 2) + back:
-                        continue
-            ready[d] = 0
+                    phase[d] = (0 if target == d + 1 or target == d - 1 else 2) + (1 if target < d else 0)
+        wanted = 0
+        for d in range(rows):
+            if phase[d] == _IDLE:
+                continue
+            action = flat[at[d]]
             at[d] += 1
-            made[(0 if leaves else slots) + stage * last + m] = 1
-            for k in range(first, stop):
-                edge = edges.leaving[k] if leaves else edges.reaching[k]
-                if not leaves and not edges.gradient[edge]:
+            if phase[d] < _PHASES:
+                wanted |= 1 << phase[d]
+                side = 0 if ops.leaving[ops.makes[action >> OP]] else slots
+                made[side + (action >> STAGE & STAGES) * last + (action & MICROBATCH) - 1] = 1
+        for turn in range(_PHASES):
+            if not wanted >> turn & 1:
+                continue
+            for each in range(rows):
+                d = each if turn % 2 == 0 else rows - 1 - each
+                if phase[d] != turn:
                     continue
-                other = edges.consumer[edge] if leaves else edges.producer[edge]
-                port = edges.consumer_port[edge] if leaves else edges.producer_port[edge]
-                target = home[other * last + m]
-                if target >= 0 and target != d:
-                    out[ends[d]] = send << OP | (k - first) << PORT | stage << STAGE | (m + 1)
-                    ends[d] += 1
-                    out[ends[target]] = receive << OP | port << PORT | other << STAGE | (m + 1)
-                    ends[target] += 1
+                action = flat[at[d] - 1]
+                stage = action >> STAGE & STAGES
+                m = (action & MICROBATCH) - 1
+                send = ops.makes[action >> OP]
+                receive = ops.posts[send]
+                leaves = ops.leaving[send]
+                first = edges.leaves[stage] if leaves else edges.reaches[stage]
+                for k in range(first, edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
+                    edge = edges.leaving[k] if leaves else edges.reaching[k]
+                    if not leaves and not edges.gradient[edge]:
+                        continue
+                    other = edges.consumer[edge] if leaves else edges.producer[edge]
+                    target = home[other * last + m]
+                    if target < 0 or target == d:
+                        continue
+                    port = edges.consumer_port[edge] if leaves else edges.producer_port[edge]
                     own = (0 if leaves else messages) + edge * last + m
-                    turns[count] = own
+                    here, there = ends[d], ends[target]
+                    out[here] = send << OP | (k - first) << PORT | stage << STAGE | (m + 1)
+                    out[there] = receive << OP | port << PORT | other << STAGE | (m + 1)
+                    ends[d] += 1
+                    ends[target] += 1
+                    posted.message[here] = own
+                    posted.message[there] = own
+                    posted.source[own] = d
+                    posted.target[own] = target
+                    posted.send[own] = here
+                    posted.receive[own] = there
+                    posted.turns[count] = own
                     count += 1
-                    place[own] = count
+                    posted.place[own] = count
     for d in range(rows):  # what waits for ever is left as it is: the proof shows the cell
         while at[d] < offsets[d + 1]:
             out[ends[d]] = flat[at[d]]
@@ -200,47 +255,28 @@ def _communicate(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _prefetch(flat, offsets, ops, edges, last, home, place, turns, message, sends, receives):  # type: ignore[no-untyped-def]
+def _prefetch(flat, offsets, ops, posted):  # type: ignore[no-untyped-def]
     """Move receives, in place, over at most one compute, and over messages behind which no sender has to wait.
 
     In every row the messages' places ascend, so that one order of all messages fits every row. A receive that goes
-    before others gets a place before theirs, but behind that of the message before it on its sender's side. `message`
-    numbers the message of every action, -1 for none; `sends` and `receives` are where each is sent and received.
-    Messages are looked at in their order, `turns`: what stands before a send has then found its place.
+    before others gets a place before theirs, but behind that of the message before it on its sender's side. Messages
+    are looked at in their order: what stands before a send has then found its place.
     """
-    gradients = len(place) // 2
-    for i in range(len(flat)):
-        op = flat[i] >> OP
-        message[i] = -1
-        if ops.group[op] == PAIR:
-            stage = flat[i] >> STAGE & STAGES
-            port = flat[i] >> PORT & PORTS
-            leaves = ops.leaving[op]
-            edge = edges.leaving[edges.leaves[stage] + port] if leaves else edges.reaching[edges.reaches[stage] + port]
-            forward = leaves == ops.source[op]  # gradients are sent along edges that reach
-            message[i] = (0 if forward else gradients) + edge * last + (flat[i] & MICROBATCH) - 1
-            if ops.source[op]:
-                sends[message[i]] = i
-            else:
-                receives[message[i]] = i
-    for turn in range(len(turns)):
-        own = turns[turn]
+    message, place = posted.message, posted.place
+    for turn in range(len(posted.turns)):
+        own = posted.turns[turn]
         if own < 0:
             break
-        edge = own % gradients // last
-        m = own % last
-        maker = home[edges.producer[edge] * last + m]
-        taker = home[edges.consumer[edge] * last + m]
-        source = maker if own < gradients else taker
-        target = taker if own < gradients else maker
-        before = sends[own] - 1
-        while before >= offsets[source] and message[before] < 0:
+        begin = offsets[posted.source[own]]
+        before = posted.send[own] - 1
+        while before >= begin and message[before] < 0:
             before -= 1
-        low = place[message[before]] if before >= offsets[source] else 0.0
+        low = place[message[before]] if before >= begin else 0.0
         high = place[own]
-        to = at = receives[own]
+        begin = offsets[posted.target[own]]
+        to = at = posted.receive[own]
         computes = 0
-        while to > offsets[target] and computes < 1:
+        while to > begin and computes < 1:
             if message[to - 1] >= 0:
                 if place[message[to - 1]] <= low:
                     break
@@ -248,9 +284,9 @@ def _prefetch(flat, offsets, ops, edges, last, home, place, turns, message, send
             computes += ops.busy[flat[to - 1] >> OP]
             to -= 1
         before = to - 1
-        while before >= offsets[target] and message[before] < 0:
+        while before >= begin and message[before] < 0:
             before -= 1
-        if before >= offsets[target]:
+        if before >= begin:
             low = max(low, place[message[before]])
         middle = (low + high) / 2
         if computes == 0 or not low < middle < high:
@@ -263,10 +299,10 @@ def _prefetch(flat, offsets, ops, edges, last, home, place, turns, message, send
             message[j] = message[j - 1]
             if message[j] >= 0:
                 if ops.source[flat[j] >> OP]:
-                    sends[message[j]] = j
+                    posted.send[message[j]] = j
                 else:
-                    receives[message[j]] = j
+                    posted.receive[message[j]] = j
         flat[to] = action
         message[to] = own
-        receives[own] = to
+        posted.receive[own] = to
     return 0
