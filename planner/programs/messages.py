@@ -60,11 +60,10 @@ def messages(rows: Order, edges: Edges) -> Order:
 
 
 class Posted(NamedTuple):
-    """The messages of a program, numbered forward edge by edge, micro-batch by micro-batch, then those of gradients.
+    """The messages of a program, numbered in the order in which they are first posted.
 
-    `message` is the number of every action's message, -1 for none. Of each message: `place` in the order that all
-    devices agree on (0: there is none), the rows `source` and `target`, and where its send and its receive stand.
-    `turns` are the messages in that order, -1 behind the last.
+    `message` is the number of every action's message, -1 for none. Of each message: its `place` in the order that all
+    devices agree on, the rows `source` and `target`, and where its send and its receive stand.
     """
 
     message: Numbers
@@ -73,7 +72,6 @@ class Posted(NamedTuple):
     target: Numbers
     send: Numbers
     receive: Numbers
-    turns: Numbers
 
 
 def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
@@ -93,10 +91,10 @@ def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
         out=out,
         ends=ends,
     )
-    count = 2 * len(edges) * last
-    source, target, send, receive = (np.empty(count, np.int32) for _ in range(4))
+    most = (len(out) - len(flat)) // 2
+    source, target, send, receive = (np.empty(most, np.int32) for _ in range(4))
     message = np.full(len(out), -1, np.int32)
-    posted = Posted(message, np.zeros(count), source, target, send, receive, np.full(count, -1, np.int32))
+    posted = Posted(message, np.arange(1.0, most + 1.0), source, target, send, receive)
     _communicate(len(flat), flat, offsets, TABLE, edges.table, last, home, played, posted)
     return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), posted
 
@@ -158,8 +156,7 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
     made, at, phase, out, ends = played.made, played.at, played.phase, played.out, played.ends
     rows = len(offsets) - 1
     slots = len(made) // 2
-    messages = len(posted.place) // 2
-    count = 0
+    own = -1
     moved = True
     while moved:
         moved = False
@@ -231,7 +228,7 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
                     if target < 0 or target == d:
                         continue
                     port = edges.consumer_port[edge] if leaves else edges.producer_port[edge]
-                    own = (0 if leaves else messages) + edge * last + m
+                    own += 1
                     here, there = ends[d], ends[target]
                     out[here] = send << OP | (k - first) << PORT | stage << STAGE | (m + 1)
                     out[there] = receive << OP | port << PORT | other << STAGE | (m + 1)
@@ -243,9 +240,6 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
                     posted.target[own] = target
                     posted.send[own] = here
                     posted.receive[own] = there
-                    posted.turns[count] = own
-                    count += 1
-                    posted.place[own] = count
     for d in range(rows):  # what waits for ever is left as it is: the proof shows the cell
         while at[d] < offsets[d + 1]:
             out[ends[d]] = flat[at[d]]
@@ -263,10 +257,7 @@ def _prefetch(flat, offsets, ops, posted):  # type: ignore[no-untyped-def]
     are looked at in their order: what stands before a send has then found its place.
     """
     message, place = posted.message, posted.place
-    for turn in range(len(posted.turns)):
-        own = posted.turns[turn]
-        if own < 0:
-            break
+    for own in range(len(place)):
         begin = offsets[posted.source[own]]
         before = posted.send[own] - 1
         while before >= begin and message[before] < 0:
