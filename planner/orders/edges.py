@@ -12,9 +12,12 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from planner.orders.codes import PORTS, STAGES, Codes
-from planner.orders.operations import OPERATIONS
+from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES, Codes
+from planner.orders.operations import OPERATIONS, PAIR, TABLE
+
+Starts = npt.NDArray[np.int32]
 
 
 class Edge(NamedTuple):
@@ -47,6 +50,27 @@ class EdgeTable(NamedTuple):
     leaving: Codes
     reaches: Codes
     reaching: Codes
+
+
+class KindTable(NamedTuple):
+    """What each kind of action does along which edges, found once instead of at every action.
+
+    A kind is the number `op * (stages + 1) + stage`. It takes values along the edges
+    `taken[takes[kind]:takes[kind + 1]]`; each is made by a forward (slot: the stage that makes it) or a backward (slot:
+    that stage, behind all forwards').
+    What it makes is sent on to the stages `receiver[makes[kind]:makes[kind + 1]]`, by `send` and `receive`, codes
+    without a micro-batch. The edge of a message is `ported[ports[kind] + port]`.
+    """
+
+    takes: Starts
+    taken: Codes
+    slot: Codes
+    makes: Starts
+    receiver: Codes
+    send: Codes
+    receive: Codes
+    ports: Starts
+    ported: Codes
 
 
 class Edges:
@@ -98,6 +122,55 @@ class Edges:
             column.flags.writeable = False
         return found
 
+    @cached_property
+    def kinds(self) -> KindTable:
+        """The edges by kinds of actions."""
+        taking, making, posting = (self._by_kind(TABLE.takes), self._by_kind(TABLE.makes), self._by_kind(None))
+        table, forward = self.table, TABLE.leaving == TABLE.source  # gradients are sent along edges that reach
+        takes = forward[TABLE.takes[taking.op]]
+        slot = np.where(takes, table.producer[taking.edge], self.stages + table.consumer[taking.edge])
+        send = TABLE.makes[making.op]
+        leaves = TABLE.leaving[send] > 0
+        own = np.where(leaves, table.producer[making.edge], table.consumer[making.edge])
+        own_port = np.where(leaves, table.producer_port[making.edge], table.consumer_port[making.edge])
+        other = np.where(leaves, table.consumer[making.edge], table.producer[making.edge])
+        port = np.where(leaves, table.consumer_port[making.edge], table.producer_port[making.edge])
+        return KindTable(
+            takes=taking.starts,
+            taken=taking.edge,
+            slot=slot,
+            makes=making.starts,
+            receiver=other,
+            send=send << OP | own_port << PORT | own << STAGE,
+            receive=TABLE.posts[send] << OP | port << PORT | other << STAGE,
+            ports=posting.starts,
+            ported=posting.edge,
+        )
+
+    def _by_kind(self, along: Codes | None) -> _ByKind:
+        """List, kind by kind, the edges of the message that an operation takes or makes (`along`), or of its own ports.
+
+        Along edges without a gradient nothing comes back, but they have ports.
+        """
+        table = self.table
+        starts, edges, ops = [np.zeros(1, np.int32)], [table.producer[:0]], [table.producer[:0]]
+        found = 0
+        for op in range(len(OPERATIONS)):
+            message = op if along is None else int(along[op])
+            mine = np.zeros(self.stages + 1, np.int32)
+            if message >= 0 and TABLE.group[message] == PAIR:
+                leaves = bool(TABLE.leaving[message])
+                first, order = (table.leaves, table.leaving) if leaves else (table.reaches, table.reaching)
+                forward = leaves == bool(TABLE.source[message])
+                has = np.ones(len(order), bool) if forward or along is None else table.gradient[order] > 0
+                mine[:] = np.append(0, np.cumsum(has))[first]
+                edges.append(order[has])
+                ops.append(np.full(int(has.sum()), op, np.int64))
+            starts.append(mine[1:] + found)
+            found += int(mine[-1])
+            starts.append(np.full(1, found, np.int32))
+        return _ByKind(np.concatenate(starts), np.concatenate(edges), np.concatenate(ops))
+
     def number(self, op: str, stage: int, port: int) -> int:
         """Number of the edge along which an action sends or receives. Raises `IndexError` where it has none there."""
         table = self.table
@@ -118,6 +191,12 @@ class Edges:
         if OPERATIONS[op].side == "leaving":
             return int(table.producer[number]), int(table.producer_port[number])
         return int(table.consumer[number]), int(table.consumer_port[number])
+
+
+class _ByKind(NamedTuple):
+    starts: Starts
+    edge: Codes
+    op: Codes
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.orders import codes
-from planner.orders.codes import MICROBATCH, OP, PORT, STAGE, STAGES, Codes, Order, cut, flatten
+from planner.orders.codes import MICROBATCH, OP, STAGE, STAGES, Codes, Order, cut, flatten
 from planner.orders.edges import Edges
 from planner.orders.operations import TABLE
 
@@ -81,7 +81,7 @@ def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
     home = np.full(edges.stages * last, -1, np.int64)
     _find_homes(len(flat), flat, offsets, TABLE, last, home)
     starts = np.zeros(len(offsets), np.int64)
-    _count(len(flat), flat, offsets, TABLE, edges.table, last, home, starts)
+    _count(len(flat), flat, offsets, edges.kinds, edges.stages + 1, last, home, starts)
     np.cumsum(starts, out=starts)
     out, ends = np.empty(starts[-1], np.int64), starts[:-1].copy()
     played = Played(
@@ -95,7 +95,7 @@ def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
     source, target, send, receive = (np.empty(most, np.int32) for _ in range(4))
     message = np.full(len(out), -1, np.int32)
     posted = Posted(message, np.arange(1.0, most + 1.0), source, target, send, receive)
-    _communicate(len(flat), flat, offsets, TABLE, edges.table, last, home, played, posted)
+    _communicate(len(flat), flat, offsets, TABLE, edges.kinds, edges.stages + 1, last, home, played, posted)
     return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), posted
 
 
@@ -123,26 +123,18 @@ def _find_homes(flat, offsets, ops, last, home):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _count(flat, offsets, ops, edges, last, home, lengths):  # type: ignore[no-untyped-def]
+def _count(flat, offsets, kinds, width, last, home, lengths):  # type: ignore[no-untyped-def]
     """Count, one place further, what every row will hold."""
     for d in range(len(offsets) - 1):
+        more = 0
         for i in range(offsets[d], offsets[d + 1]):
-            lengths[d + 1] += 1
-            send = ops.makes[flat[i] >> OP]
-            if send < 0:
-                continue
-            stage = flat[i] >> STAGE & STAGES
-            m = (flat[i] & MICROBATCH) - 1
-            leaves = ops.leaving[send]
-            first = edges.leaves[stage] if leaves else edges.reaches[stage]
-            stop = edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]
-            for k in range(first, stop):
-                edge = edges.leaving[k] if leaves else edges.reaching[k]
-                if leaves or edges.gradient[edge]:
-                    target = home[(edges.consumer[edge] if leaves else edges.producer[edge]) * last + m]
-                    if target >= 0 and target != d:
-                        lengths[d + 1] += 1
-                        lengths[target + 1] += 1
+            kind = (flat[i] >> OP) * width + (flat[i] >> STAGE & STAGES)
+            for k in range(kinds.makes[kind], kinds.makes[kind + 1]):
+                target = home[kinds.receiver[k] * last + (flat[i] & MICROBATCH) - 1]
+                if target >= 0 and target != d:
+                    more += 1
+                    lengths[target + 1] += 1
+        lengths[d + 1] += offsets[d + 1] - offsets[d] + more
     return 0
 
 
@@ -151,11 +143,11 @@ _IDLE, _SILENT, _PHASES = -1, 4, 4
 
 
 @kernel
-def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type: ignore[no-untyped-def]
+def _communicate(flat, offsets, ops, kinds, width, last, home, played, posted):  # type: ignore[no-untyped-def]
     """Play the rows in rounds; `home` is the row of a stage's micro-batch."""
     made, at, phase, out, ends = played.made, played.at, played.phase, played.out, played.ends
     rows = len(offsets) - 1
-    slots = len(made) // 2
+    gradients = len(made) // 2
     own = -1
     moved = True
     while moved:
@@ -165,34 +157,22 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
             if at[d] == offsets[d + 1]:
                 continue
             action = flat[at[d]]
-            stage = action >> STAGE & STAGES
+            kind = (action >> OP) * width + (action >> STAGE & STAGES)
             m = (action & MICROBATCH) - 1
             ready = True
-            take = ops.takes[action >> OP]
-            if take >= 0 and ops.leaving[take]:
-                for k in range(edges.leaves[stage], edges.leaves[stage + 1]):
-                    edge = edges.leaving[k]
-                    if edges.gradient[edge] and not made[slots + edges.consumer[edge] * last + m]:
-                        ready = False
-            elif take >= 0:
-                for k in range(edges.reaches[stage], edges.reaches[stage + 1]):
-                    if not made[edges.producer[edges.reaching[k]] * last + m]:
-                        ready = False
+            for k in range(kinds.takes[kind], kinds.takes[kind + 1]):
+                if not made[kinds.slot[k] * last + m]:
+                    ready = False
             if not ready:
                 continue
             moved = True
             out[ends[d]] = action
             ends[d] += 1
             phase[d] = _SILENT
-            send = ops.makes[action >> OP]
-            if send < 0:
-                continue
-            phase[d] = 0
-            leaves = ops.leaving[send]
-            first = edges.leaves[stage] if leaves else edges.reaches[stage]
-            if first < (edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
-                edge = edges.leaving[first] if leaves else edges.reaching[first]
-                target = home[(edges.consumer[edge] if leaves else edges.producer[edge]) * last + m]
+            first = kinds.makes[kind]
+            if first < kinds.makes[kind + 1]:
+                target = home[kinds.receiver[first] * last + m]
+                phase[d] = 0
                 if target >= 0 and target != d:
                     phase[d] = (0 if target == d + 1 or target == d - 1 else 2) + (1 if target < d else 0)
         wanted = 0
@@ -203,8 +183,8 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
             at[d] += 1
             if phase[d] < _PHASES:
                 wanted |= 1 << phase[d]
-                side = 0 if ops.leaving[ops.makes[action >> OP]] else slots
-                made[side + (action >> STAGE & STAGES) * last + (action & MICROBATCH) - 1] = 1
+                forward = ops.leaving[ops.makes[action >> OP]]
+                made[(0 if forward else gradients) + (action >> STAGE & STAGES) * last + (action & MICROBATCH) - 1] = 1
         for turn in range(_PHASES):
             if not wanted >> turn & 1:
                 continue
@@ -213,25 +193,16 @@ def _communicate(flat, offsets, ops, edges, last, home, played, posted):  # type
                 if phase[d] != turn:
                     continue
                 action = flat[at[d] - 1]
-                stage = action >> STAGE & STAGES
+                kind = (action >> OP) * width + (action >> STAGE & STAGES)
                 m = (action & MICROBATCH) - 1
-                send = ops.makes[action >> OP]
-                receive = ops.posts[send]
-                leaves = ops.leaving[send]
-                first = edges.leaves[stage] if leaves else edges.reaches[stage]
-                for k in range(first, edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
-                    edge = edges.leaving[k] if leaves else edges.reaching[k]
-                    if not leaves and not edges.gradient[edge]:
-                        continue
-                    other = edges.consumer[edge] if leaves else edges.producer[edge]
-                    target = home[other * last + m]
+                for k in range(kinds.makes[kind], kinds.makes[kind + 1]):
+                    target = home[kinds.receiver[k] * last + m]
                     if target < 0 or target == d:
                         continue
-                    port = edges.consumer_port[edge] if leaves else edges.producer_port[edge]
                     own += 1
                     here, there = ends[d], ends[target]
-                    out[here] = send << OP | (k - first) << PORT | stage << STAGE | (m + 1)
-                    out[there] = receive << OP | port << PORT | other << STAGE | (m + 1)
+                    out[here] = kinds.send[k] | (m + 1)
+                    out[there] = kinds.receive[k] | (m + 1)
                     ends[d] += 1
                     ends[target] += 1
                     posted.message[here] = own

@@ -87,7 +87,7 @@ class Linked:
         gathered = np.full(count if collective else 0, -1, np.int32)
         bad = _link(
             len(self.flat),
-            *(self.flat, self.offsets, TABLE, table, self.edges.stages, self.microbatches, self.base),
+            *(self.flat, self.offsets, TABLE, self.edges.kinds, self.edges.stages, self.microbatches, self.base),
             *(turns, gathered, links),
         )
         if bad >= 0:
@@ -180,7 +180,7 @@ class Linked:
 
 
 @kernel
-def _link(flat, offsets, ops, edges, stages, last, base, turns, gathered, links):  # type: ignore[no-untyped-def]
+def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, links):  # type: ignore[no-untyped-def]
     """One pass over all rows. Returns an action that names what is not there, or -1.
 
     The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last.
@@ -197,14 +197,12 @@ def _link(flat, offsets, ops, edges, stages, last, base, turns, gathered, links)
             posts[i] = waits[i] = copies[i] = -1
             if stage >= stages:
                 return i
+            kind = op * (stages + 1) + stage
             plane = ops.takes[op]
             if plane >= 0 and base[plane] >= 0:
-                leaves = ops.leaving[plane]
-                first = edges.leaves[stage] if leaves else edges.reaches[stage]
-                stop = edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]
                 previous = -1
-                for k in range(first, stop):
-                    t = base[plane] + (edges.leaving[k] if leaves else edges.reaching[k]) * last + m
+                for k in range(kinds.takes[kind], kinds.takes[kind + 1]):
+                    t = base[plane] + kinds.taken[k] * last + m
                     if target[t] == d:
                         if previous < 0:
                             waits[i] = t
@@ -218,11 +216,10 @@ def _link(flat, offsets, ops, edges, stages, last, base, turns, gathered, links)
             if plane >= 0:
                 group = ops.group[op]
                 if group == PAIR:
-                    leaves = ops.leaving[op]
-                    k = (edges.leaves[stage] if leaves else edges.reaches[stage]) + (action >> PORT & PORTS)
-                    if m < 0 or k >= (edges.leaves[stage + 1] if leaves else edges.reaches[stage + 1]):
+                    k = kinds.ports[kind] + (action >> PORT & PORTS)
+                    if m < 0 or k >= kinds.ports[kind + 1]:
                         return i
-                    own = base[plane] + (edges.leaving[k] if leaves else edges.reaching[k]) * last + m
+                    own = base[plane] + kinds.ported[k] * last + m
                     if ops.source[op]:
                         source[own] = d
                     else:
