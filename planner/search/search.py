@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
-from planner.placement import savings
+from planner.orders import schedules
+from planner.placement import savings, strategies
 from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
 from planner.search.bounds import Bounds, plan_bound
@@ -375,6 +376,7 @@ class Search:
         """Put what saves more than a candidate in the queue: where it can only be slower, behind what was `found`."""
         for saved in self.savings.get(candidate.savings, ()):
             slower = not candidate.savings and set(saved) <= self.slowing and self.objective.timed
+            slower = slower and not orders_by_seconds(candidate)
             least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
             if not self._hopeless(least, more) and not self._dominated(more):
@@ -402,9 +404,10 @@ class Search:
 
         Savings that only add work or waits can make a plan smaller, never quicker. But what is repeated need not be
         swapped; of a plan without flush the steady state is a mean over few steps, which moves by more than some
-        savings cost; and where memory decided about the cut, one that saves is cut better.
+        savings cost; where memory decided about the cut, one that saves is cut better; and a schedule that orders by
+        seconds arranges what it repeats differently.
         """
-        if not self.objective.timed:
+        if not self.objective.timed or orders_by_seconds(candidate):
             return False
         mine = frozenset(candidate.savings)
         return any(
@@ -529,6 +532,11 @@ def _by_least(savings: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], tup
     least = [own for own in savings if not any(set(other) < set(own) for other in savings)]
     first = {own: next(one for one in least if set(one) <= set(own)) for own in savings}
     return {one: tuple(own for own in savings if first[own] == one and own != one) for one in least}
+
+
+def orders_by_seconds(candidate: Candidate) -> bool:
+    """Whether a candidate's schedule orders by seconds: then more work may come out quicker, if by little."""
+    return schedules.get(strategies.get(candidate.strategy).schedule).measured
 
 
 def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:

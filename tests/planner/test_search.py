@@ -23,7 +23,7 @@ from planner.search.cost import Terms, price_per_hour
 from planner.search.explain import cheapest_change, explain
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
-from planner.search.search import Answer, Found, Search, State, pareto, slowing
+from planner.search.search import Answer, Found, Search, State, orders_by_seconds, pareto, slowing
 from planner.search.simplicity import mechanisms
 from planner.search.space import Candidate, Space, candidates, make, space
 from planner.search.space import question as asked_of
@@ -265,6 +265,8 @@ def test_savings_that_slow_make_no_plan_quicker(
     for candidate, plan in made(costs, cluster, batch, of):
         if asynchronous(plan):
             continue  # their steady state is a mean over few steps
+        if orders_by_seconds(candidate):
+            continue  # greedy orders have anomalies: another order for other seconds, sometimes the better one
         asked = asked_of(candidate, costs, cluster, batch)
         try:
             saved = apply(asked, plan, tuple(names))
