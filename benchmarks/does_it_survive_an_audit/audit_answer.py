@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 from figure import Found, figure
 from hardware import FOUR_BY_FOUR, TWO_BY_EIGHT
 
+from planner.cli.opened import compared_with
 from planner.placement import strategies
 from planner.placement.pipeline import Question
 from planner.search.cost import price_per_hour, with_prices
@@ -93,3 +95,13 @@ def hosts_are_rented_whole() -> Found:
     """A host is rented as a whole, however many of its devices a plan uses: 8 devices at 3.06 an hour are 24.48."""
     cluster = with_prices(cluster_file.read(shipped.clusters()["dgx1-v100"]), device=3.06)
     return Found(price_per_hour(cluster, tuple(device.name for device in cluster.devices[:3])), 24.48)
+
+
+@figure("an H100's profile on a cluster of H100: speed", section="answer", unit="", before="3.7")
+def speed_of_its_own_kind() -> Found:
+    """What was profiled (or estimated) is what the cluster has: it is as fast as itself."""
+    profile = shipped.read(shipped.profiles()["vgg16"])
+    own = tuple(msgspec.structs.replace(device, kind="h100") for device in profile.machine.devices)
+    estimated = msgspec.structs.replace(profile, machine=msgspec.structs.replace(profile.machine, devices=own))
+    cluster, _ = compared_with(cluster_file.read(shipped.clusters()["dgx-h100"]), estimated)
+    return Found(cluster.devices[0].speed, 1.0)
