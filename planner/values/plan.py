@@ -131,7 +131,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.recompute_layers:
             parts.append(f"recompute{len(self.recompute_layers)}")
         if self.recompute_blocks:
-            parts.append("blocks")
+            parts.append("recompute-blocks")
         if self.host_optimizer:
             parts.append("host")
         return "-".join(parts)
