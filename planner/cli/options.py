@@ -101,7 +101,7 @@ def axes(
     chosen = tuple(_savings(text) for text in saving or ())
     if recompute is not None:
         among = chosen or savings.COMBINATIONS
-        chosen = tuple(c for c in among if any(name.startswith("recompute") for name in c) == recompute)
+        chosen = tuple(c for c in among if any(savings.get(name).repeats for name in c) == recompute)
         if not chosen:
             raise PlanError(
                 what="--recompute and --saving exclude each other",

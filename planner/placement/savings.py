@@ -33,13 +33,16 @@ Change = Callable[[Question, Plan], Plan]
 class Saving(NamedTuple):
     """A registered saving. `behind_cut` ones choose layers of the stages that there are; others need no layers.
 
-    `states_on_host` tells that no device keeps optimizer state.
+    `states_on_host` tells that no device keeps optimizer state, `repeats` that forwards are done again, `swaps` that
+    activations go to the host and back.
     """
 
     name: str
     change: Change
     behind_cut: bool
     states_on_host: bool
+    repeats: bool
+    swaps: bool
 
 
 _REGISTRY: dict[str, Saving] = {}
@@ -59,11 +62,13 @@ COMBINATIONS: tuple[tuple[str, ...], ...] = (
 """Which savings a search tries together."""
 
 
-def saving(name: str, *, behind_cut: bool = False, states_on_host: bool = False) -> Callable[[Change], Change]:
+def saving(
+    name: str, *, behind_cut: bool = False, states_on_host: bool = False, repeats: bool = False, swaps: bool = False
+) -> Callable[[Change], Change]:
     """Register `(question, plan) -> plan` under `name`; see `Saving` for the rest."""
 
     def register(function: Change) -> Change:
-        _REGISTRY[name] = Saving(name, function, behind_cut, states_on_host)
+        _REGISTRY[name] = Saving(name, function, behind_cut, states_on_host, repeats, swaps)
         return function
 
     return register
@@ -109,7 +114,7 @@ def without(plan: Plan) -> Plan:
     return msgspec.structs.replace(plan.without_recompute(), offload=False, host_optimizer=False)
 
 
-@saving("recompute")
+@saving("recompute", repeats=True)
 def recompute(q: Question, plan: Plan) -> Plan:
     """Keep only what stages exchange; repeat a stage's forward before its backward (Chen et al., arXiv 1604.06174)."""
     if not schedules.get(plan.schedule).trains:
@@ -117,7 +122,7 @@ def recompute(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, recompute=True)
 
 
-@saving("recompute-blocks")
+@saving("recompute-blocks", repeats=True)
 def recompute_blocks(q: Question, plan: Plan) -> Plan:
     """Make every block of the model a checkpoint of its own, as users wrap a transformer's blocks.
 
@@ -131,7 +136,7 @@ def recompute_blocks(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, recompute_blocks=tuple((names[b[0]], names[b[-1]]) for b in worth))
 
 
-@saving("recompute-layers", behind_cut=True)
+@saving("recompute-layers", behind_cut=True, repeats=True)
 def recompute_layers(q: Question, plan: Plan) -> Plan:
     """Repeat the cheapest layers whose activations make every device fit; nothing where all fit already.
 
@@ -253,7 +258,7 @@ def _not_enough(plan: Plan, lack: float) -> PlanError:
     )
 
 
-@saving("offload")
+@saving("offload", swaps=True)
 def offload(q: Question, plan: Plan) -> Plan:
     """Swap saved activations to the host and back (Rhu et al., vDNN, arXiv 1602.08124).
 

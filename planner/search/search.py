@@ -413,7 +413,9 @@ class Search:
         return any(
             less < mine
             and mine - less <= self.slowing
-            and not ("offload" in less and (mine - less) & {"recompute", "recompute-layers"})
+            and not (
+                any(savings.get(name).swaps for name in less) and any(savings.get(name).repeats for name in mine - less)
+            )
             and (found.lack <= 1 or found.score >= self.reach)
             and not (found.stale and self.stale)
             and not found.squeezed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.basis.units import percent, seconds
+from planner.orders import schedules
 from planner.orders.operations import OPERATIONS, SYNCHRONISING
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
@@ -23,12 +24,12 @@ class Limit(NamedTuple):
 
 
 def ideal_bubble(plan: Plan) -> float | None:
-    """Return the idle share of GPipe and 1F1B with equal stages and free transfers, None for other plans.
+    """Return the idle share with equal stages and free transfers where it is that of filling and draining, else None.
 
     A pipeline of K stages that a replica's own M / R micro-batches pass is idle for (K - 1) / (M / R + K - 1) of the
     step (Huang et al., arXiv 1811.06965, section 2.3).
     """
-    if plan.schedule not in ("gpipe", "1f1b") or plan.uneven:
+    if schedules.get(plan.schedule).idles != "fill and drain" or plan.uneven:
         return None
     return (plan.depth - 1) / (plan.microbatches // plan.replicas + plan.depth - 1)
 
@@ -42,7 +43,8 @@ def _bubble(outcome: Outcome) -> str:
         formula = "(K-1)/(M+K-1)" if plan.replicas == 1 else "(K-1)/(M/R+K-1)"
         shape = f"K={plan.depth}, M={plan.microbatches}" + (f", R={plan.replicas}" if plan.replicas > 1 else "")
         return f"{text}; with equal stages and free transfers it would be {formula} = {percent(ideal)} at {shape}"
-    return f"{text}, because one works at a time" if plan.schedule == "naive" else text
+    alone = schedules.get(plan.schedule).idles == "one at a time"
+    return f"{text}, because one works at a time" if alone else text
 
 
 def _synchronising(outcome: Outcome, seconds_by_op: dict[str, float]) -> str:

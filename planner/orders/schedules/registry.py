@@ -39,6 +39,9 @@ class Shape(NamedTuple):
 Generate = Callable[[Shape], Order]
 
 
+Idles = Literal["", "fill and drain", "one at a time"]
+
+
 class Schedule(NamedTuple):
     """A registered schedule.
 
@@ -47,8 +50,9 @@ class Schedule(NamedTuple):
     `versions` is how many versions of its parameters stage s of p keeps; `reads` says which of them a micro-batch's
     gradient is computed with: the stage's or the input stage's at its forward, or that before the last window.
     `splits` tells that input and weight gradients are computed apart. `uneven` schedules can share a stage among
-    several devices. `measured` schedules order by seconds. `impossible` returns why a shape cannot be arranged, if it
-    cannot.
+    several devices. `measured` schedules order by seconds. `idles` says why devices wait where nothing else makes them:
+    while a pipeline is filled and drained, or because one works at a time. `impossible` returns why a shape cannot be
+    arranged, if it cannot.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Schedule(NamedTuple):
     splits: bool
     uneven: bool
     measured: bool
+    idles: Idles
     impossible: Callable[[Shape], str | None]
 
     @property
@@ -105,13 +110,14 @@ def schedule(
     splits: bool = False,
     uneven: bool = False,
     measured: bool = False,
+    idles: Idles = "",
     impossible: Callable[[Shape], str | None] = lambda shape: None,
 ) -> Callable[[Generate], Generate]:
     """Register `Shape -> Order` under `name`; see `Schedule` for the rest."""
 
     def register(function: Generate) -> Generate:
         _REGISTRY[name] = Schedule(
-            name, function, placement, chunks, updates, versions, reads, splits, uneven, measured, impossible
+            name, function, placement, chunks, updates, versions, reads, splits, uneven, measured, idles, impossible
         )
         return function
 

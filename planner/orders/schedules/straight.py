@@ -6,7 +6,7 @@ from planner.orders.codes import BACKWARD, FORWARD, Codes, Order, join, run, wea
 from planner.orders.schedules.registry import Shape, schedule
 
 
-@schedule("naive", uneven=True)
+@schedule("naive", uneven=True, idles="one at a time")
 def naive(shape: Shape) -> Order:
     """One micro-batch at a time goes forward and back: one device works, the others wait.
 
@@ -18,7 +18,7 @@ def naive(shape: Shape) -> Order:
     return tuple(weave(run(FORWARD, s, mine), run(BACKWARD, s, mine)) for s, mine, _ in shares(shape))
 
 
-@schedule("gpipe", uneven=True)
+@schedule("gpipe", uneven=True, idles="fill and drain")
 def gpipe(shape: Shape) -> Order:
     """All forwards, then all backwards; every stage holds M activations (Huang et al., arXiv 1811.06965).
 
@@ -30,7 +30,7 @@ def gpipe(shape: Shape) -> Order:
     return tuple(join(run(FORWARD, s, mine), run(BACKWARD, s, mine)) for s, mine, _ in shares(shape))
 
 
-@schedule("1f1b", uneven=True)
+@schedule("1f1b", uneven=True, idles="fill and drain")
 def one_forward_one_backward(shape: Shape) -> Order:
     """Warm up, then alternate; stage s holds at most `stages - s` activations (PipeDream-Flush, arXiv 2006.09503).
 
