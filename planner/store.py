@@ -59,7 +59,6 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
     question: str
     profile: str
     cluster: Cluster
-    batch: int
     space: Space
     objective: str
     terms: Terms

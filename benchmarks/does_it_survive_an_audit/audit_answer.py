@@ -45,7 +45,7 @@ def waiting_for_reductions() -> Found:
 
 def _search(name: str, cluster: Cluster, batch: int, **axes: tuple[object, ...]) -> Answer:
     profile = shipped.read(shipped.profiles()[name])
-    return Search(profile, cluster, batch, space(profile, cluster, batch, **axes)).run()
+    return Search(profile, cluster, space(profile, cluster, batch, **axes)).run()
 
 
 @figure("VGG-16 on DGX-1: mechanisms of the best plan", section="answer", unit="", before="3 (zero-3)")
@@ -66,7 +66,7 @@ def one_plan_of_one_device() -> Found:
     cluster = cluster_file.read(shipped.clusters()["dgx1-v100"])
     names = ("single", "naive", "balanced", "data-parallel", "gpipe", "1f1b", "zb-h1", "interleaved", "chimera")
     of = space(profile, cluster, 1024, ks=(1,), ms=(64,), strategies=names, savings=((),))
-    return Found(len(list(candidates(of, profile, 1024))), 1)
+    return Found(len(list(candidates(of, profile, cluster))), 1)
 
 
 @figure(

@@ -491,7 +491,7 @@ def one_search(count: int, name: str, seconds: float) -> None:
     cluster = superpod(count)
     profile = gpt3_blocks(96, Split(forward=2, backward=2) if name == "layers that split" else None)
     batch = 2 * count
-    answer = Search(profile, cluster, batch, space(profile, cluster, batch)).run(seconds=seconds)
+    answer = Search(profile, cluster, space(profile, cluster, batch)).run(seconds=seconds)
     found = {
         "seconds": time.perf_counter() - begin,
         "points": answer.points,

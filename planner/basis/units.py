@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def seconds(value: float) -> str:
     """Format seconds with three significant digits.
@@ -26,6 +28,16 @@ def size(value: float) -> str:
             scaled = value / 1024**power
             return f"{scaled:.2f} {unit}" if abs(scaled) < 100 else f"{scaled:.0f} {unit}"
     return f"{value:.0f} B"
+
+
+def either(values: Sequence[int]) -> str:
+    """Return numbers as words.
+
+    >>> either([256]), either([128, 256, 512])
+    ('256', '128, 256 or 512')
+    """
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def rate(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
-from planner.basis.units import percent, seconds, size
+from planner.basis.units import either, percent, seconds, size
 from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
@@ -56,7 +56,8 @@ def as_data(
     return {
         "objective": answer.objective,
         "cluster": searching.cluster.name,
-        "batch_samples": answer.batch,
+        "batch_samples": outcomes[0].plan.batch,
+        "batches_samples": answer.batches,
         "complete": answer.complete,
         "candidates": answer.points,
         "evaluated": answer.evaluated,
@@ -66,7 +67,13 @@ def as_data(
         "explanation": explain(searching, answer, outcomes[0], changes=False),
         "plans": [figures(outcome) for outcome in rows],
         "pareto": [
-            {"plan": f.label, "step_s": f.step_s, "peak_bytes": f.peak_bytes, "contention_simulated": f.exact}
+            {
+                "plan": f.label,
+                "batch_samples": f.batch,
+                "step_s": f.step_s,
+                "peak_bytes": f.peak_bytes,
+                "contention_simulated": f.exact,
+            }
             for f in answer.front
         ],
         "time_against_cost": [
@@ -76,8 +83,8 @@ def as_data(
                 "step_s": f.step_s,
                 "price_per_hour": f.price_per_hour,
                 "samples": searching.terms.samples,
-                "seconds": searching.terms.seconds(f.step_s, answer.batch),
-                "cost": searching.terms.money(f.step_s, answer.batch, f.price_per_hour),
+                "seconds": searching.terms.seconds(f.step_s, f.batch),
+                "cost": searching.terms.money(f.step_s, f.batch, f.price_per_hour),
                 "contention_simulated": f.exact,
             }
             for f in rented
@@ -96,7 +103,7 @@ def show(
     enough: bool,
 ) -> None:
     """Print the table, what the search has done, its fronts, and why the best plan is that."""
-    title = f"{searching.profile.key.model} on {searching.cluster.name}, {answer.batch} samples per step"
+    title = f"{searching.profile.key.model} on {searching.cluster.name}, {either(answer.batches)} samples per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
     tables.show(rows, title=title, best=outcomes[0], without=("interval", "fits"))
     speed = answer.evaluated / max(1e-9, answer.seconds)
@@ -124,8 +131,8 @@ def show(
 
 def price_words(searching: Search, found: Found) -> str:
     """Say how long the samples that are asked about take, and what they cost."""
-    terms, batch, bound = searching.terms, searching.batch, "" if found.exact else "at least "
-    if terms.samples == batch:
+    terms, batch, bound = searching.terms, found.batch, "" if found.exact else "at least "
+    if terms.samples == searching.space.samples:
         million = found.price_per_hour / HOUR_S * found.step_s / batch * 1e6
         return f"{bound}{seconds(found.step_s)} a step, {bound}{million:.3g} per million samples"
     spent, cost = terms.seconds(found.step_s, batch), terms.money(found.step_s, batch, found.price_per_hour)

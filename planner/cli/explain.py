@@ -29,7 +29,6 @@ def explain(
     question = asked(
         profile,
         searched.cluster,
-        searched.batch,
         searched.space,
         searched.objective,
         searched.terms,
@@ -46,7 +45,6 @@ def explain(
     searching = Search(
         profile,
         searched.cluster,
-        searched.batch,
         searched.space,
         objective=searched.objective,
         terms=searched.terms,

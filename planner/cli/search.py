@@ -30,7 +30,9 @@ from planner.cli.searching import Question, run
 def search(
     k: Annotated[list[int] | None, typer.Option("--k", help="Only this number of devices; may be repeated.")] = None,
     m: Annotated[list[int] | None, typer.Option("--m", help="Only this number of micro-batches.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the profile's.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Samples per step; may be repeated. Default: the profile's.")
+    ] = None,
     strategy: StrategyOption = None,
     replicas: ReplicasOption = None,
     tensor: TensorOption = None,
@@ -57,14 +59,14 @@ def search(
     restart: Annotated[bool, typer.Option(help="Forget what an earlier, interrupted search has evaluated.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Rank every strategy, K, M, replicas and saving for a profile and a cluster, and explain the best plan.
+    """Rank every strategy, K, M, batch, replicas and saving for a profile and a cluster, and explain the best plan.
 
     Ctrl-C keeps what was found; the same command goes on where it was.
     """
     question = Question(
         profile=profile,
         cluster=cluster,
-        batch=batch,
+        batches=tuple(batch or ()),
         axes=axes(
             k=k,
             m=m,

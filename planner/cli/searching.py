@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Question(NamedTuple):
 
     profile: str | None
     cluster: str | None
-    batch: int | None
+    batches: tuple[int, ...]
     axes: dict[str, tuple[Any, ...]]
     objective: str = "throughput"
     epoch: int = 0
@@ -49,7 +50,7 @@ class Question(NamedTuple):
     samples: int = SAMPLES
     seed: int = SEED
 
-    def terms(self, batch: int) -> Terms:
+    def terms(self, of: Space) -> Terms:
         """Return what is asked beside the objective. Raises `PlanError` (exit 2) for a deadline of nothing."""
         if (self.deadline_h is not None or self.budget is not None) and not self.epoch:
             raise PlanError(
@@ -58,7 +59,9 @@ class Question(NamedTuple):
                 why="--epoch does not say how many",
                 fix="give them, for example --epoch 1281167",
             )
-        return Terms(self.epoch or batch, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget)
+        return Terms(
+            self.epoch or of.samples, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget
+        )
 
 
 def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (), json: bool = False) -> None:
@@ -68,14 +71,15 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
     store, path, measured, hardware = opened(question.profile, question.cluster)
     store.check_writable()
     priced = with_prices(hardware, device=question.price, host=question.host_price)
-    batch = measured.batch if question.batch is None else question.batch
-    for number in question.axes.get("ks") or (1,):
+    batches = question.batches or (measured.batch,)
+    for number, batch in itertools.product(question.axes.get("ks") or (1,), batches):
         check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=batch)
         hardware.take(number)
     for number in question.axes.get("ms") or ():
-        check(measured, k=1, m=number, batch=batch)
-    of = space(measured, priced, batch, **question.axes)
-    searching = _begin(store, measured, priced, batch, of, question)
+        whole = (batch for batch in batches if number > 0 and batch % number == 0)
+        check(measured, k=1, m=number, batch=next(whole, batches[0]))
+    of = space(measured, priced, *batches, **question.axes)
+    searching = _begin(store, measured, priced, of, question)
     answer = _searched(store, searching, str(path), question.seconds)
     if not answer.leaders:
         raise answers.nothing_fits(searching, answer)
@@ -86,7 +90,7 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
     ranking = Ranking(
         k=len(best.plan.device_names),
         m=best.plan.microbatches,
-        batch=batch,
+        batch=best.plan.batch,
         profile=store.name_of(path),
         cluster=hardware,
         outcomes=tuple(outcomes),
@@ -110,12 +114,12 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
         output.results.print("next: plan explain best   (what would change the answer)", markup=False)
 
 
-def _begin(store: Store, profile: Profile, cluster: Cluster, batch: int, of: Space, question: Question) -> Search:
+def _begin(store: Store, profile: Profile, cluster: Cluster, of: Space, question: Question) -> Search:
     """Make a search, with what the same one has evaluated before."""
     from executor.abilities import able
 
-    terms = question.terms(batch)
-    digest = asked(profile, cluster, batch, of, question.objective, terms, question.stale)
+    terms = question.terms(of)
+    digest = asked(profile, cluster, of, question.objective, terms, question.stale)
     state = State(question=digest)
     if not question.restart and (store.root / "search.json").exists():
         try:
@@ -127,7 +131,6 @@ def _begin(store: Store, profile: Profile, cluster: Cluster, batch: int, of: Spa
     return Search(
         profile,
         cluster,
-        batch,
         of,
         objective=question.objective,
         terms=terms,
@@ -137,9 +140,9 @@ def _begin(store: Store, profile: Profile, cluster: Cluster, batch: int, of: Spa
     )
 
 
-def asked(profile: Profile, cluster: Cluster, batch: int, of: Space, objective: str, terms: Terms, stale: bool) -> str:
+def asked(profile: Profile, cluster: Cluster, of: Space, objective: str, terms: Terms, stale: bool) -> str:
     """Return a digest of all that a search's answer depends on."""
-    question = [__version__, profile.key, profile.created, cluster, batch, of, objective, terms, stale]
+    question = [__version__, profile.key, profile.created, cluster, of, objective, terms, stale]
     return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 
@@ -170,7 +173,6 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
                     question=searching.state.question,
                     profile=profile,
                     cluster=searching.cluster,
-                    batch=searching.batch,
                     space=searching.space,
                     objective=searching.objective.name,
                     terms=searching.terms,
@@ -196,7 +198,7 @@ def _runnable(searching: Search, outcomes: Sequence[Outcome], budget: float, sam
 
     if any(able(outcome.plan) for outcome in outcomes):
         return []
-    again = Search(searching.profile, searching.cluster, searching.batch, searching.space, allowed=able)
+    again = Search(searching.profile, searching.cluster, searching.space, allowed=able)
     found = again.run(seconds=budget).leaders
     plans = map(again.plan, found[:1])
     return [simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed) for plan in plans]

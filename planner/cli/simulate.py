@@ -114,7 +114,13 @@ def simulate(
                 fix="give the number of devices, for example --k 4",
             )
         of = Question(
-            profile=profile, cluster=cluster, batch=batch, axes=asked, stale=stale, samples=samples, seed=seed
+            profile=profile,
+            cluster=cluster,
+            batches=() if batch is None else (batch,),
+            axes=asked,
+            stale=stale,
+            samples=samples,
+            seed=seed,
         )
         run(of, sort=sort, words=words or (), json=json)
         return

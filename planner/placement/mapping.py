@@ -19,6 +19,15 @@ Position = tuple[Group, ...]
 """What holds one place of the pipeline: a group for every replica."""
 
 
+MAPPINGS: tuple[Mapping, ...] = ("pipelines", "stages")
+"""What can stand side by side; the first is what people mean who say nothing."""
+
+
+def across(devices: Sequence[Device]) -> bool:
+    """Whether these devices stand on several hosts: on one all are side by side."""
+    return len({device.host for device in devices}) > 1
+
+
 def positions(q: Question, depth: int, mapping: Mapping) -> tuple[Position, ...]:
     """Deal a question's devices to the places of its pipeline: consecutive ones to replicas, or to stages.
 
@@ -40,8 +49,8 @@ def mappings(q: Question, depth: int) -> tuple[Mapping, ...]:
     """Return the mappings that differ, or the one that is asked for: on one host all devices are side by side."""
     if q.mapping:
         return (q.mapping,)
-    several = q.replicas > 1 and depth > 1 and len({device.host for device in q.devices}) > 1
-    return ("pipelines", "stages") if several else ("pipelines",)
+    several = q.replicas > 1 and depth > 1 and across(q.devices)
+    return MAPPINGS if several else MAPPINGS[:1]
 
 
 def estimated(q: Question, plan: Plan, ranges: Sequence[range], tables: StageTables) -> float:

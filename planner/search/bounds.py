@@ -26,8 +26,8 @@ Floats = npt.NDArray[np.float64]
 class Bounds:
     """Bounds for all points of a space: what many points share is made once."""
 
-    def __init__(self, profile: Profile, cluster: Cluster, batch: int) -> None:
-        self.profile, self.cluster, self.batch = profile, cluster, batch
+    def __init__(self, profile: Profile, cluster: Cluster) -> None:
+        self.profile, self.cluster = profile, cluster
         self.seams = _seams(profile)
         self.known: dict[tuple[object, ...], _Passes] = {}
 
@@ -84,10 +84,10 @@ class Bounds:
         """Seconds of passes over the whole model, for each number of micro-batches."""
         speed, threads = _fastest(self.cluster, point.devices)
         schedule, ways = schedules.get(point.how.schedule), point.tensor_ways
-        key = ways, point.devices if ways > 1 else 0, speed, threads, schedule.splits, ms
+        key = ways, point.devices if ways > 1 else 0, speed, threads, schedule.splits, point.batch, ms
         if key not in self.known:
             profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
-            tables = [layer_table(profile, self.batch // m, threads) for m in ms]
+            tables = [layer_table(profile, point.batch // m, threads) for m in ms]
             self.known[key] = _Passes.of(tables, schedule.splits, self.seams, speed)
         return self.known[key]
 
@@ -143,10 +143,10 @@ def _sums(seconds: Floats) -> Floats:
     return np.concatenate([np.zeros((len(seconds), 1)), np.cumsum(seconds, axis=1)], axis=1)
 
 
-def bound(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> float:
+def bound(point: Candidate, profile: Profile, cluster: Cluster) -> float:
     """Return seconds that no plan at this point can beat, whatever it saves."""
-    block = Block(point._replace(synchronisation="", savings=(), m=0), (point.m,), ())
-    return float(Bounds(profile, cluster, batch).of(block)[0])
+    block = Block(point._replace(synchronisation="", savings=(), m=0), (point.m,), (), ())
+    return float(Bounds(profile, cluster).of(block)[0])
 
 
 def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:

@@ -54,6 +54,7 @@ def explain(
             text += _bandwidth(search, best, everything)
         text += _memory(search, best, larger, everything)
         text += _microbatches(search, best, everything)
+        text += _batches(search, best, everything)
     return text
 
 
@@ -222,6 +223,17 @@ def _microbatches(search: Search, best: Found, known: list[Found]) -> list[str]:
     near = sorted(sorted(same, key=lambda m: same[m].score)[:NAMED])
     others = [f"M={m} is {_behind(best, _settled(search, same[m]))}" for m in near]
     return [f"With other M: {', '.join(others)}."] if others else []
+
+
+def _batches(search: Search, best: Found, known: list[Found]) -> list[str]:
+    """The best of each other batch."""
+    first: dict[int, Found] = {}
+    for found in sorted((f for f in known if f.lack <= 1), key=lambda f: (f.score, not f.exact, f.key)):
+        if found.batch != best.batch:
+            first.setdefault(found.batch, found)
+    settled = [_settled(search, first[batch]) for batch in sorted(first)]
+    others = [f"of {found.batch} samples {found.label} is {_behind(best, found)}" for found in settled]
+    return [f"With other batches: {', '.join(others)}."] if others else []
 
 
 def _of_each_strategy(found: Iterable[Found]) -> list[Found]:

@@ -13,7 +13,7 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[
 
     Hosts are rented whole, so a cluster has few prices: for each, one search finds the plan that is best in time, and
     proves it unless `seconds` for all of them end first. The terms of `search` hold for all. A plan's money is
-    `search.terms.money(found.step_s, search.batch, found.price_per_hour)`. Without prices there is no front.
+    `search.terms.money(found.step_s, found.batch, found.price_per_hour)`. Without prices there is no front.
     """
     if not priced(search.cluster):
         return (), True
@@ -26,8 +26,8 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[
         own = Search(
             search.profile,
             search.cluster,
-            search.batch,
             search.space._replace(ks=tuple(ks)),
+            objective="epoch",
             terms=search.terms,
             stale=search.stale,
             able=search.able,
@@ -36,9 +36,9 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[
         answer = own.run(seconds=seconds / len(sizes))
         best += answer.leaders[:1]
         proved = proved and answer.complete
-    best.sort(key=lambda found: (found.price_per_hour * found.step_s, found.step_s))
+    best.sort(key=lambda found: (found.price_per_hour * found.score, found.score))
     front: list[Found] = []
     for found in best:
-        if not front or found.step_s < front[-1].step_s:
+        if not front or found.score < front[-1].score:
             front.append(found)
     return tuple(front), proved

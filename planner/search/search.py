@@ -56,7 +56,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `lack` is peak over capacity on the worst device, or on the host named `full`: above 1 it does not fit. `exact` is
     off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
     not met. `mechanisms` and `runnable` are what decides between plans that are as good. `squeezed`:
-    memory decided where it is cut.
+    memory decided where it is cut. `batch` are samples per step.
     """
 
     key: str
@@ -74,7 +74,13 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     runnable: bool = False
     price_per_hour: float = 0.0
     squeezed: bool = False
+    batch: int = 1
     why: str = ""
+
+    @property
+    def sample_s(self) -> float:
+        """Seconds per sample: steps of several batches are compared by it."""
+        return self.step_s / self.batch
 
     @property
     def merit(self) -> Merit:
@@ -109,7 +115,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     objective: str
-    batch: int
+    batches: tuple[int, ...]
     leaders: tuple[Found, ...]
     front: tuple[Found, ...]
     nearest: tuple[Found, ...]
@@ -155,7 +161,6 @@ class Search:
         self,
         profile: Profile,
         cluster: Cluster,
-        batch: int,
         space: Space,
         *,
         objective: str = "throughput",
@@ -170,11 +175,11 @@ class Search:
         Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
         """
         self.able, self.allowed = able, allowed
-        self.profile, self.cluster, self.batch, self.space = profile, cluster, batch, space
-        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(batch), stale
+        self.profile, self.cluster, self.space = profile, cluster, space
+        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.samples), stale
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
-        self.blocks = list(blocks(space, profile, batch))
+        self.blocks = list(blocks(space, profile, cluster))
         self.large: list[tuple[float, int, int]] = []
         """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
         self.order = self._ordered()
@@ -200,7 +205,7 @@ class Search:
 
     def _ordered(self) -> _Order:
         """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
-        bounds = Bounds(self.profile, self.cluster, self.batch)
+        bounds = Bounds(self.profile, self.cluster)
         on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
         scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for number, block in enumerate(self.blocks):
@@ -211,9 +216,9 @@ class Search:
                 self.large += [(lack, number, m) for m in range(len(block.ms))]
                 continue
             price = least_price_per_hour(self.cluster, block.point.devices)
-            bound = bounds.of(block)
-            score = self.objective.score(Reckoned(bound, 0.0, price, self.batch), self.terms)
-            scores.append(np.where(self.terms.met(bound, self.batch, price), score, np.inf))
+            bound, batch = bounds.of(block), block.point.batch
+            score = self.objective.score(Reckoned(bound, 0.0, price, batch), self.terms)
+            scores.append(np.where(self.terms.met(bound, batch, price), score, np.inf))
             where.append(np.full(len(bound), number, np.int32))
             which.append(np.arange(len(bound), dtype=np.int32))
         self.large.sort(reverse=True)
@@ -224,13 +229,12 @@ class Search:
     def _count(self) -> None:
         """Count every family's points; those whose gradients are stale do not compete unless they may."""
         for block in self.blocks:
-            for agreed in block.agreed:
-                for saved in self.space.savings:
-                    family = block.point._replace(synchronisation=agreed, savings=saved).family
-                    self.families[family]["points"] += len(block.ms)
-                    if block.point.how.asynchronous and not self.stale:
-                        self.families[family]["stale"] += len(block.ms)
-                        self.reasons[family] = "its gradients are stale; --stale lets it compete"
+            for candidate in block.at(0, self.space.savings):
+                family = candidate.family
+                self.families[family]["points"] += len(block.ms)
+                if block.point.how.asynchronous and not self.stale:
+                    self.families[family]["stale"] += len(block.ms)
+                    self.reasons[family] = "its gradients are stale; --stale lets it compete"
         self.points = sum(counts["points"] for counts in self.families.values())
 
     @property
@@ -298,12 +302,9 @@ class Search:
         return not self.nearest or self.large[-1][0] < self.nearest[0].lack
 
     def _open(self, bound: float, number: int, m: int) -> None:
-        """Put a point of a block in the queue with its plan's own bound, for each way to agree."""
+        """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
-        point = block.point._replace(m=block.ms[m])
-        every = [
-            point._replace(synchronisation=agreed, savings=least) for agreed in block.agreed for least in self.savings
-        ]
+        every = block.at(block.ms[m], tuple(self.savings))
         hoped = [candidate for candidate in every if not self._hopeless(bound, candidate)]
         if not hoped:
             return
@@ -311,7 +312,7 @@ class Search:
             try:
                 placed = self._placed(candidate)
                 own = self.score(placed.plan, plan_bound(placed), 0.0)
-                recut = squeezed(question(candidate, self.profile, self.cluster, self.batch), placed)
+                recut = squeezed(question(candidate, self.profile, self.cluster), placed)
             except PlanError as error:
                 self._impossible(candidate, f"{error.what}: {error.why}")
                 continue
@@ -323,8 +324,7 @@ class Search:
     def _placed(self, candidate: Candidate) -> Placed:
         """Make a candidate's plan; the last few are kept, as they are often asked for again at once."""
         if candidate.key not in self.made:
-            plan = make(candidate, self.profile, self.cluster, self.batch)
-            self.made[candidate.key] = Placed(self.profile, plan, self.cluster)
+            self.made[candidate.key] = Placed(self.profile, self._plan(candidate), self.cluster)
             while len(self.made) > MADE:
                 self.made.pop(next(iter(self.made)))
         return self.made[candidate.key]
@@ -397,7 +397,7 @@ class Search:
     def _too_late(self, found: Found) -> None:
         self.families[found.family]["late"] += 1
         self.reasons.setdefault(found.family, "it does not meet the deadline or the budget")
-        self.late = _least(self.late, found, lambda f: (f.step_s, f.key))
+        self.late = _least(self.late, found, lambda f: (f.sample_s, f.key))
 
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
@@ -450,16 +450,17 @@ class Search:
             lack=lack,
             full=full,
             exact=not shares(placed),
-            squeezed=squeezed(question(candidate, self.profile, self.cluster, self.batch), placed),
+            batch=plan.batch,
+            squeezed=squeezed(question(candidate, self.profile, self.cluster), placed),
         )
 
     def score(self, plan: Plan, step_s: float, peak: float) -> float:
         """Return the objective's score of a plan with this step time and peak; less is better."""
         price = price_per_hour(self.cluster, plan.device_names)
-        return float(self.objective.score(Reckoned(step_s, peak, price, self.batch), self.terms))
+        return float(self.objective.score(Reckoned(step_s, peak, price, plan.batch), self.terms))
 
     def _late(self, plan: Plan, step_s: float) -> bool:
-        return not self.terms.met(step_s, self.batch, price_per_hour(self.cluster, plan.device_names))
+        return not self.terms.met(step_s, plan.batch, price_per_hour(self.cluster, plan.device_names))
 
     def exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
@@ -474,7 +475,14 @@ class Search:
 
     def plan(self, found: Found) -> Plan:
         """Make the plan of a candidate that has been found."""
-        return make(Candidate.parse(found.key), self.profile, self.cluster, self.batch)
+        return self._plan(Candidate.parse(found.key))
+
+    def _plan(self, candidate: Candidate) -> Plan:
+        """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
+        marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
+        marks += [candidate.mapping] if candidate.mapping in self.space.mappings[1:] else []
+        plan = make(candidate, self.profile, self.cluster)
+        return msgspec.structs.replace(plan, mark="-".join(marks)) if marks else plan
 
     def progress(self) -> Progress:
         """How far it is."""
@@ -515,7 +523,7 @@ class Search:
         chosen = self.choice
         return Answer(
             objective=self.objective.name,
-            batch=self.batch,
+            batches=self.space.batches,
             leaders=tuple(leaders if chosen is None else [chosen, *(f for f in leaders if f.key != chosen.key)]),
             front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),
@@ -609,9 +617,9 @@ def _least(kept: list[Found], new: Found, key: Callable[[Found], tuple[object, .
 
 
 def pareto(found: Iterable[Found]) -> list[Found]:
-    """Keep the plans that no other beats in both step time and peak memory."""
+    """Keep the plans that no other beats in both time per sample and peak memory."""
     front: list[Found] = []
-    for one in sorted(found, key=lambda f: (f.step_s, f.peak_bytes)):
+    for one in sorted(found, key=lambda f: (f.sample_s, f.peak_bytes)):
         if not front or one.peak_bytes < front[-1].peak_bytes:
             front.append(one)
     return front

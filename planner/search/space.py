@@ -1,4 +1,4 @@
-"""The space of plans that a search ranks: every strategy, K, M, replicas, tensor split, chunks and saving.
+"""The space of plans that a search ranks: every strategy, K, batch, M, replicas, tensor split, chunks, saving, mapping.
 
 A candidate is a point of it. There are hundreds of thousands, so they come in blocks, and each has a bound that costs
 nothing (`planner.search.bounds`): making a plan costs milliseconds.
@@ -6,12 +6,16 @@ nothing (`planner.search.bounds`): making a plan costs milliseconds.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from planner.orders import schedules, synchronisation
 from planner.placement import savings, strategies
-from planner.placement.question import Question
+from planner.placement.devices import choose
+from planner.placement.mapping import MAPPINGS, across
+from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Strategy
 from planner.search.simplicity import mechanisms_of
 from planner.values.cluster import Cluster
@@ -23,7 +27,10 @@ SMALL = 16
 
 
 class Space(NamedTuple):
-    """What is tried: strategies by name, K, M, replicas, tensor splits, chunks, synchronisations, sets of savings."""
+    """What is tried: strategies by name, K, M, replicas, tensor splits, chunks, synchronisations, sets of savings.
+
+    `batches` are samples per step. `mappings` are tried where they differ: pipelines with replicas on several hosts.
+    """
 
     strategies: tuple[str, ...]
     ks: tuple[int, ...]
@@ -33,6 +40,13 @@ class Space(NamedTuple):
     chunks: tuple[int, ...]
     synchronisations: tuple[str, ...]
     savings: tuple[tuple[str, ...], ...]
+    batches: tuple[int, ...]
+    mappings: tuple[Mapping, ...] = MAPPINGS
+
+    @property
+    def samples(self) -> int:
+        """Samples of which every batch takes a whole number of steps."""
+        return math.lcm(*self.batches)
 
 
 class Candidate(NamedTuple):
@@ -46,6 +60,8 @@ class Candidate(NamedTuple):
     tensor: int
     synchronisation: str
     savings: tuple[str, ...]
+    batch: int
+    mapping: Mapping = ""
 
     @property
     def family(self) -> str:
@@ -126,37 +142,43 @@ class Candidate(NamedTuple):
             return self.shape, agreed.name
         alone = self.copies == 1 and not agreed.server
         said = "" if alone else agreed.name
-        return schedule.updates, self.copies, self.tensor_ways, said
+        return schedule.updates, self.copies, self.tensor_ways, said, self.batch
 
     @property
     def key(self) -> str:
         """The same point under the same name in every search; `parse` reads it."""
-        numbers = self.k, self.m, self.replicas, self.chunks, self.tensor
-        return "|".join(map(str, (self.strategy, *numbers, self.synchronisation, "+".join(self.savings))))
+        numbers = self.k, self.m, self.batch, self.replicas, self.chunks, self.tensor
+        return "|".join(map(str, (self.strategy, *numbers, self.mapping, self.synchronisation, "+".join(self.savings))))
 
     @classmethod
     def parse(cls, key: str) -> Candidate:
         """Return the point that a key names.
 
-        >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",)).key).savings
+        >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",), 64).key).savings
         ('recompute',)
         """
-        strategy, *numbers, agreed, chosen = key.split("|")
-        k, m, replicas, chunks, split = map(int, numbers)
-        return cls(strategy, k, m, replicas, chunks, split, agreed, tuple(chosen.split("+")) if chosen else ())
+        strategy, *numbers, mapping, agreed, chosen = key.split("|")
+        k, m, batch, replicas, chunks, split = map(int, numbers)
+        savings = tuple(chosen.split("+")) if chosen else ()
+        return cls(strategy, k, m, replicas, chunks, split, agreed, savings, batch, _mapping(mapping))
 
 
-def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object, ...]) -> Space:
-    """Return the whole space for a profile, a cluster and a batch, each axis as `chosen` where it is given.
+def _mapping(name: str) -> Mapping:
+    return next((one for one in MAPPINGS if one == name), "")
 
-    K goes up to the number of devices. M goes over the divisors of each replica's share of the batch (powers of two of
+
+def space(profile: Profile, cluster: Cluster, *batches: int, **chosen: tuple[object, ...]) -> Space:
+    """Return the whole space for a profile, a cluster and batches, each axis as `chosen` where it is given.
+
+    K goes up to the number of devices. M goes over the divisors of each replica's share of a batch (powers of two of
     them, where there are many) times the replicas, whatever the replicas. Tensor splits go over the powers of two
     inside a host if layers say how they split.
     """
     count = cluster.hosts[0].cores if cluster.elastic else len(cluster.devices)
     powers = [2**i for i in range(count.bit_length())]
     ks = tuple(range(1, count + 1)) if count <= SMALL else tuple(sorted({*powers, count}))
-    divisors = sorted({copies * m for copies in ks if batch % copies == 0 for m in _divisors(batch // copies)})
+    shares = ((copies, batch // copies) for batch in batches for copies in ks if batch % copies == 0)
+    divisors = sorted({copies * m for copies, share in shares for m in _divisors(share)})
     inside = max((sum(d.host == h.name for d in cluster.devices) for h in cluster.hosts), default=1)
     splits = any(layer.split for layer in profile.layers)
     most = max(1, len(profile.layers))
@@ -169,6 +191,7 @@ def space(profile: Profile, cluster: Cluster, batch: int, **chosen: tuple[object
         "chunks": tuple(v for v in (1, 2, 3, 4) if v <= most),
         "synchronisations": synchronisation.searched(),
         "savings": savings.COMBINATIONS,
+        "batches": tuple(dict.fromkeys(batches)),
     }
     return Space(**{**axes, **{name: axis for name, axis in chosen.items() if axis}})  # type: ignore[arg-type]
 
@@ -180,30 +203,34 @@ def _divisors(share: int) -> list[int]:
 
 
 class Block(NamedTuple):
-    """Points that differ only in M, in how their replicas agree and in what they save; `point` says the rest."""
+    """Points that differ only in M, how replicas agree, where they stand and what they save; `point` says the rest."""
 
     point: Candidate
     ms: tuple[int, ...]
     agreed: tuple[str, ...]
+    mappings: tuple[Mapping, ...]
+
+    def at(self, m: int, savings: tuple[tuple[str, ...], ...]) -> Iterator[Candidate]:
+        """Yield the points with this M and one of these sets of savings."""
+        for agreed, mapping, saved in itertools.product(self.agreed, self.mappings, savings):
+            yield self.point._replace(m=m, synchronisation=agreed, mapping=mapping, savings=saved)
 
 
-def candidates(of: Space, profile: Profile, batch: int) -> Iterator[Candidate]:
+def candidates(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Candidate]:
     """Yield every point that can possibly be a plan; of several names of one plan the first."""
-    for block in blocks(of, profile, batch):
+    for block in blocks(of, profile, cluster):
         for m in block.ms:
-            for agreed in block.agreed:
-                for saved in of.savings:
-                    yield block.point._replace(m=m, synchronisation=agreed, savings=saved)
+            yield from block.at(m, of.savings)
 
 
-def blocks(of: Space, profile: Profile, batch: int) -> Iterator[Block]:
+def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
     """Yield the candidates of a space in blocks."""
     seen = set[tuple[object, ...]]()
     every = [strategies.get(name) for name in of.strategies]
     for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
         for point in _points(of, chosen, profile):
             copies = point.copies
-            ms = tuple(m for m in of.ms if m % copies == 0 and batch % m == 0)
+            ms = tuple(m for m in of.ms if m % copies == 0 and point.batch % m == 0)
             free = "synchronisation" in chosen.takes and copies > 1
             agreed = []
             for way in of.synchronisations if free else ("",):
@@ -212,22 +239,25 @@ def blocks(of: Space, profile: Profile, batch: int) -> Iterator[Block]:
                     seen.add(does)
                     agreed.append(way)
             if ms and agreed:
-                yield Block(point, ms, tuple(agreed))
+                apart = point.replicas > 1 and point.depth > 1 and across(choose(cluster, point.devices))
+                yield Block(point, ms, tuple(agreed), of.mappings if apart else ("",))
 
 
 def _points(of: Space, chosen: Strategy, profile: Profile) -> Iterator[Candidate]:
-    """Yield every K, tensor split, replicas and chunks that a strategy can have."""
+    """Yield every batch, K, tensor split, replicas and chunks that a strategy can have."""
     whole = sum(len(layer.times) > 0 for layer in profile.layers)
     schedule = schedules.get(chosen.schedule)
-    for k in of.ks if "k" in chosen.takes else (min(of.ks),):
-        for ways in of.tensors if "tensor" in chosen.takes else (1,):
-            for replicas in of.replicas if "replicas" in chosen.takes else (1,):
-                if k % (ways * replicas):
-                    continue
-                for chunks in _chunks(chosen, schedule, of):
-                    point = Candidate(chosen.name, k, 0, replicas, chunks, ways, "", ())
-                    if point.depth * max(1, chunks) <= whole:
-                        yield point
+    ks = of.ks if "k" in chosen.takes else (min(of.ks),)
+    tensors = of.tensors if "tensor" in chosen.takes else (1,)
+    copies = of.replicas if "replicas" in chosen.takes else (1,)
+    chunks = _chunks(chosen, schedule, of)
+    for batch, k, ways, replicas in itertools.product(of.batches, ks, tensors, copies):
+        if k % (ways * replicas):
+            continue
+        for v in chunks:
+            point = Candidate(chosen.name, k, 0, replicas, v, ways, "", (), batch)
+            if point.depth * max(1, v) <= whole:
+                yield point
 
 
 def _chunks(chosen: Strategy, schedule: schedules.Schedule, of: Space) -> tuple[int, ...]:
@@ -236,22 +266,23 @@ def _chunks(chosen: Strategy, schedule: schedules.Schedule, of: Space) -> tuple[
     return tuple(v for v in of.chunks if v > 1)
 
 
-def question(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Question:
+def question(point: Candidate, profile: Profile, cluster: Cluster) -> Question:
     """Return what a point's strategy is asked."""
     return Question(
         profile,
         cluster,
         k=point.k,
         m=point.m,
-        batch=batch,
+        batch=point.batch,
         replicas=point.replicas,
         chunks=point.chunks,
         tensor=point.tensor,
         synchronisation=point.synchronisation,
+        mapping=point.mapping,
         savings=point.savings,
     )
 
 
-def make(point: Candidate, profile: Profile, cluster: Cluster, batch: int) -> Plan:
+def make(point: Candidate, profile: Profile, cluster: Cluster) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
-    return point.how.spread(question(point, profile, cluster, batch))
+    return point.how.spread(question(point, profile, cluster))

@@ -63,7 +63,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `stage_seconds` are forward, backward-input and backward-weight of each stage per micro-batch, kept with the plan
     when its schedule orders by them, so that a plan alone says what is run.
 
-    `str(plan)` is safe as a file name:
+    `mark` ends the plan's name, where others that it was compared with have the same numbers. `str(plan)` is safe as a
+    file name:
 
     >>> stage = Stage(layers=("a",), devices=("d0",))
     >>> str(Plan(strategy="gpipe", schedule="gpipe", stages=(stage,), microbatches=32, batch=64, recompute=True))
@@ -88,6 +89,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     host_optimizer: bool = False
     stage_seconds: tuple[tuple[float, float, float], ...] = ()
     threads: int = 1
+    mark: str = ""
 
     def __post_init__(self) -> None:
         if not self.stages or any(not stage.layers or not stage.devices for stage in self.stages):
@@ -117,15 +119,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __str__(self) -> str:
         parts = [self.strategy, f"k{len(self.device_names)}", f"m{self.microbatches}"]
-        if (self.chunks > 1 and self.strategy == "interleaved") or self.chunks > 2:
+        if self.chunks > 1 and self._schedule.chunks[1] is None:
             parts.append(f"v{self.chunks}")
-        if self.tensor > 1 and self.strategy != "tensor-parallel":
+        if self.tensor > 1:
             parts.append(f"t{self.tensor}")
         if self.uneven:
             parts.append("r" + ".".join(str(len(s.devices) // self.tensor) for s in self.stages))
         elif self.replicas > 1 and len(self.stages) > 1:
             parts.append(f"r{self.replicas}")
-        if self.synchronisation not in (USUAL, self.strategy):
+        if self.synchronisation not in (USUAL, *parts):
             parts.append(self.synchronisation)
         parts += [name for name in ("recompute", "offload") if getattr(self, name)]
         if self.recompute_layers:
@@ -134,6 +136,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             parts.append("recompute-blocks")
         if self.host_optimizer:
             parts.append("host")
+        if self.mark:
+            parts.append(self.mark)
         return "-".join(parts)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.basis.units import percent, rate, seconds
+from planner.basis.units import either, percent, rate, seconds
 from planner.values.outcome import Outcome
 from reports.figures import figures, interval_text, known, of_capacity, throughput_interval, worst
 from reports.markup import Cell, Number, join, table, tag
@@ -24,7 +24,8 @@ def plans(report: Report) -> str:
     asked = f"K = {ranking.k} devices, M = {ranking.m} micro-batches and "
     if len({(len(o.plan.device_names), o.plan.microbatches) for o in ranking.outcomes}) > 1:
         asked = ""
-    caption = f"Predicted for {asked}a batch of {ranking.batch} samples on {ranking.cluster.name}; "
+    batches = sorted({o.plan.batch for o in ranking.outcomes}) or [ranking.batch]
+    caption = f"Predicted for {asked}a batch of {either(batches)} samples on {ranking.cluster.name}; "
     caption += "click a heading to sort."
     parts = [table(_HEAD, rows, caption="All simulated plans.", limit=_ROWS, sortable=True)] if rows else []
     if ranking.rejected:

@@ -72,7 +72,7 @@ def test_candidates_of_a_space_are_different_plans() -> None:
     """Every candidate without a pipeline is one plan, whatever strategies could name it."""
     costs, cluster = profile([1.0] * 4), devices(4)
     of = space(costs, cluster, 8, ks=(1,), savings=((),))
-    plans = [make(candidate, costs, cluster, 8) for candidate in candidates(of, costs, 8)]
+    plans = [make(candidate, costs, cluster) for candidate in candidates(of, costs, cluster)]
     assert len({identity(plan) for plan in plans}) == len(plans)
     assert {plan.strategy for plan in plans if plan.schedule == "1f1b"} >= {"single"}
     assert not {plan.strategy for plan in plans} & {"gpipe", "1f1b", "zb-h1", "interleaved", "chimera"}
@@ -130,12 +130,12 @@ def test_a_deadline_takes_the_cheapest_that_meets_it() -> None:
     of = space(costs, cluster, 8, strategies=("single", "data-parallel"), savings=((),))
 
     def best(**terms: float) -> str:
-        return Search(costs, cluster, 8, of, objective="cost", terms=Terms(8)._replace(**terms)).run().leaders[0].label  # type: ignore[arg-type]
+        return Search(costs, cluster, of, objective="cost", terms=Terms(8)._replace(**terms)).run().leaders[0].label  # type: ignore[arg-type]
 
     assert best() == "data-parallel-k4-m4"
     assert best(deadline_s=15.0) == "data-parallel-k8-m8"
     with pytest.raises(PlanError, match="no price"):
-        Search(costs, devices(4), 8, of, objective="cost")
+        Search(costs, devices(4), of, objective="cost")
 
 
 def test_the_front_of_time_against_cost() -> None:
@@ -147,7 +147,7 @@ def test_the_front_of_time_against_cost() -> None:
     )
     cluster = msgspec.structs.replace(cluster, links=slow)
     of = space(costs, cluster, 24, strategies=("single", "data-parallel"), savings=((),), ks=(1, 4, 8, 12))
-    search = Search(costs, cluster, 24, of, objective="cost", terms=Terms(24))
+    search = Search(costs, cluster, of, objective="cost", terms=Terms(24))
     front, proved = cost_front(search)
     assert proved
     assert [found.price_per_hour for found in front] == [6.0, 12.0, 18.0]
@@ -155,5 +155,5 @@ def test_the_front_of_time_against_cost() -> None:
     money = [search.terms.money(f.step_s, 24, f.price_per_hour) for f in front]
     assert money == sorted(money)
     assert [f.step_s for f in front] == sorted((f.step_s for f in front), reverse=True)
-    late = Search(costs, cluster, 24, of, terms=Terms(24, deadline_s=front[1].step_s))
+    late = Search(costs, cluster, of, terms=Terms(24, deadline_s=front[1].step_s))
     assert cost_front(late)[0] == front[1:], "what misses the deadline is not on it"

@@ -47,8 +47,8 @@ def test_a_host_that_is_too_small_is_named() -> None:
     with pytest.raises(PlanError) as raised:
         ranking.best  # noqa: B018
     assert "on h, has 1000 B" in raised.value.why
-    of = Space(("gpipe",), (2,), (4,), (1,), (1,), (1,), ("all-reduce",), (("host-optimizer",),))
-    answer = Search(costs, cluster, 4, of).run()
+    of = Space(("gpipe",), (2,), (4,), (1,), (1,), (1,), ("all-reduce",), (("host-optimizer",),), (4,))
+    answer = Search(costs, cluster, of).run()
     assert not answer.leaders
     assert [(found.full, found.lack) for found in answer.nearest] == [("h", 8.0)]
 

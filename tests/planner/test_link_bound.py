@@ -23,7 +23,7 @@ from tests.factory import hosts_of, profile
 NAMES = tuple(s.name for s in all_strategies())
 
 
-def everything(ks: tuple[int, ...], ms: tuple[int, ...]) -> Space:
+def everything(ks: tuple[int, ...], ms: tuple[int, ...], batch: int) -> Space:
     return Space(
         strategies=NAMES,
         ks=ks,
@@ -33,15 +33,16 @@ def everything(ks: tuple[int, ...], ms: tuple[int, ...]) -> Space:
         chunks=(1, 2),
         synchronisations=("all-reduce", "zero-1", "zero-3"),
         savings=((),),
+        batches=(batch,),
     )
 
 
-def looks(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[str, float, float]]:
+def looks(costs: Profile, cluster: Cluster, of: Space) -> list[tuple[str, float, float]]:
     """Every plan without stale gradients: its key, the first look, SimPy."""
     found = []
-    for candidate in candidates(of, costs, batch):
+    for candidate in candidates(of, costs, cluster):
         try:
-            plan = make(candidate, costs, cluster, batch)
+            plan = make(candidate, costs, cluster)
             placed = Placed(costs, plan, cluster)
             if not asynchronous(plan):
                 found.append((candidate.key, evaluate(placed).step_s, simulated_step(placed)))
@@ -64,8 +65,8 @@ def test_the_first_look_is_never_above_simpy(
     cluster = hosts_of(2, 2, nic=nic, latency_s=latency_s)
     layers = [data.draw(st.integers(1, 5)) * 1.0 for _ in range(4)]
     costs = profile(layers, message_bytes=message, optimizer_s=0.5)
-    of = everything((1, 2, 4), (4,))._replace(strategies=(name,))
-    tried = looks(costs, cluster, 4, of)
+    of = everything((1, 2, 4), (4,), 4)._replace(strategies=(name,))
+    tried = looks(costs, cluster, of)
     assume(tried)
     for key, first, simpy in tried:
         assert first <= simpy * (1 + 1e-9), key
@@ -87,8 +88,8 @@ def test_the_order_of_plans_on_slow_networks(nic: float, latency_s: float) -> No
     """What the search calls best is SimPy's best of all plans, and the first look has nearly all pairs in order."""
     cluster = hosts_of(2, 2, nic=nic, latency_s=latency_s)
     costs = profile([1.0, 2.0, 2.0, 1.0], message_bytes=50, optimizer_s=0.5)
-    of = everything((2, 4), (2, 4))
-    tried = looks(costs, cluster, 8, of)
-    answer = Search(costs, cluster, 8, of).run()
+    of = everything((2, 4), (2, 4), 8)
+    tried = looks(costs, cluster, of)
+    answer = Search(costs, cluster, of).run()
     assert min(f.step_s for f in answer.leaders) == pytest.approx(min(simpy for *_, simpy in tried))
     assert tau([(first, simpy) for _, first, simpy in tried]) > 0.85

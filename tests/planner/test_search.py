@@ -15,6 +15,7 @@ from planner.basis.errors import PlanError
 from planner.basis.units import percent
 from planner.costs.placed import Placed
 from planner.placement import savings as all_savings
+from planner.placement.mapping import MAPPINGS
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
 from planner.search.bounds import bound, plan_bound
@@ -32,7 +33,7 @@ from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import Plan, asynchronous
 from planner.values.profile import Profile
-from tests.factory import devices, profile
+from tests.factory import devices, hosts_of, profile
 
 NAMES = tuple(s.name for s in all_strategies())
 COST = st.one_of(st.integers(1, 9).map(float), st.floats(0.5, 9.0))
@@ -104,26 +105,26 @@ def profiles(draw: st.DrawFn) -> Profile:
 
 
 @st.composite
-def questions(draw: st.DrawFn, strategies: int = 5, savings: int = 3) -> tuple[Profile, Cluster, int, Space]:
+def questions(draw: st.DrawFn, strategies: int = 5, savings: int = 3) -> tuple[Profile, Cluster, Space]:
     """A small space: some strategies, some savings, all K and M."""
     cluster, costs = draw(clusters()), draw(profiles())
-    batch = draw(st.sampled_from([1, 2, 4, 6]))
+    batches = draw(st.sampled_from([(1,), (2,), (4,), (6,), (2, 4), (4, 6)]))
     chosen = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=strategies, unique=True))
     found = draw(st.lists(st.sampled_from(all_savings.COMBINATIONS), max_size=savings, unique=True))
     ways = draw(st.lists(st.sampled_from(WAYS), min_size=1, max_size=2, unique=True))
     of = space(
-        costs, cluster, batch, strategies=tuple(chosen), savings=tuple({(): None, **dict.fromkeys(found)}),
+        costs, cluster, *batches, strategies=tuple(chosen), savings=tuple({(): None, **dict.fromkeys(found)}),
         synchronisations=tuple(ways), chunks=(2,),
     )  # fmt: skip
-    return costs, cluster, batch, of
+    return costs, cluster, of
 
 
-def made(costs: Profile, cluster: Cluster, batch: int, of: Space) -> list[tuple[Candidate, Plan]]:
+def made(costs: Profile, cluster: Cluster, of: Space) -> list[tuple[Candidate, Plan]]:
     """Every candidate that is a plan."""
     found = []
-    for candidate in candidates(of, costs, batch):
+    for candidate in candidates(of, costs, cluster):
         try:
-            plan = make(candidate, costs, cluster, batch)
+            plan = make(candidate, costs, cluster)
             simulated_step(Placed(costs, plan, cluster))
         except PlanError:
             continue
@@ -146,39 +147,39 @@ class Tried(NamedTuple):
 
 
 def everything(
-    costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
+    costs: Profile, cluster: Cluster, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
 ) -> list[Tried]:
     """All plans that fit and may be the best."""
     found = []
-    for _, plan in made(costs, cluster, batch, of):
+    for _, plan in made(costs, cluster, of):
         held, fits = peaks(costs, plan, cluster)
         if fits and (stale or not asynchronous(plan)):
             step = simulated_step(Placed(costs, plan, cluster))
             price = price_per_hour(cluster, plan.device_names)
-            if not terms.met(step, batch, price):
+            if not terms.met(step, plan.batch, price):
                 continue
-            score = objective_of(objective).score(Reckoned(step, max(held), price, batch), terms)
+            score = objective_of(objective).score(Reckoned(step, max(held), price, plan.batch), terms)
             own = Merit(score, score, score, len(mechanisms(plan)), True, max(held))
             found.append(Tried(score, own, str(plan)))
     return found
 
 
 def brute_force(
-    costs: Profile, cluster: Cluster, batch: int, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
+    costs: Profile, cluster: Cluster, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
 ) -> float:
     """The best score of all, each plan simulated by itself."""
-    return min((one.score for one in everything(costs, cluster, batch, of, objective, stale, terms)), default=math.inf)
+    return min((one.score for one in everything(costs, cluster, of, objective, stale, terms)), default=math.inf)
 
 
 @settings(max_examples=60)
 @given(questions(), st.sampled_from(["throughput", "epoch", "memory", "cost"]), st.booleans())
 def test_the_answer_is_that_of_brute_force(
-    question: tuple[Profile, Cluster, int, Space], objective: str, stale: bool
+    question: tuple[Profile, Cluster, Space], objective: str, stale: bool
 ) -> None:
-    costs, cluster, batch, of = question
+    costs, cluster, of = question
     assume(objective != "cost" or cluster.devices[0].price_per_hour > 0)
-    tried = everything(costs, cluster, batch, of, objective, stale)
-    answer = Search(costs, cluster, batch, of, objective=objective, terms=TERMS, stale=stale).run()
+    tried = everything(costs, cluster, of, objective, stale)
+    answer = Search(costs, cluster, of, objective=objective, terms=TERMS, stale=stale).run()
     assert answer.complete
     the_simplest_of_the_quickest(answer, tried)
 
@@ -202,17 +203,17 @@ def the_simplest_of_the_quickest(answer: Answer, tried: list[Tried]) -> None:
 @settings(max_examples=40)
 @given(questions(), st.sampled_from(["throughput", "cost"]), st.floats(0.1, 1.2), st.booleans())
 def test_a_deadline_or_a_budget_is_met_as_by_brute_force(
-    question: tuple[Profile, Cluster, int, Space], objective: str, part: float, money: bool
+    question: tuple[Profile, Cluster, Space], objective: str, part: float, money: bool
 ) -> None:
     """The cheapest or quickest of the plans that meet it, each simulated by itself."""
-    costs, cluster, batch, of = question
+    costs, cluster, of = question
     assume(cluster.devices[0].price_per_hour > 0)
-    step = brute_force(costs, cluster, batch, of, "throughput") * batch
-    assume(step < math.inf)
-    limit = 2 * part * TERMS.seconds(step, batch)
+    seconds = brute_force(costs, cluster, of, "epoch")
+    assume(seconds < math.inf)
+    limit = 2 * part * seconds
     terms = TERMS._replace(**{"budget": limit / 3600} if money else {"deadline_s": limit})
-    tried = everything(costs, cluster, batch, of, objective, terms=terms)
-    answer = Search(costs, cluster, batch, of, objective=objective, terms=terms).run()
+    tried = everything(costs, cluster, of, objective, terms=terms)
+    answer = Search(costs, cluster, of, objective=objective, terms=terms).run()
     assert answer.complete
     the_simplest_of_the_quickest(answer, tried)
 
@@ -231,8 +232,8 @@ def test_all_savings_are_that_of_brute_force(
     """Little memory, and a quick or slow link to the host's: what is not repeated has to be swapped."""
     cluster = devices(count, memory_bytes=memory_bytes, bandwidth=1e4, host_bandwidth=host_bandwidth)
     of = space(costs, cluster, 8, strategies=tuple(strategies), ks=(count,), ms=(4, 8))
-    tried = everything(costs, cluster, 8, of, "throughput")
-    the_simplest_of_the_quickest(Search(costs, cluster, 8, of).run(), tried)
+    tried = everything(costs, cluster, of, "throughput")
+    the_simplest_of_the_quickest(Search(costs, cluster, of).run(), tried)
 
 
 def test_repeating_spares_swapping() -> None:
@@ -240,34 +241,32 @@ def test_repeating_spares_swapping() -> None:
     costs, cluster = profile([1.0] * 4, message_bytes=10), devices(2, memory_bytes=25_000, host_bandwidth=500.0)
     chosen = ((), ("recompute",), ("offload",), ("recompute", "offload"))
     of = space(costs, cluster, 16, strategies=("gpipe",), ks=(2,), ms=(16,), replicas=(1,), savings=chosen)
-    best = Search(costs, cluster, 16, of).run().leaders[0]
+    best = Search(costs, cluster, of).run().leaders[0]
     assert best.label == "gpipe-k2-m16-recompute-offload"
-    assert best.score == pytest.approx(brute_force(costs, cluster, 16, of, "throughput"))
+    assert best.score == pytest.approx(brute_force(costs, cluster, of, "throughput"))
 
 
 @settings(max_examples=40)
 @given(questions())
-def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, int, Space]) -> None:
-    costs, cluster, batch, of = question
-    for candidate, plan in made(costs, cluster, batch, of):
+def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Space]) -> None:
+    costs, cluster, of = question
+    for candidate, plan in made(costs, cluster, of):
         step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
-        assert bound(candidate, costs, cluster, batch) <= step, candidate
+        assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
 
 
 @settings(max_examples=40)
 @given(questions(strategies=3, savings=0), st.data())
-def test_savings_that_slow_make_no_plan_quicker(
-    question: tuple[Profile, Cluster, int, Space], data: st.DataObject
-) -> None:
-    costs, cluster, batch, of = question
+def test_savings_that_slow_make_no_plan_quicker(question: tuple[Profile, Cluster, Space], data: st.DataObject) -> None:
+    costs, cluster, of = question
     names = data.draw(st.lists(st.sampled_from(sorted(slowing(costs, cluster))), min_size=1, max_size=2, unique=True))
-    for candidate, plan in made(costs, cluster, batch, of):
+    for candidate, plan in made(costs, cluster, of):
         if asynchronous(plan):
             continue  # their steady state is a mean over few steps
         if orders_by_seconds(candidate):
             continue  # greedy orders have anomalies: another order for other seconds, sometimes the better one
-        asked = asked_of(candidate, costs, cluster, batch)
+        asked = asked_of(candidate, costs, cluster)
         try:
             saved = apply(asked, plan, tuple(names))
             step = simulated_step(Placed(costs, saved, cluster))
@@ -276,13 +275,13 @@ def test_savings_that_slow_make_no_plan_quicker(
         assert step >= simulated_step(Placed(costs, plan, cluster)) * (1 - 1e-9), saved
 
 
-def example(**changes: Any) -> tuple[Profile, Cluster, int, Space]:
+def example(**changes: Any) -> tuple[Profile, Cluster, Space]:
     """Four layers on four devices that share a link: some strategies do not fit, and sharing decides."""
     costs = profile([1.0, 2.0, 1.0, 3.0], message_bytes=500)
     cluster = devices(4, **{"memory_bytes": 40_000, "bandwidth": 2e3, "shared": True, **changes})
     names = ("single", "naive", "gpipe", "1f1b", "data-parallel", "zb-h1", "zero-3", "pipedream")
     of = space(costs, cluster, 8, strategies=names, savings=((), ("recompute",)))
-    return costs, cluster, 8, of
+    return costs, cluster, of
 
 
 class StoppedError(Exception):
@@ -363,9 +362,9 @@ def test_the_front_of_a_search(objective: str) -> None:
 
 
 def test_stale_plans_compete_only_if_they_may() -> None:
-    costs, cluster, batch, _ = example(memory_bytes=10**9)
-    of = space(costs, cluster, batch, strategies=("1f1b", "pipedream"), savings=((),), ks=(4,), replicas=(1,))
-    plain, stale = (Search(costs, cluster, batch, of, stale=stale).run() for stale in (False, True))
+    costs, cluster, _ = example(memory_bytes=10**9)
+    of = space(costs, cluster, 8, strategies=("1f1b", "pipedream"), savings=((),), ks=(4,), replicas=(1,))
+    plain, stale = (Search(costs, cluster, of, stale=stale).run() for stale in (False, True))
     assert plain.leaders[0].strategy == "1f1b"
     assert not any(f.stale for f in plain.leaders)
     assert stale.leaders[0].strategy == "pipedream"
@@ -388,8 +387,8 @@ def test_nothing_fits() -> None:
     assert f"{percent(least - 1)} more memory per device would do" in change
     assert change.startswith(answer.nearest[0].label)
     needed = math.ceil(3_000 * least)
-    costs, cluster, batch, of = example(memory_bytes=needed)
-    assert Search(costs, cluster, batch, of).run().leaders, "that much memory does"
+    costs, cluster, of = example(memory_bytes=needed)
+    assert Search(costs, cluster, of).run().leaders, "that much memory does"
 
 
 def test_everything_is_explained() -> None:
@@ -414,7 +413,7 @@ def test_every_candidate_is_counted_once() -> None:
 
 
 def test_keys_are_read_back() -> None:
-    for candidate in candidates(example()[3], example()[0], example()[2]):
+    for candidate in candidates(example()[2], example()[0], example()[1]):
         assert Candidate.parse(candidate.key) == candidate
 
 
@@ -428,5 +427,61 @@ def test_one_replica_is_slower_than_the_others() -> None:
     cluster = msgspec.structs.replace(devices(4), links=links)
     costs = profile([1.0, 1.0], message_bytes=100)
     of = space(costs, cluster, 4, strategies=("1f1b",), savings=((),), ks=(4,), ms=(4,), replicas=(2,))
-    best = Search(costs, cluster, 4, of).run().leaders[0]
-    assert best.score == pytest.approx(brute_force(costs, cluster, 4, of, "throughput"))
+    best = Search(costs, cluster, of).run().leaders[0]
+    assert best.score == pytest.approx(brute_force(costs, cluster, of, "throughput"))
+
+
+@settings(max_examples=25)
+@given(questions(strategies=3, savings=1), st.sampled_from(["throughput", "epoch", "memory", "cost"]))
+def test_the_best_over_batches_is_the_best_of_single_searches(
+    question: tuple[Profile, Cluster, Space], objective: str
+) -> None:
+    """Also by brute force over each batch: no plan of one batch hides that of another."""
+    costs, cluster, of = question
+    assume(objective != "cost" or cluster.devices[0].price_per_hour > 0)
+
+    def best(space: Space) -> float:
+        leaders = Search(costs, cluster, space, objective=objective, terms=TERMS).run().leaders
+        return min((found.score for found in leaders), default=math.inf)
+
+    several = of._replace(batches=(2, 4, 6))
+    single = [several._replace(batches=(batch,)) for batch in several.batches]
+    assert best(several) == pytest.approx(min(map(best, single)), rel=1e-9)
+    assert best(several) == pytest.approx(min(brute_force(costs, cluster, one, objective) for one in single), rel=1e-9)
+
+
+def test_plans_of_several_batches_have_names_of_their_own() -> None:
+    """The batch is part of a plan's name only where there are several; `explain` compares them per sample."""
+    costs, cluster, _ = example()
+    chosen = {"strategies": ("gpipe", "data-parallel"), "savings": ((),)}
+    (alone,) = {f.batch for f in Search(costs, cluster, space(costs, cluster, 8, **chosen)).run().leaders}
+    assert alone == 8
+    search = Search(costs, cluster, space(costs, cluster, 8, 32, **chosen))
+    answer = search.run()
+    assert answer.batches == (8, 32)
+    assert all(f"-b{f.batch}" in f.label and search.plan(f).batch == f.batch for f in answer.leaders)
+    done = [f for f in search.state.done.values() if f.label]
+    assert {f.batch for f in done} == {8, 32}
+    assert len({f.label for f in done}) == len(done)
+    best = answer.leaders[0]
+    assert best.score == pytest.approx(best.sample_s)
+    text = explain(search, answer, simulate(costs, search.plan(best), cluster))
+    assert any(sentence.startswith("With other batches: of ") for sentence in text)
+
+
+def test_both_mappings_are_tried() -> None:
+    """Which of them is better is SimPy's to say, not an estimate's: each by itself is no better than both."""
+    costs, cluster = profile([1.0, 2.0, 2.0, 1.0], message_bytes=300), hosts_of(2, 4, nic=1e3)
+    chosen: dict[str, Any] = {"strategies": ("gpipe", "1f1b", "looped-bfs"), "savings": ((),), "ks": (4, 8)}
+    of = space(costs, cluster, 16, replicas=(2, 4), **chosen)
+    found = list(candidates(of, costs, cluster))
+    assert {c.mapping for c in found if c.k == 8} == {"pipelines", "stages"}
+    assert {c.mapping for c in found if c.k == 4} == {""}, "on one host all devices are side by side"
+    both = Search(costs, cluster, of).run()
+    each = {m: Search(costs, cluster, of._replace(mappings=(m,))).run() for m in MAPPINGS}
+    seconds = {m: min(f.step_s for f in answer.leaders) for m, answer in each.items()}
+    assert min(f.step_s for f in both.leaders) == pytest.approx(min(seconds.values()))
+    assert min(seconds.values()) == pytest.approx(16 * brute_force(costs, cluster, of, "throughput"))
+    assert seconds["stages"] != pytest.approx(seconds["pipelines"])
+    labels = [f.label for f in both.leaders]
+    assert len(set(labels)) == len(labels)
