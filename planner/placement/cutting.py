@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from planner.basis.memo import memoised
 from planner.costs.placed import Placed
 from planner.orders import schedules
@@ -45,6 +47,7 @@ def squeezed(q: Question, placed: Placed) -> bool:
 
 def cut_of(q: Question, plan: Plan) -> Cut:
     """Cut as `balanced` does, and tell whether memory decided."""
+    plan = msgspec.structs.replace(plan, stage_seconds=())  # those of another cut
     tables, schedule, stages = tables_of(q, plan), schedules.get(plan.schedule), len(plan.stages)
 
     def make() -> Cut:

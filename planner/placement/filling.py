@@ -230,17 +230,24 @@ def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
 
 
 def flight(plan: Plan) -> Flight:
-    """Return the most micro-batches that each stage of a plan has at once, as its schedule and offloading have it."""
+    """Return the most micro-batches that each stage of a plan has at once, as its schedule and offloading have it.
+
+    Where a schedule orders by seconds and the plan has none yet, as many as the schedule's limit allows.
+    """
     swapped = plan.offload and schedules.get(plan.schedule).trains
     if plan.uneven:
         return _flight(compute_order(plan), len(plan.stages), swapped)
     share = plan.microbatches // plan.replicas * (windows(plan) if asynchronous(plan) else 1)
-    return _arranged(plan.schedule, schedules.Shape(plan.depth, share, plan.chunks), swapped)
+    shape = schedules.Shape(plan.depth, share, plan.chunks, seconds=plan.stage_seconds)
+    limit = schedules.get(plan.schedule).limit
+    if limit and not shape.seconds:
+        most = (min(limit(shape), share),) * shape.stages
+        return Flight(most, most, most)
+    return _arranged(plan.schedule, shape, swapped)
 
 
 @functools.lru_cache(maxsize=4096)
 def _arranged(schedule: str, shape: schedules.Shape, swapped: bool) -> Flight:
-    # An order by measured seconds keeps the same limits whatever the seconds are.
     return _flight(schedules.arrange(schedule, shape), shape.stages, swapped)
 
 

@@ -50,9 +50,10 @@ class Schedule(NamedTuple):
     `versions` is how many versions of its parameters stage s of p keeps; `reads` says which of them a micro-batch's
     gradient is computed with: the stage's or the input stage's at its forward, or that before the last window.
     `splits` tells that input and weight gradients are computed apart. `uneven` schedules can share a stage among
-    several devices. `measured` schedules order by seconds. `idles` says why devices wait where nothing else makes them:
-    while a pipeline is filled and drained, or because one works at a time. `impossible` returns why a shape cannot be
-    arranged, if it cannot.
+    several devices. `limit` is how many activations of its stages a device may hold, whatever the seconds are, of
+    schedules that order by them. `idles` says why devices wait where nothing else makes them: while a pipeline is
+    filled and drained, or because one works at a time. `impossible` returns why a shape cannot be arranged, if it
+    cannot.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Schedule(NamedTuple):
     reads: Reads
     splits: bool
     uneven: bool
-    measured: bool
+    limit: Callable[[Shape], int] | None
     idles: Idles
     impossible: Callable[[Shape], str | None]
 
@@ -72,6 +73,11 @@ class Schedule(NamedTuple):
     def asynchronous(self) -> bool:
         """Whether the pipeline is never flushed."""
         return self.updates in ("microbatch", "window")
+
+    @property
+    def measured(self) -> bool:
+        """Whether it orders by seconds."""
+        return self.limit is not None
 
     @property
     def trains(self) -> bool:
@@ -109,7 +115,7 @@ def schedule(
     reads: Reads = "own stage",
     splits: bool = False,
     uneven: bool = False,
-    measured: bool = False,
+    limit: Callable[[Shape], int] | None = None,
     idles: Idles = "",
     impossible: Callable[[Shape], str | None] = lambda shape: None,
 ) -> Callable[[Generate], Generate]:
@@ -117,7 +123,7 @@ def schedule(
 
     def register(function: Generate) -> Generate:
         _REGISTRY[name] = Schedule(
-            name, function, placement, chunks, updates, versions, reads, splits, uneven, measured, idles, impossible
+            name, function, placement, chunks, updates, versions, reads, splits, uneven, limit, idles, impossible
         )
         return function
 

@@ -61,7 +61,11 @@ def zero_bubble_vee(shape: Shape) -> Order:
     return tuple(full[microbatches(full) < shape.microbatches] for full in rows)
 
 
-@schedule("zb-v-greedy", placement="vee", chunks=(2, 2), splits=True, measured=True)
+def _twice(shape: Shape) -> int:
+    return 2 * shape.devices
+
+
+@schedule("zb-v-greedy", placement="vee", chunks=(2, 2), splits=True, limit=_twice)
 def zero_bubble_vee_greedy(shape: Shape) -> Order:
     """The best of ZB-V, ZB-V with W placed anew, and list scheduling for measured seconds (arXiv 2401.10241, 3 and 6).
 
@@ -72,7 +76,7 @@ def zero_bubble_vee_greedy(shape: Shape) -> Order:
     >>> print(grid(zero_bubble_vee_greedy(Shape(1, 2, 2, seconds=((1, 1, 2), (1, 1, 2))))))
     0F0 1F0 1I0 1W0 0F1 0I0 0W0 1F1 1I1 1W1 0I1 0W1
     """
-    return best("zb-v-greedy", shape, 2 * shape.devices, RULES, [zero_bubble_vee(shape)])
+    return best("zb-v-greedy", shape, _twice(shape), RULES, [zero_bubble_vee(shape)])
 
 
 def _turn(first: int, last: int, *parts: Codes) -> tuple[Codes, ...]:

@@ -97,7 +97,15 @@ def interleaved_zero_bubble(shape: Shape) -> Order:
     return tuple(row(d) for d in range(p))
 
 
-@schedule("zb-greedy", splits=True, measured=True)
+def _once(shape: Shape) -> int:
+    return shape.devices
+
+
+def _twice(shape: Shape) -> int:
+    return 2 * shape.devices
+
+
+@schedule("zb-greedy", splits=True, limit=_once)
 def greedy_1p(shape: Shape) -> Order:
     """The best of ZB-H1 and list scheduling for measured seconds, in 1F1B's memory (arXiv 2401.10241, section 3).
 
@@ -109,10 +117,10 @@ def greedy_1p(shape: Shape) -> Order:
     0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
     1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
     """
-    return best("zb-greedy", shape, shape.devices, RULES, [handcrafted_1(shape)])
+    return best("zb-greedy", shape, _once(shape), RULES, [handcrafted_1(shape)])
 
 
-@schedule("zb-greedy-2p", splits=True, measured=True)
+@schedule("zb-greedy-2p", splits=True, limit=_twice)
 def greedy_2p(shape: Shape) -> Order:
     """As `greedy_1p`, but in twice the memory: at most 2p activations, never slower than ZB-H1 and ZB-H2.
 
@@ -122,4 +130,4 @@ def greedy_2p(shape: Shape) -> Order:
     1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2
     """
     others = [greedy_1p(shape), handcrafted_2(shape)]
-    return best("zb-greedy-2p", shape, 2 * shape.devices, RULES, others)
+    return best("zb-greedy-2p", shape, _twice(shape), RULES, others)
