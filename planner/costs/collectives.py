@@ -75,6 +75,11 @@ class Choice:
         self.rest = Choice(cluster, others, passes) if others else None
         self.ways = self._ways() if self.groups else ()
 
+    @property
+    def figures(self) -> tuple[object, ...]:
+        """What its seconds follow from: equal for groups that take as long, whatever their devices are called."""
+        return self.ways, self.rest.figures if self.rest else ()
+
     def quickest(self, size: float) -> Collective:
         """Return the pattern that is taken for `size` bytes."""
         return min(self.ways, key=lambda way: way.seconds(size))

@@ -34,14 +34,15 @@ def split(profile: Profile, groups: collectives.Groups, cluster: Cluster) -> Pro
             fix="define splits(model) in the model file, which returns {'layer name': 'block'}",
         )
 
+    # All groups reduce at the same time; the slowest one's seconds hold for all.
+    reduce = collectives.over(cluster, groups, collectives.ALL_REDUCE)
+
     def make() -> Profile:
-        # All groups reduce at the same time; the slowest one's seconds hold for all.
-        reduce = collectives.over(cluster, groups, collectives.ALL_REDUCE)
         layers = tuple(_layer(layer, tensor, reduce) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.
         return msgspec.structs.replace(profile, layers=layers, whole=())
 
-    return memoised(profile, ("split", groups, cluster.identity), make)
+    return memoised(profile, ("split", tensor, reduce.figures), make)
 
 
 def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice) -> LayerProfile:

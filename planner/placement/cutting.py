@@ -63,7 +63,7 @@ def cut_of(q: Question, plan: Plan) -> Cut:
             found = partition.evened(found, homes, tables.seconds, tables.filled)
         return Cut(found, squeezed)
 
-    homes = tuple((device.name, device.speed, device.memory_bytes) for device in tables.device)
+    homes = tuple(tables.figures(s) for s in range(stages))
     versions = tuple(schedule.versions(s, stages) for s in range(stages))
     asked = plan.synchronisation, len(plan.stages[0].devices), plan.microbatches, plan.chunks, tables.chosen
     saved = plan.recompute, plan.recompute_layers, plan.recompute_blocks, plan.host_optimizer

@@ -27,6 +27,9 @@ from planner.values.profile import LayerProfile, Profile, interpolate, value_byt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from planner.placement.partition import Table
 
 
@@ -86,27 +89,22 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     def part(kind: synchronisation.Sharded) -> int:
         return holders if kind in agreed.shards else 1
 
-    sizes, cuts = layer_bytes(profile, plan.samples), crossing(profile, plan.samples)
-    blocks_of = repeated_blocks(profile, plan)
-    repeated_from = {value.source for value in profile.values if any(t in blocks_of for t in value.targets)}
-    weights, passing = [], []
-    for i, (layer, size) in enumerate(zip(profile.layers, sizes, strict=True)):
-        block = blocks_of.get(i)
-        static = layer.parameter_bytes * (1 / part("parameters") + own.versions - 1) + layer.buffer_bytes
-        if trains:
-            static += layer.gradient_bytes / (part("gradients") if keeps else 1)
-            static += 0.0 if served or plan.host_optimizer else layer.optimizer_bytes / part("optimizer")
-        peak, again = size.peak, 0.0
-        if plan.recompute:
-            kept, again = 0.0, repeated * size.saved
-        elif block is not None:
-            kept = 0.0 if i != block[-1] else size.sent if i in repeated_from else size.output
-            again = (repeated - 1) * size.saved
-            peak = _repeated_peak(profile, plan.samples, block)
-        else:
-            kept = size.saved - size.output + (size.sent if i in repeated_from else size.output)
-        weights.append(static + resident * kept + again)
-        passing.append(max(peak, layer.optimizer_peak_bytes / part("optimizer")))
+    layers, sizes = _layers(profile), _sizes(profile, plan.samples)
+    checkpoints = _checkpoints(profile, plan)
+    static = layers.parameters * (1 / part("parameters") + own.versions - 1) + layers.buffers
+    if trains:
+        static = static + layers.gradients / (part("gradients") if keeps else 1)
+        if not (served or plan.host_optimizer):
+            static = static + layers.optimizer / part("optimizer")
+    if plan.recompute:
+        kept, again = np.zeros(len(sizes.saved)), repeated * sizes.saved
+    else:
+        output = np.where(checkpoints.read, sizes.sent, sizes.output)
+        kept = np.where(
+            checkpoints.within, 0.0, np.where(checkpoints.inside, output, sizes.saved - sizes.output + output)
+        )
+        again = np.where(checkpoints.inside, (repeated - 1) * sizes.saved, 0.0)
+    weights = static + resident * kept + again
     last = len(profile.layers)
     inputs, targets = (
         interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], own.loaded) for kind in (1, 2)
@@ -114,21 +112,105 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     # One message more than there are micro-batches is posted early. A gradient that is sent stays until that is known:
     # in a plain pipeline the next micro-batch's messages tell.
     sending = repeated if schedule.placement == "straight" else held
-    enters = [(held + 1) * forward + sending * backward for forward, backward in cuts]
-    leaves = [resident * forward + (repeated + 1) * backward for forward, backward in cuts]
+    enters = (held + 1) * sizes.forward + sending * sizes.backward
+    leaves = resident * sizes.forward + (repeated + 1) * sizes.backward
     enters[0] += inputs + targets
-    leaves[last] += inputs + targets + resident * (sizes[-1].sent + _loss(profile, plan.samples).saved)
-    passing[-1] = max(passing[-1], _loss(profile, plan.samples).peak + sizes[-1].sent)
-    table: Table = partition.spans(weights, enters, leaves) + largest(passing)
+    leaves[last] += inputs + targets + resident * (sizes.sent[-1] + _loss(profile, plan.samples).saved)
+    table: Table = partition.spans(weights, enters, leaves) + _passing(profile, plan, part("optimizer"))
     if "parameters" in agreed.shards:
-        table = table + _whole_blocks(profile, [float(layer.parameter_bytes) for layer in profile.layers], 2)
+        table = table + _whole_blocks(profile, "parameter_bytes", 2)
     if "gradients" in agreed.shards:
         times = 2 if schedule.splits else 1
-        table = table + times * _whole_blocks(profile, [float(layer.gradient_bytes) for layer in profile.layers], 1)
+        table = table + times * _whole_blocks(profile, "gradient_bytes", 1)
     if agreed.server == "devices" and trains:
-        kept = sum(layer.parameter_bytes + layer.optimizer_bytes for layer in profile.layers)
-        table = table + kept / len(plan.servers)
+        table = table + float((layers.parameters + layers.optimizer).sum()) / len(plan.servers)
     return np.where(np.tri(last + 1, dtype=bool), np.inf, table)
+
+
+class _Layers(NamedTuple):
+    """Bytes of all layers that do not depend on the micro-batch."""
+
+    parameters: Table
+    buffers: Table
+    gradients: Table
+    optimizer: Table
+    optimizer_peak: Table
+
+
+class _Sizes(NamedTuple):
+    """All layers' bytes at a micro-batch size (`LayerBytes`), and those that cross every cut, forward and backward."""
+
+    saved: Table
+    output: Table
+    sent: Table
+    peak: Table
+    forward: Table
+    backward: Table
+
+
+class _Checkpoints(NamedTuple):
+    """Which layers are in a checkpoint; of these, which are not its last; and which outputs a checkpoint reads."""
+
+    inside: NDArray[np.bool_]
+    within: NDArray[np.bool_]
+    read: NDArray[np.bool_]
+
+
+def _layers(profile: Profile) -> _Layers:
+    import numpy as np
+
+    fields = ("parameter_bytes", "buffer_bytes", "gradient_bytes", "optimizer_bytes", "optimizer_peak_bytes")
+    return memoised(
+        profile,
+        "layers' bytes",
+        lambda: _Layers(*(np.array([float(getattr(one, field)) for one in profile.layers]) for field in fields)),
+    )
+
+
+def _sizes(profile: Profile, samples: int) -> _Sizes:
+    import numpy as np
+
+    def make() -> _Sizes:
+        columns = zip(*layer_bytes(profile, samples), strict=True)
+        cuts = zip(*crossing(profile, samples), strict=True)
+        return _Sizes(*(np.array(column, float) for column in (*columns, *cuts)))
+
+    return memoised(profile, ("sizes", samples), make)
+
+
+def _checkpoints(profile: Profile, plan: Plan) -> _Checkpoints:
+    import numpy as np
+
+    def make() -> _Checkpoints:
+        blocks_of, count = repeated_blocks(profile, plan), len(profile.layers)
+        read = {value.source for value in profile.values if any(t in blocks_of for t in value.targets)}
+        inside = np.array([i in blocks_of for i in range(count)])
+        within = np.array([i in blocks_of and i != blocks_of[i][-1] for i in range(count)])
+        return _Checkpoints(inside, within, np.array([i in read for i in range(count)]))
+
+    return memoised(profile, ("checkpoints", plan.recompute_layers, plan.recompute_blocks), make)
+
+
+def _passing(profile: Profile, plan: Plan, shards: int) -> Table:
+    """The most that any layer of every run needs in passing, repeated or not, the optimizer's state cut into shards."""
+    import numpy as np
+
+    samples = plan.samples
+
+    def make() -> Table:
+        sizes = _sizes(profile, samples)
+        peaks = sizes.peak.copy()
+        if not plan.recompute:
+            blocks_of = repeated_blocks(profile, plan)
+            found = {block: _repeated_peak(profile, samples, block) for block in set(blocks_of.values())}
+            for i, block in blocks_of.items():
+                peaks[i] = found[block]
+        passing = np.maximum(peaks, _layers(profile).optimizer_peak / shards)
+        passing[-1] = max(passing[-1], _loss(profile, samples).peak + sizes.sent[-1])
+        return largest(passing)
+
+    repeated = () if plan.recompute else (plan.recompute_layers, plan.recompute_blocks)
+    return memoised(profile, ("passing", samples, shards, repeated), make)
 
 
 def _repeated_peak(profile: Profile, samples: int, block: range) -> float:
@@ -137,23 +219,29 @@ def _repeated_peak(profile: Profile, samples: int, block: range) -> float:
     return max(of.forward_peak + cuts[block.start][0], of.backward_first_peak + cuts[block.stop][1])
 
 
-def _whole_blocks(profile: Profile, sizes: list[float], count: int) -> Table:
+def _whole_blocks(profile: Profile, field: str, count: int) -> Table:
     """The most that so many neighbouring blocks of shards need to be whole, and no more than the run has.
 
     Blocks are the whole model's; where a run's own ones are others, its last one has what is left over.
     """
     import numpy as np
 
-    parts = blocks(profile, range(len(profile.layers)))
-    of_block = [sum(sizes[i] for i in block) for block in parts]
-    around = [sum(of_block[max(0, b - count + 1) : b + count]) for b in range(len(parts))]
-    most = [around[b] for b, block in enumerate(parts) for _ in block]
-    found: Table = np.minimum(partition.spans(sizes), largest(most))
-    return found
+    def make() -> Table:
+        sizes = [float(getattr(layer, field)) for layer in profile.layers]
+        parts = blocks(profile, range(len(profile.layers)))
+        of_block = [sum(sizes[i] for i in block) for block in parts]
+        around = [sum(of_block[max(0, b - count + 1) : b + count]) for b in range(len(parts))]
+        most = [around[b] for b, block in enumerate(parts) for _ in block]
+        found: Table = np.minimum(partition.spans(sizes), largest(most))
+        return found
+
+    return memoised(profile, ("whole blocks", field, count), make)
 
 
 def repeated_blocks(profile: Profile, plan: Plan) -> dict[int, range]:
     """Return, for every layer that a plan repeats in a checkpoint of its own or of its block, that checkpoint."""
+    if not (plan.recompute_layers or plan.recompute_blocks):
+        return {}
     places = {layer.name: i for i, layer in enumerate(profile.layers)}
     runs = [range(places[name], places[name] + 1) for name in plan.recompute_layers]
     runs += [range(places[first], places[last] + 1) for first, last in plan.recompute_blocks]
@@ -169,7 +257,7 @@ def freeable_bytes(profile: Profile, plan: Plan, resident: int) -> tuple[Table, 
     )
 
 
-def largest(values: Sequence[float]) -> Table:
+def largest(values: Sequence[float] | Table) -> Table:
     """Tabulate the largest value of every run of layers.
 
     >>> largest([3, 1, 4])[1, 2], largest([3, 1, 4])[0, 3]
@@ -178,8 +266,9 @@ def largest(values: Sequence[float]) -> Table:
     import numpy as np
 
     found = np.zeros((len(values) + 1, len(values) + 1))
-    for start in range(len(values)):
-        found[start, start + 1 :] = np.maximum.accumulate(np.array(values[start:], dtype=float))
+    runs = np.where(np.tri(len(values), k=-1, dtype=bool), -np.inf, np.asarray(values, dtype=float))
+    np.maximum.accumulate(runs, axis=1, out=runs)
+    found[:-1, 1:] = np.where(runs > -np.inf, runs, 0.0)
     return found
 
 
@@ -211,7 +300,7 @@ def _own(layer: LayerProfile, samples: int) -> LayerBytes:
 
 
 def _loss(profile: Profile, samples: int) -> LayerBytes:
-    return _own(profile.loss, samples)
+    return memoised(profile, ("loss bytes", samples), lambda: _own(profile.loss, samples))
 
 
 def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:

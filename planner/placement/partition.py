@@ -17,7 +17,7 @@ Layers may be recomputed to fit, too: `planner.placement.selection`. Over how ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # numpy is imported where it is used: `plan --help` does not wait for it
@@ -54,7 +54,9 @@ def balanced(weights: Sequence[float], stages: int) -> tuple[range, ...]:
 
 
 def spans(
-    weights: Sequence[float], entering: Sequence[float] | None = None, leaving: Sequence[float] | None = None
+    weights: Sequence[float] | Table,
+    entering: Sequence[float] | Table | None = None,
+    leaving: Sequence[float] | Table | None = None,
 ) -> Table:
     """Tabulate the weight of every run of layers: its layers', and those of the cuts before and behind it.
 
@@ -66,7 +68,8 @@ def spans(
     """
     import numpy as np
 
-    before = np.array([0.0, *accumulate(map(float, weights))])
+    before = np.zeros(len(weights) + 1)
+    np.cumsum(np.asarray(weights, dtype=float), out=before[1:])
     table: Table = before[None, :] - before[:, None]
     if entering is not None:
         table += np.asarray(entering, dtype=float)[:, None]

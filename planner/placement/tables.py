@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -21,9 +21,18 @@ from planner.placement.question import Question
 from planner.values.cluster import Device
 from planner.values.plan import Plan
 from planner.values.profile import Profile
+from planner.values.routes import Path
 
 if TYPE_CHECKING:
     from planner.placement.partition import Table
+
+
+class Rates(NamedTuple):
+    """How many replicas a stage has, and their seconds per byte of an all-reduce, or of half of one."""
+
+    replicas: int
+    all_reduce: float
+    half: float
 
 
 class StageTables:
@@ -46,6 +55,8 @@ class StageTables:
         self.schedule = schedules.get(plan.schedule)
         self.agreed = synchronisation.get(plan.synchronisation)
         self.tables: dict[tuple[object, ...], Table] = {}
+        self._rates: dict[int, Rates] = {}
+        self.most_held = max(map(len, plan.stages_of[: plan.depth]))
 
     def weakest(self, names: Sequence[str]) -> Device:
         """Return the first of a stage's devices, as slow and as small as any of them: replicas wait for each other."""
@@ -57,13 +68,24 @@ class StageTables:
             return own[0]
         return msgspec.structs.replace(own[0], speed=speed, memory_bytes=memory)
 
+    def figures(self, stage: int) -> tuple[object, ...]:
+        """What a stage's tables follow from, its devices' and links' names aside."""
+        device = self.device[stage]
+        return device.speed, device.memory_bytes, device.threads, self.rates(stage), self._link(stage)[1]
+
+    def _link(self, stage: int) -> tuple[Path, tuple[object, ...]]:
+        """The links to the stage before, of the first one to the next, and their figures."""
+        name = self.device[stage].name
+        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
+        path = self.cluster.path(name, other) if other != name else ()
+        links = map(self.cluster.link_of, path)
+        return path, tuple((link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in links)
+
     def seconds(self, stage: int) -> Table:
         """Seconds per micro-batch on the stage's device."""
-        device = self.device[stage]
-        other = self.plan.stages[stage - 1 if stage else 1 % len(self.plan.stages)].devices[0]
-        path = self.cluster.path(device.name, other) if other != device.name else ()
-        figures = tuple((link.latency_s, link.bandwidth_bytes_per_s) for link in map(self.cluster.link_of, path))
-        return self._once(("seconds", stage, figures), lambda: self._seconds(stage, path))
+        path, figures = self._link(stage)
+        computing = self.computing(stage)
+        return self._once(("seconds", id(computing), figures), lambda: self._seconds(computing, path, figures))
 
     def computing(self, stage: int) -> Table:
         """Seconds per micro-batch without waiting for links: what is evened out where links are the bottleneck."""
@@ -71,10 +93,24 @@ class StageTables:
 
     def computing_on(self, stage: int, device: Device) -> Table:
         """Seconds per micro-batch of a stage if it were on a device."""
-        names = tuple(self.plan.stages[stage].devices[:: self.plan.tensor])
-        short = self._short(stage, device) if self.chosen else None
-        key = "computing", device.speed, device.threads, names if len(names) > 1 else (), stage if self.chosen else 0
-        return self._once(key, lambda: self._computing(device, names, short))
+        rates = self.rates(stage)
+        key = "computing", device.speed, device.threads, device.shares_cores, rates, stage if self.chosen else 0
+        return self._once(
+            key, lambda: self._computing(device, rates, self._short(stage, device) if self.chosen else None)
+        )
+
+    def rates(self, stage: int) -> Rates:
+        """Return how many replicas a stage has, and how quick they reduce."""
+        if stage not in self._rates:
+            names = tuple(self.plan.stages[stage].devices[:: self.plan.tensor])
+            if len(names) == 1 or self.agreed.server:
+                self._rates[stage] = Rates(len(names), 0.0, 0.0)
+            else:
+                whole = 2.0**30
+                all_reduce = 0.0 if self.agreed.shards else collectives.all_reduce(self.cluster, names, whole) / whole
+                half = collectives.half(self.cluster, names, whole) / whole if self.agreed.shards else 0.0
+                self._rates[stage] = Rates(len(names), all_reduce, half)
+        return self._rates[stage]
 
     def filled(self, stage: int) -> Table:
         """Share of the stage's device that its layers would fill."""
@@ -82,6 +118,10 @@ class StageTables:
 
     def filled_on(self, stage: int, device: Device) -> Table:
         """Share of a device that a stage's layers would fill."""
+        own = "filled", holding(self.plan, stage, self.flight), self._room(device), stage if self.chosen else 0
+        return self._once(own, lambda: self._filled(stage, device))
+
+    def _filled(self, stage: int, device: Device) -> Table:
         whole = self._bytes(stage)
         if self.chosen:
             free, moment = freeable_bytes(self.q.profile, self.plan, self.flight.resident[stage])
@@ -92,7 +132,7 @@ class StageTables:
 
     def _room(self, device: Device) -> float:
         """A stage's share of a device that holds several."""
-        return device.memory_bytes / max(len(held) for held in self.plan.stages_of)
+        return device.memory_bytes / self.most_held
 
     def _bytes(self, stage: int) -> Table:
         own = holding(self.plan, stage, self.flight)
@@ -109,7 +149,7 @@ class StageTables:
         short: Table = np.clip(np.nan_to_num(part, nan=1.0, posinf=1.0), 0.0, 1.0)
         return short
 
-    def _computing(self, device: Device, names: tuple[str, ...], short: Table | None) -> Table:
+    def _computing(self, device: Device, rates: Rates, short: Table | None) -> Table:
         import numpy as np
 
         profile, plan, samples = self.q.profile, self.plan, self.q.samples
@@ -130,48 +170,49 @@ class StageTables:
         every = self.schedule.updates == "microbatch"
         share = 1 if every else -(-plan.microbatches // plan.replicas)
         if not self.agreed.server and not plan.host_optimizer:
-            shards = len(names) if "optimizer" in self.agreed.shards else 1
+            shards = rates.replicas if "optimizer" in self.agreed.shards else 1
             update = np.diff(layers.optimizer[MEDIAN]) / device.speed / shards / share
             seconds = seconds + partition.spans(update.tolist())
-        if len(names) == 1 or self.agreed.server:
+        if rates.replicas == 1 or self.agreed.server:
             return seconds
         hidden = partition.spans((np.diff(layers.backward[MEDIAN])[:-1] / device.speed).tolist())
-        each, at_end = self._agreeing(names)
+        each, at_end = self._agreeing(rates)
         overlaps = not device.shares_cores
         seconds = np.maximum(seconds, each) if overlaps else seconds + each
         found: Table = seconds + np.maximum(0.0, at_end - hidden * overlaps) / share
         return found
 
-    def _agreeing(self, names: tuple[str, ...]) -> tuple[Table, Table]:
+    def _agreeing(self, rates: Rates) -> tuple[Table, Table]:
         """Seconds of every run's gathers and reductions: per micro-batch, and once between two updates."""
-        profile, whole = self.q.profile, 2.0**30
-        gradients = partition.spans([float(layer.gradient_bytes) for layer in profile.layers])
-        parameters = partition.spans([float(layer.parameter_bytes) for layer in profile.layers])
-        reduced = collectives.all_reduce(self.cluster, names, whole) / whole
+        gradients, parameters = _byte_spans(self.q.profile)
         if not self.agreed.shards:
-            per_update = reduced * gradients
+            per_update = rates.all_reduce * gradients
             each = per_update if self.schedule.updates == "microbatch" else 0 * gradients
             return each, per_update - each
-        half = collectives.half(self.cluster, names, whole) / whole
+        half = rates.half
         if "parameters" in self.agreed.shards:
             return half * (2 * parameters + gradients), 0 * gradients
         if "gradients" in self.agreed.shards:
             return half * gradients, half * parameters
         return 0 * gradients, half * (gradients + parameters)
 
-    def _seconds(self, stage: int, path: tuple[int, ...]) -> Table:
+    def _seconds(self, computing: Table, path: tuple[int, ...], figures: object) -> Table:
         import numpy as np
 
-        q, computing = self.q, self.computing(stage)
         if not path:
             return computing
+        q = self.q
         sizes = crossing(q.profile, q.samples)
-        posts, wires = [0.0] * len(sizes), [0.0] * len(sizes)
-        for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
-            posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
-            wires[i] = max(self.cluster.transfer_seconds(path, size) for size in (forward, backward))
-        posting = partition.spans([0.0] * len(q.profile.layers), posts, posts)
-        found: Table = np.maximum(computing + posting, np.maximum.outer(np.array(wires), np.array(wires)))
+
+        def make() -> tuple[Table, Table]:
+            posts, wires = np.zeros(len(sizes)), np.zeros(len(sizes))
+            for i, (forward, backward) in list(enumerate(sizes))[1:-1]:
+                posts[i] = self.cluster.post_seconds(forward) + self.cluster.post_seconds(backward)
+                wires[i] = max(self.cluster.transfer_seconds(path, size) for size in (forward, backward))
+            return partition.spans([0.0] * len(q.profile.layers), posts, posts), np.maximum.outer(wires, wires)
+
+        posting, wiring = memoised(q.profile, ("wires", q.samples, q.cluster.identity, figures), make)
+        found: Table = np.maximum(computing + posting, wiring)
         return found
 
     def _once(self, key: tuple[object, ...], make: Callable[[], Table]) -> Table:
@@ -179,6 +220,18 @@ class StageTables:
         if key not in self.tables:
             self.tables[key] = make()
         return self.tables[key]
+
+
+def _byte_spans(profile: Profile) -> tuple[Table, Table]:
+    """Bytes of gradients and of parameters of every run of layers, kept with the profile."""
+
+    def make() -> tuple[Table, Table]:
+        return (
+            partition.spans([float(layer.gradient_bytes) for layer in profile.layers]),
+            partition.spans([float(layer.parameter_bytes) for layer in profile.layers]),
+        )
+
+    return memoised(profile, "byte spans", make)
 
 
 def run_seconds(profile: Profile, samples: int, threads: int) -> Table:
