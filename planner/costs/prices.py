@@ -292,10 +292,18 @@ class PriceList:
 
         All copies of a host's devices pass its memory.
         """
-        name = self.groups[row][0]
-        path = self._host_path(name, back=back)
-        flows = (Flow((*path, self.cluster.memories[self.cluster.routes.host_of[name]]), size),)
+        path, through = self._copying(self.groups[row][0], back=back)
+        flows = (Flow(through, size),)
         return flows, max(self.cluster.transfer_seconds(path, size), carrying(self.cluster, flows))
+
+    def _copying(self, device: str, *, back: bool) -> tuple[Path, Path]:
+        """A copy's links, and these with its host's memory, kept with the cluster."""
+
+        def make() -> tuple[Path, Path]:
+            path = self._host_path(device, back=back)
+            return path, (*path, self.cluster.memories[self.cluster.routes.host_of[device]])
+
+        return memoised(self.cluster, ("copying", device, back), make)
 
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""

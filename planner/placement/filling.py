@@ -89,7 +89,7 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     def part(kind: synchronisation.Sharded) -> int:
         return holders if kind in agreed.shards else 1
 
-    layers, sizes = _layers(profile), _sizes(profile, plan.samples)
+    layers, sizes = layers_bytes(profile), sizes_of(profile, plan.samples)
     checkpoints = _checkpoints(profile, plan)
     static = layers.parameters * (1 / part("parameters") + own.versions - 1) + layers.buffers
     if trains:
@@ -156,7 +156,8 @@ class _Checkpoints(NamedTuple):
     read: NDArray[np.bool_]
 
 
-def _layers(profile: Profile) -> _Layers:
+def layers_bytes(profile: Profile) -> _Layers:
+    """Return what layers need whatever the micro-batch, as arrays, kept with the profile."""
     import numpy as np
 
     fields = ("parameter_bytes", "buffer_bytes", "gradient_bytes", "optimizer_bytes", "optimizer_peak_bytes")
@@ -167,7 +168,8 @@ def _layers(profile: Profile) -> _Layers:
     )
 
 
-def _sizes(profile: Profile, samples: int) -> _Sizes:
+def sizes_of(profile: Profile, samples: int) -> _Sizes:
+    """Return `layer_bytes` and `crossing` as arrays, kept with the profile."""
     import numpy as np
 
     def make() -> _Sizes:
@@ -198,14 +200,14 @@ def _passing(profile: Profile, plan: Plan, shards: int) -> Table:
     samples = plan.samples
 
     def make() -> Table:
-        sizes = _sizes(profile, samples)
+        sizes = sizes_of(profile, samples)
         peaks = sizes.peak.copy()
         if not plan.recompute:
             blocks_of = repeated_blocks(profile, plan)
             found = {block: _repeated_peak(profile, samples, block) for block in set(blocks_of.values())}
             for i, block in blocks_of.items():
                 peaks[i] = found[block]
-        passing = np.maximum(peaks, _layers(profile).optimizer_peak / shards)
+        passing = np.maximum(peaks, layers_bytes(profile).optimizer_peak / shards)
         passing[-1] = max(passing[-1], _loss(profile, samples).peak + sizes.sent[-1])
         return largest(passing)
 

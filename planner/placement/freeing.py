@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.basis.errors import PlanError
+from planner.basis.memo import memoised
 from planner.costs.blocks import modules
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage, stage_memory
@@ -20,12 +21,16 @@ def worth_a_checkpoint(profile: Profile, samples: int) -> tuple[range, ...]:
 
     A user wraps a transformer's blocks, not the norm behind them: it would keep its output to free two numbers a token.
     """
-    found = []
-    for block in modules(profile, range(len(profile.layers))):
-        of = stage_memory(profile, block, samples, (block,))
-        if of.saved - of.kept >= of.kept:
-            found.append(block)
-    return tuple(found)
+
+    def make() -> tuple[range, ...]:
+        found = []
+        for block in modules(profile, range(len(profile.layers))):
+            of = stage_memory(profile, block, samples, (block,))
+            if of.saved - of.kept >= of.kept:
+                found.append(block)
+        return tuple(found)
+
+    return memoised(profile, ("worth a checkpoint", samples), make)
 
 
 def check(placed: Placed) -> None:

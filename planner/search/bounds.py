@@ -12,9 +12,14 @@ from planner.basis.memo import memoised
 from planner.costs import tensor
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
+from planner.costs.stage_memory import of_stage
+from planner.costs.static_memory import static_bytes
 from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement.devices import choose
+from planner.placement.filling import flight
+from planner.placement.freeing import worth_a_checkpoint
+from planner.search.room import Need, need
 from planner.search.space import Block, Candidate
 from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
@@ -30,6 +35,58 @@ class Bounds:
         self.profile, self.cluster = profile, cluster
         self.seams = _seams(profile)
         self.known: dict[tuple[object, ...], _Passes] = {}
+        self.seconds: dict[tuple[object, ...], float] = {}
+        self.needs: dict[tuple[object, ...], Need] = {}
+
+    def need(self, point: Candidate) -> Need:
+        """Return what plans at a point need of the roomiest device's memory (`planner.search.room`)."""
+        key = "need", *self._sort(point), point.agreed, frozenset(point.savings)
+        if key not in self.needs:
+            profile, _ = self._seen(point)
+            room = _roomiest(self.cluster, point.devices)
+            self.needs[key] = need(point, profile, point.batch // point.m, room)
+        return self.needs[key]
+
+    def repeating(self, point: Candidate) -> float:
+        """Return seconds that no plan at a point can beat that repeats the forwards that its savings say, 0 if none.
+
+        Where whole stages or blocks are recomputed, the devices compute that besides; a layer's repetition takes at
+        least the less of its forward and of what its own checkpoint repeats. Of single layers, those that free most
+        for their time, until the plan can fit; infinite where it cannot.
+        """
+        wanted = {"recompute", "recompute-blocks", "recompute-layers"} & set(point.savings)
+        if not wanted or point.how.devices == "chosen":
+            return 0.0
+        key = "repeating", *self._sort(point), point.agreed, frozenset(point.savings)
+        if key not in self.seconds:
+            self.seconds[key] = self._repeating(point, wanted)
+        return self.seconds[key]
+
+    def _repeating(self, point: Candidate, wanted: set[str]) -> float:
+        profile, threads = self._seen(point)
+        speed, _ = _fastest(self.cluster, point.devices)
+        samples = point.batch // point.m
+        table = layer_table(profile, samples, threads)
+        again = np.minimum(np.diff(table.forward[MEDIAN])[:-1], np.diff(table.recompute[MEDIAN])[:-1])
+        if "recompute" in wanted:
+            repeated = float(again.sum())
+        elif "recompute-blocks" in wanted:
+            blocks = worth_a_checkpoint(self.profile, samples)
+            repeated = sum(float(again[block.start : block.stop].sum()) for block in blocks)
+        else:
+            repeated = _least_repeated(again, *self.need(point))
+        both = float(self._passes(point, (point.m,)).both[0]) + max(0.0, repeated - self.seams) / speed
+        return point.m * both * point.tensor_ways / point.devices
+
+    def _sort(self, point: Candidate) -> tuple[object, ...]:
+        """What decides about a point's work and needs."""
+        return point.strategy, point.k, point.m, point.replicas, point.chunks, point.tensor, point.batch
+
+    def _seen(self, point: Candidate) -> tuple[Profile, int]:
+        """The model as a point's devices see it, and their threads."""
+        ways = point.tensor_ways
+        profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+        return profile, _fastest(self.cluster, point.devices)[1]
 
     def of(self, block: Block) -> Floats:
         """Return seconds that no plan of a block can beat, one for each of its M, whatever it saves.
@@ -90,6 +147,17 @@ class Bounds:
             tables = [layer_table(profile, point.batch // m, threads) for m in ms]
             self.known[key] = _Passes.of(tables, schedule.splits, self.seams, speed)
         return self.known[key]
+
+
+def _least_repeated(seconds: Floats, lack: float, freed: Floats) -> float:
+    """Return the seconds of the layers that bring `lack` down to 1 in the least time, parts of layers allowed."""
+    missing, total = lack - 1, 0.0
+    for layer in np.argsort(seconds / np.maximum(freed, 1e-300)).tolist():
+        if missing <= 0:
+            break
+        part = min(1.0, missing / freed[layer]) if freed[layer] > 0 else 1.0
+        missing, total = missing - part * freed[layer], total + part * float(seconds[layer])
+    return total if missing <= 1e-9 else float("inf")
 
 
 class _Passes(NamedTuple):
@@ -226,6 +294,24 @@ def plan_bound(placed: Placed) -> float:
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return found
+
+
+def plan_lack(placed: Placed) -> float:
+    """Return the least share of its memory that a plan's fullest row fills, without walking its program.
+
+    What is always there, and what one of its stages keeps of the micro-batches that it has at once.
+    """
+    plan = placed.plan
+    rows = len(plan.groups) if plan.uneven else plan.depth
+    of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
+    resident = flight(plan).resident
+    static = static_bytes(placed, of, rows).sum(axis=1)
+    trains = placed.schedule.trains
+    return max(
+        (float(static[row]) + (max(resident[s] * of[s].kept for s in plan.stages_of[row]) if trains else 0.0))
+        / placed.capacities[row]
+        for row in range(rows)
+    )
 
 
 def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:

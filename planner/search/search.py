@@ -24,7 +24,7 @@ from planner.orders import schedules
 from planner.placement import savings, strategies
 from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
-from planner.search.bounds import Bounds, plan_bound
+from planner.search.bounds import Bounds, plan_bound, plan_lack
 from planner.search.choice import TIE, Merit, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.objective import Reckoned
@@ -56,7 +56,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `lack` is peak over capacity on the worst device, or on the host named `full`: above 1 it does not fit. `exact` is
     off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
     not met. `mechanisms` and `runnable` are what decides between plans that are as good. `squeezed`:
-    memory decided where it is cut. `batch` are samples per step.
+    memory decided where it is cut. `outlined`: it is too large by a bound, its score and `lack` are bounds, too.
+    `batch` are samples per step.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     price_per_hour: float = 0.0
     squeezed: bool = False
     batch: int = 1
+    outlined: bool = False
     why: str = ""
 
     @property
@@ -182,6 +184,10 @@ class Search:
         self.blocks = list(blocks(space, profile, cluster))
         self.large: list[tuple[float, int, int]] = []
         """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
+        self.bounds = Bounds(profile, cluster)
+        self.larger: list[tuple[float, str]] = []
+        """Candidates that were put aside, as no plan of theirs fits: how much they lack at least, a heap."""
+        self.aside = set[Candidate]()
         self.order = self._ordered()
         self.slowing = slowing(profile, cluster)
         self.savings = _by_least(space.savings)
@@ -205,7 +211,7 @@ class Search:
 
     def _ordered(self) -> _Order:
         """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
-        bounds = Bounds(self.profile, self.cluster)
+        bounds = self.bounds
         on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
         scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for number, block in enumerate(self.blocks):
@@ -261,6 +267,9 @@ class Search:
             hope = self.queue[0][0] if self.queue else float("inf")
             self.frontier = min(bound, hope)
             if self.frontier == float("inf") and self._lacks_less():
+                if self.larger and not (self.large and self.large[-1][0] <= self.larger[0][0]):
+                    self._look_aside()
+                    continue
                 _, number, m = self.large.pop()
                 self._open(0.0, number, m)
                 continue
@@ -297,18 +306,23 @@ class Search:
 
     def _lacks_less(self) -> bool:
         """Whether nothing has been found that fits, and a point that cannot might lack less than what has been seen."""
-        if self.leaders or self.late or not self.large:
+        if self.leaders or self.late or not (self.large or self.larger):
             return False
-        return not self.nearest or self.large[-1][0] < self.nearest[0].lack
+        least = min([*(own[0] for own in self.large[-1:]), *(own[0] for own in self.larger[:1])])
+        return not self.nearest or least < self.nearest[0].lack
 
     def _open(self, bound: float, number: int, m: int) -> None:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
-        every = block.at(block.ms[m], tuple(self.savings))
-        hoped = [candidate for candidate in every if not self._hopeless(bound, candidate)]
+        every = list(block.at(block.ms[m], tuple(self.savings)))
+        least = {one: max(bound, self._repeating(one)) for one in every}
+        hoped = [candidate for candidate in every if not self._hopeless(least[candidate], candidate)]
         if not hoped:
             return
         for candidate in hoped:
+            if self._cannot_fit(candidate):
+                self._save(candidate, bound)
+                continue
             try:
                 placed = self._placed(candidate)
                 own = self.score(placed.plan, plan_bound(placed), 0.0)
@@ -319,7 +333,34 @@ class Search:
             if recut:  # what saves is cut otherwise: what this plan takes says nothing about it
                 self._save(candidate, bound)
             if not self._hopeless(own, candidate):
-                self._push(max(bound, own), candidate)
+                self._push(max(least[candidate], own), candidate)
+
+    def _cannot_fit(self, candidate: Candidate) -> bool:
+        """Put a candidate aside of which no plan fits, however it is cut."""
+        lack = self.bounds.need(candidate).lack * (1 - 1e-9)
+        if "recompute-layers" in candidate.savings and self.bounds.repeating(candidate) < float("inf"):
+            return False
+        if lack <= 1 or candidate.key in self.state.done:
+            return False
+        if candidate not in self.aside:
+            self.aside.add(candidate)
+            heapq.heappush(self.larger, (lack, candidate.key))
+            self.families[candidate.family].update(("too large", "outlined"))
+        return True
+
+    def _look_aside(self) -> None:
+        """Look at the candidate that lacks least of those that were put aside, as nothing fits."""
+        candidate = Candidate.parse(heapq.heappop(self.larger)[1])
+        self.families[candidate.family].subtract(("too large", "outlined"))
+        found = self._evaluate(candidate)
+        if found is not None:
+            self._note(candidate, found)
+
+    def _repeating(self, candidate: Candidate) -> float:
+        """Return the least score of a candidate's plan, by the forwards that its savings repeat."""
+        price = least_price_per_hour(self.cluster, candidate.devices)
+        seconds = self.bounds.repeating(candidate)
+        return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.batch), self.terms))
 
     def _placed(self, candidate: Candidate) -> Placed:
         """Make a candidate's plan; the last few are kept, as they are often asked for again at once."""
@@ -343,26 +384,33 @@ class Search:
 
     def _look(self, candidate: Candidate, bound: float) -> None:
         """Put one candidate through the fast interpreter, and those that save more than it in the queue."""
-        counts = self.families[candidate.family]
         if self._hopeless(bound, candidate) or self._dominated(candidate):
             return
         found = self.state.done.get(candidate.key)
+        if found is None and candidate.savings and self._cannot_fit(candidate):
+            return
         if found is None:
             found = self._evaluate(candidate)
             if found is None:
                 return
+        if self._note(candidate, found) and not found.squeezed:
+            self._save(candidate, bound, found)
+
+    def _note(self, candidate: Candidate, found: Found) -> bool:
+        """Keep what was found of a candidate; return whether it is possible."""
+        counts = self.families[candidate.family]
+        if not found.outlined:
             self.state.done[candidate.key] = found
         self.evaluated += 1
         if not found.label:
             self._impossible(candidate, found.why)
-            return
+            return False
         counts["evaluated"] += 1
         self.known[candidate.bare].append((frozenset(candidate.savings), found))
-        if not found.squeezed:
-            self._save(candidate, bound, found)
         if found.lack > 1:
             counts["too large"] += 1
-            self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
+            if not found.outlined:
+                self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
         elif found.late:
             self._too_late(found)
         else:
@@ -371,6 +419,7 @@ class Search:
                 self._look_closer(found)
             else:
                 self._push(found.score, found)
+        return True
 
     def _save(self, candidate: Candidate, bound: float, found: Found | None = None) -> None:
         """Put what saves more than a candidate in the queue: where it can only be slower, behind what was `found`."""
@@ -379,6 +428,7 @@ class Search:
             slower = slower and not orders_by_seconds(candidate)
             least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
+            least = max(least, self._repeating(more))
             if not self._hopeless(least, more) and not self._dominated(more):
                 self._push(least, more)
 
@@ -429,8 +479,11 @@ class Search:
             plan = placed.plan
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
-            if candidate.savings and self._hopeless(self.score(plan, plan_bound(placed), 0.0), candidate):
+            own = self.score(plan, plan_bound(placed), 0.0)
+            if candidate.savings and self._hopeless(own, candidate):
                 return None
+            if self.leaders and plan_lack(placed) > 1:
+                return self._too_large(candidate, placed, own)
             evaluation = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
@@ -454,6 +507,20 @@ class Search:
             squeezed=squeezed(question(candidate, self.profile, self.cluster), placed),
         )
 
+    def _too_large(self, candidate: Candidate, placed: Placed, score: float) -> Found:
+        """What is known without walking it of a plan that cannot fit, where others do: nobody asks by how much."""
+        return Found(
+            key=candidate.key,
+            family=candidate.family,
+            label=str(placed.plan),
+            stale=asynchronous(placed.plan),
+            score=score,
+            batch=candidate.batch,
+            lack=plan_lack(placed),
+            squeezed=squeezed(question(candidate, self.profile, self.cluster), placed),
+            outlined=True,
+        )
+
     def score(self, plan: Plan, step_s: float, peak: float) -> float:
         """Return the objective's score of a plan with this step time and peak; less is better."""
         price = price_per_hour(self.cluster, plan.device_names)
@@ -467,7 +534,7 @@ class Search:
         plan = self.plan(found)
         if actions(plan) > ACTIONS:
             return found
-        step_s = simulated_step(Placed(self.profile, plan, self.cluster))
+        step_s = simulated_step(self._placed(Candidate.parse(found.key)))
         self.simulated += 1
         score = self.score(plan, step_s, found.peak_bytes)
         late = self._late(plan, step_s)
@@ -475,7 +542,7 @@ class Search:
 
     def plan(self, found: Found) -> Plan:
         """Make the plan of a candidate that has been found."""
-        return self._plan(Candidate.parse(found.key))
+        return self._placed(Candidate.parse(found.key)).plan
 
     def _plan(self, candidate: Candidate) -> Plan:
         """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
@@ -505,7 +572,7 @@ class Search:
                 name=name,
                 points=c["points"],
                 evaluated=c["evaluated"],
-                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"],
+                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"] - c["outlined"],
                 too_large=c["too large"],
                 impossible=c["impossible"],
                 stale=c["stale"],

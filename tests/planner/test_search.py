@@ -18,7 +18,7 @@ from planner.placement import savings as all_savings
 from planner.placement.mapping import MAPPINGS
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
-from planner.search.bounds import bound, plan_bound
+from planner.search.bounds import Bounds, bound, plan_bound, plan_lack
 from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
 from planner.search.explain import cheapest_change, explain
@@ -29,6 +29,7 @@ from planner.search.simplicity import mechanisms
 from planner.search.space import Candidate, Space, candidates, make, space
 from planner.search.space import question as asked_of
 from planner.simulate.contention import simulated_step
+from planner.simulate.evaluate import evaluate
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import Plan, asynchronous
@@ -254,6 +255,22 @@ def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Spac
         step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
         assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
+
+
+@settings(max_examples=40)
+@given(questions(savings=3))
+def test_what_is_said_before_a_plan_is_walked_is_below_it(question: tuple[Profile, Cluster, Space]) -> None:
+    """No plan is thrown away that would fit, or that repeats forwards and is quicker than was said."""
+    costs, cluster, of = question
+    bounds = Bounds(costs, cluster)
+    for candidate, plan in made(costs, cluster, of):
+        placed = Placed(costs, plan, cluster)
+        need, _ = evaluate(placed).worst(placed)
+        assert plan_lack(placed) <= need * (1 + 1e-9), plan
+        if "recompute-layers" not in candidate.savings:
+            assert bounds.need(candidate).lack <= need * (1 + 1e-9), candidate
+        if need <= 1:
+            assert bounds.repeating(candidate) <= simulated_step(placed) * (1 + 1e-9), candidate
 
 
 @settings(max_examples=40)
