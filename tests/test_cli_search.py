@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,29 +63,30 @@ def test_a_search_prints_and_saves(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path(f".plan/plans/{ranking.best.plan}.toml").is_file()
 
 
+def test_several_batches_are_one_search(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names say the batch, and the plan that is saved under the best one's has it."""
+    by_hand()
+    found = data(capsys, "search", *QUICK, "--batch", "8", "--batch", "16")
+    assert found["batches_samples"] == [8, 16]
+    assert all(re.search("-b(8|16)$", plan["plan"]) for plan in found["plans"])
+    assert found["best"].endswith(f"-b{found['batch_samples']}")
+    assert Store().load_ranking().best.plan.batch == found["batch_samples"]
+    assert Path(f".plan/plans/{found['best']}.toml").is_file()
+
+
 def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand()
     found = data(capsys, "search", *QUICK)
     assert {
-        *(
-            "objective",
-            "cluster",
-            "batch_samples",
-            "batches_samples",
-            "complete",
-            "candidates",
-            "evaluated",
-            "best",
-            "plans",
-            "pareto",
-        ),
+        *("objective", "cluster", "batch_samples", "batches_samples", "complete", "candidates", "evaluated", "best"),
+        *("plans", "pareto"),
         *("simulated_with_contention", "search_s", "plans_per_s", "explanation", "families", "estimated"),
         *("run_best", "run_best_why_not_best", "time_against_cost", "time_against_cost_complete"),
     } == set(found)
     assert found["complete"] is True
     assert found["best"] == found["plans"][0]["plan"]
     assert found["evaluated"] <= found["candidates"]
-    assert {"plan", "step_s", "peak_bytes", "contention_simulated"} == set(found["pareto"][0])
+    assert {"plan", "batch_samples", "step_s", "peak_bytes", "contention_simulated"} == set(found["pareto"][0])
     assert sum(family["points"] for family in found["families"]) == found["candidates"]
     again = data(capsys, "search", *QUICK)
     assert again["best"] == found["best"]

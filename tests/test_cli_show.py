@@ -155,7 +155,7 @@ def test_a_plan_file_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
         (("--replicas", "2", "--strategy", "1f1b"), "1f1b-k4-m4-r2"),
         (("--chunks", "2", "--replicas", "1", "--strategy", "interleaved", "--k", "2"), "interleaved-k2-m4-v2"),
         (("--replicas", "2", "--synchronisation", "zero-1", "--strategy", "gpipe"), "gpipe-k4-m4-r2-zero-1"),
-        (("--recompute", "--strategy", "1f1b"), "1f1b-k4-m4-recompute"),
+        (("--recompute", "--replicas", "1", "--strategy", "1f1b"), "1f1b-k4-m4-recompute"),
         (("--no-recompute", "--strategy", "1f1b", "--saving", "none"), "1f1b-k4-m4"),
         (("--saving", "host-optimizer", "--strategy", "1f1b", "--cluster", "dgx-a100"), "1f1b-k4-m4-host"),
     ],
