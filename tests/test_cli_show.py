@@ -16,6 +16,7 @@ from planner.cli import complete
 from planner.cli.main import invoke
 from planner.cli.show import slots
 from planner.orders import schedules
+from planner.orders.edges import chain
 from planner.orders.schedules import Shape
 from tests import factory
 from tests.test_cli import by_hand, failing
@@ -44,7 +45,7 @@ def test_every_schedule_is_drawn_whole(name: str) -> None:
     chosen = schedules.get(name)
     shape = Shape(4, 8, max(chosen.chunks[0], 2 if chosen.placement == "looped" else 1))
     order = schedules.arrange(name, shape)
-    drawn = slots(order)
+    drawn = slots(order, chain(shape.stages))
     assert [[cell for cell in row if cell] for row in drawn] == [
         list(row) for row in (schedules_row(order, d) for d in range(len(order)))
     ]

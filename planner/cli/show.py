@@ -14,9 +14,13 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of
 from planner.orders import codes
-from planner.orders.action import Action, actions
+from planner.orders.action import Action
 from planner.orders.codes import Order
+from planner.orders.edges import Edges
+from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import compute_order, unroll
+from planner.programs.messages import messages
+from planner.programs.program import Program
 from planner.programs.waits import Linked
 from planner.values.plan import Plan, windows
 
@@ -56,44 +60,34 @@ def written(plan: Plan) -> str:
     return "".join(f"{name},{line}\n" for name, line in zip(plan.devices, lines, strict=True))
 
 
-def slots(order: Order) -> list[list[Action | None]]:
+def slots(order: Order, edges: Edges) -> list[list[Action | None]]:
     """Return when each device computes what, if every compute takes one slot and messages take none; None is idle.
 
+    >>> from planner.orders.edges import chain
     >>> from planner.orders.schedules import Shape, arrange
-    >>> for row in slots(arrange("gpipe", Shape(2, 2))): print(" ".join(str(a or "...") for a in row))
+    >>> for row in slots(arrange("gpipe", Shape(2, 2)), chain(2)): print(" ".join(str(a or "...") for a in row))
     0F0 0F1 ... ... 0B0 0B1
     ... 1F0 1F1 1B0 1B1
     """
-    rows = [list(actions(row)) for row in order]
-    known = {action for row in rows for action in row}
-    done: dict[Action, int] = {}
-    placed: list[list[Action | None]] = [[] for _ in rows]
-    at = [0] * len(rows)
+    linked = Linked(Program(messages(order, edges), edges)).buffered()
+    posts, ends = linked.posts.tolist(), linked.offsets[1:].tolist()
+    sent: dict[int, int] = {}
+    placed: list[list[Action | None]] = [[] for _ in ends]
+    at = linked.offsets[:-1].tolist()
     moved = True
     while moved:
         moved = False
-        for d, row in enumerate(rows):
-            while at[d] < len(row) and all(b in done for b in _before(row[at[d]], known)):
-                action = row[at[d]]
-                begin = max([len(placed[d]), *(done[b] for b in _before(action, known))])
-                placed[d] += [*[None] * (begin - len(placed[d])), action]
-                done[action] = begin + 1
+        for d, row in enumerate(placed):
+            while at[d] < ends[d] and all(t in sent for t in linked.awaited(at[d])):
+                action = linked.actions[at[d]]
+                if OPERATIONS[action.op].computes:
+                    begin = max([len(row), *(sent[t] for t in linked.awaited(at[d]))])
+                    row += [*[None] * (begin - len(row)), action]
+                elif posts[at[d]] >= 0:
+                    sent[posts[at[d]]] = len(row)
                 at[d] += 1
                 moved = True
     return placed
-
-
-def _before(action: Action, known: set[Action]) -> list[Action]:
-    """What another stage or an earlier pass must have made before an action computes."""
-    stage, op, microbatch, _ = action
-    if op == codes.FORWARD:
-        wanted = [Action(stage - 1, codes.FORWARD, microbatch)]
-    elif op == codes.BACKWARD_WEIGHT:
-        wanted = [Action(stage, codes.BACKWARD_INPUT, microbatch)]
-    else:
-        wanted = [Action(stage, codes.FORWARD, microbatch)]
-        wanted += [Action(stage + 1, back, microbatch) for back in (codes.BACKWARD, codes.BACKWARD_INPUT)]
-    return [one for one in wanted if one in known]
 
 
 def stages(placed: Placed) -> list[dict[str, Any]]:
@@ -136,7 +130,7 @@ def as_data(placed: Placed) -> dict[str, Any]:
         "chunks": plan.chunks,
         "synchronisation": plan.synchronisation,
         "stages": stages(placed),
-        "grid": [[str(cell) if cell else None for cell in row] for row in slots(order)] if short else None,
+        "grid": [[str(cell) if cell else None for cell in row] for row in slots(order, plan.edges)] if short else None,
     }
 
 
@@ -173,7 +167,7 @@ def _print(question: Meant, placed: Placed) -> None:
 
 def drawn(plan: Plan, width: int) -> list[str]:
     """Draw a schedule as a grid, a row per device and a column per slot; what does not fit in is cut, and said."""
-    rows = slots(compute_order(plan, 1))
+    rows = slots(compute_order(plan, 1), plan.edges)
     names = plan.devices[: len(rows)]
     label = max(map(len, names[:ROWS]))
     cell = 1 + max((len(str(c)) for row in rows for c in row if c), default=1)

@@ -69,11 +69,11 @@ def estimated(q: Question, plan: Plan, ranges: Sequence[range], tables: StageTab
     sizes = crossing(profile, q.samples)
     busy: dict[tuple[str, str], float] = defaultdict(float)
     wires = 0.0
-    for s in range(count - 1):
-        if homes[s] != homes[s + 1]:
-            forward, backward = (size * plan.tensor for size in sizes[ranges[s].stop])
-            wires += _crossed(between, hosts[s], hosts[s + 1], forward, busy)
-            wires += _crossed(between, hosts[s + 1], hosts[s], backward, busy)
+    for producer, consumer, *_ in plan.edges:
+        if homes[producer] != homes[consumer]:
+            forward, backward = (size * plan.tensor for size in sizes[ranges[consumer].start])
+            wires += _crossed(between, hosts[producer], hosts[consumer], forward, busy)
+            wires += _crossed(between, hosts[consumer], hosts[producer], backward, busy)
     period = max(*seconds, between.across_seconds(max(busy.values(), default=0.0)))
     gradients = [sum(float(profile.layers[i].gradient_bytes) for i in own) * plan.tensor for own in ranges]
     halves = _halves(plan, share)

@@ -39,15 +39,10 @@ def prove(program: Program, microbatches: int, *, backward: bool = True, in_turn
     _prove_computes(linked, microbatches, backward=backward)
     _prove_messages(linked, microbatches, backward=backward)
     _prove_reductions(linked)
-    stuck = _stuck(linked, in_turn)
-    if stuck >= 0:
-        raise disproved(linked, stuck, f"{linked.actions[stuck]} waits for ever")
+    waiting = stuck(linked, in_turn)
+    if waiting >= 0:
+        raise disproved(linked, waiting, f"{linked.actions[waiting]} waits for ever")
     return linked
-
-
-def progresses(linked: Linked, in_turn: InTurn) -> bool:
-    """Whether a linked program comes to its end under a rule for the order of messages."""
-    return _stuck(linked, in_turn) < 0
 
 
 def _prove_once(linked: Linked) -> None:
@@ -171,8 +166,8 @@ def _prove_reductions(linked: Linked) -> None:
                 raise disproved(linked, position, f"{linked.actions[position]} waits for ever: a holder does not join")
 
 
-def _stuck(linked: Linked, in_turn: InTurn) -> int:
-    """Return an action that waits for ever, or -1."""
+def stuck(linked: Linked, in_turn: InTurn) -> int:
+    """Return the position of an action that waits for ever under a rule for the order of messages, or -1."""
     begins = linked.offsets[:-1].copy()
     return _play(
         len(linked.flat),

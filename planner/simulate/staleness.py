@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from planner.orders import schedules
 from planner.orders.action import parse
+from planner.orders.operations import FORWARD, OPERATIONS
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan, steady_windows, windows
 from planner.values.trace import COMPUTE
@@ -57,11 +58,11 @@ def _of_pipeline(outcome: Outcome) -> Iterator[int]:
         if event.lane != COMPUTE:
             continue
         stage, op, m = parse(event.action)[:3]
-        if op == "F":
+        if op == FORWARD:
             forwards[stage, m or 0] = event.ready, event.device
-        elif op in ("B", "W"):
+        elif OPERATIONS[op].gradients == "adds":
             backwards.append((event.end, event.device, stage, m or 0))
-        elif op == "OPTIMIZER":
+        elif OPERATIONS[op].gradients == "uses":
             updates[event.device, stage].append(event.ready)
     for end, device, stage, m in backwards:
         if not steady(plan, m):

@@ -174,19 +174,3 @@ def _has(times: list[float], time: float, tolerance: float) -> bool:
     """Whether one of the times, in ascending order, is this one."""
     at = bisect.bisect_left(times, time - tolerance)
     return at < len(times) and times[at] <= time + tolerance
-
-
-def in_flight(trace: Trace) -> tuple[int, ...]:
-    """Most micro-batches that each device holds at once, from forward's start to backward's end."""
-    changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for event in trace.events:
-        if event.lane == COMPUTE and event.op in ("F", "B"):
-            changes[event.device].append((event.ready, 1) if event.op == "F" else (event.end, -1))
-    peaks = []
-    for device in range(len(trace.devices)):
-        level = peak = 0
-        for _, change in sorted(changes[device]):
-            level += change
-            peak = max(peak, level)
-        peaks.append(peak)
-    return tuple(peaks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from fractions import Fraction
 
 import pytest
@@ -9,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.orders import schedules
-from planner.orders.codes import FORWARD
+from planner.orders.codes import BACKWARD, FORWARD
 from planner.orders.schedules import Shape
 from planner.programs.lowering import lower
 from planner.simulate.predict import simulate
 from planner.values.plan import windows
-from planner.values.trace import in_flight
+from planner.values.trace import COMPUTE, Trace
 from tests.factory import devices, pipeline, profile, shapes
 
 P = st.integers(1, 8)
@@ -38,6 +39,22 @@ def test_naive_runs_one_device_at_a_time(p: int, m: int, f: float, b: float) -> 
     outcome = simulate(profile([f] * p, [b] * p), plan, devices(p))
     assert outcome.step_s == m * p * (f + b)
     assert outcome.bubble == pytest.approx(1 - 1 / p)
+
+
+def in_flight(trace: Trace) -> tuple[int, ...]:
+    """Most micro-batches that each device holds at once, from forward's start to backward's end."""
+    changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for event in trace.events:
+        if event.lane == COMPUTE and event.op in (FORWARD, BACKWARD):
+            changes[event.device].append((event.ready, 1) if event.op == FORWARD else (event.end, -1))
+    peaks = []
+    for device in range(len(trace.devices)):
+        level = peak = 0
+        for _, change in sorted(changes[device]):
+            level += change
+            peak = max(peak, level)
+        peaks.append(peak)
+    return tuple(peaks)
 
 
 @given(P, M)
