@@ -391,3 +391,31 @@ def test_elastic_machines_fail_too(capsys: pytest.CaptureFixture[str]) -> None:
     plain, faulty = data(capsys, *asked), data(capsys, *asked, "--fail", "d1@1+50")
     assert faulty["plans"][0]["step_s"] >= plain["plans"][0]["step_s"] + 40
     assert "d0" in failing(capsys, USAGE, *asked, "--fail", "d7@1+50")["why"]
+
+
+def test_terms_that_no_plan_meets(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is asked for is told apart from memory: what would do is named, and does."""
+    by_hand()
+    asked = ("search", *QUICK, "--epoch", "80", "--price", "3.6")
+    late = failing(capsys, NOTHING_FITS, *asked, "--deadline", "0.000001")
+    assert late["what"] == "no plan meets the deadline"
+    assert "the deadline is 1e-06 hours" in late["why"]
+    enough = late["fix"].partition("--deadline ")[2].partition(",")[0]
+    assert data(capsys, *asked, "--deadline", enough)["plans"]
+    dear = failing(capsys, NOTHING_FITS, *asked, "--budget", "0.000001")
+    assert dear["what"] == "no plan is within the budget"
+    enough = dear["fix"].partition("--budget ")[2].partition(",")[0]
+    assert data(capsys, *asked, "--budget", enough)["plans"]
+    assert failing(capsys, USAGE, *asked, "--deadline", "-3")["why"] == "a deadline is more than 0 hours"
+    assert failing(capsys, USAGE, *asked, "--budget", "-3")["why"] == "a budget is not below 0"
+
+
+@pytest.mark.parametrize(
+    ("option", "fix"), [("--replicas", "--replicas 2 makes it possible"), ("--tensor", "--tensor 1 makes it possible")]
+)
+def test_what_cannot_be_is_not_said_to_be_too_large(capsys: pytest.CaptureFixture[str], option: str, fix: str) -> None:
+    by_hand()
+    asked = ("simulate", "--k", "4", "--m", "4", "--batch", "4", "--strategy", "gpipe", option, "3")
+    error = failing(capsys, USAGE, *asked)
+    assert error["what"] == "no plan is possible"
+    assert error["fix"] == fix

@@ -12,17 +12,22 @@ from planner.basis.units import either, percent, seconds, size
 from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
+from planner.cli.unmet import unmet
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
-from planner.search.possible import grouped
+from planner.search.possible import Rejected, grouped
 from planner.search.search import Answer, Found, Search
 from planner.values.outcome import Outcome
 
 
 def nothing_fits(searching: Search, answer: Answer) -> PlanError:
     """The error of a search without an answer: the nearest plans, and the cheapest change that would do."""
+    missed = unmet(searching) if answer.complete or answer.late else None
+    if missed is not None:
+        return missed
     if answer.complete and not answer.nearest:
-        why = "; ".join(f"{f.name}: {f.why}" for f in answer.families if f.why) or "there is no candidate"
+        reasons = grouped((f.name, f.why) for f in answer.families if f.why)
+        why = "; ".join(str(Rejected(strategies=names, why=why)) for names, why in reasons) or "there is no candidate"
         return PlanError(
             what="no plan is possible",
             where=f"cluster '{searching.cluster.name}'",

@@ -21,6 +21,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Say in a few sentences why this plan, what bounds it, what the next best is and what would change the answer."""
+    from executor.abilities import able
     from profiles import shipped
 
     store = Store(catalogue=shipped)
@@ -50,6 +51,7 @@ def explain(
         terms=searched.terms,
         stale=searched.stale,
         state=State(question=searched.question, done=searched.done),
+        able=able,
     )
     answer = searched.answer
     if not answer.leaders:

@@ -48,8 +48,10 @@ def search(
     ] = 0,
     price: PriceOption = None,
     host_price: HostPriceOption = None,
-    deadline: Annotated[float | None, typer.Option(help="Hours within which --epoch samples must be done.")] = None,
-    budget: Annotated[float | None, typer.Option(help="What --epoch samples may cost at most.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Hours, more than 0, within which --epoch samples must be done.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="What --epoch samples may cost at most, from 0.")] = None,
     stale: Annotated[bool, typer.Option(help="Let plans with stale gradients compete.")] = False,
     profile: ProfileOption = None,
     cluster: ClusterOption = None,

@@ -51,7 +51,7 @@ class Question(NamedTuple):
     seed: int = SEED
 
     def terms(self, of: Space) -> Terms:
-        """Return what is asked beside the objective. Raises `PlanError` (exit 2) for a deadline of nothing."""
+        """Return what is asked beside the objective. Raises `PlanError` (exit 2) for terms that make no sense."""
         if (self.deadline_h is not None or self.budget is not None) and not self.epoch:
             raise PlanError(
                 what="a deadline or a budget is for so many samples",
@@ -59,6 +59,14 @@ class Question(NamedTuple):
                 why="--epoch does not say how many",
                 fix="give them, for example --epoch 1281167",
             )
+        for flag, value in (("--deadline", self.deadline_h), ("--budget", self.budget)):
+            if value is not None and not (value > 0 or (value == 0 and flag == "--budget")):
+                raise PlanError(
+                    what=f"{flag} {value:g} makes no sense",
+                    where=flag,
+                    why="a deadline is more than 0 hours" if flag == "--deadline" else "a budget is not below 0",
+                    fix=f"give a number from its range, for example {flag} 10",
+                )
         return Terms(
             self.epoch or of.samples, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget
         )

@@ -35,6 +35,7 @@ from planner.cli.options import (
 from planner.cli.searching import Question, run
 from planner.placement import strategies
 from planner.placement.devices import choose
+from planner.search.choice import TIE
 from planner.search.ranking import DEFAULT_SAVINGS, Ranking, Shape, check, rank
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject
@@ -252,13 +253,12 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: P
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected}", markup=False)
     stale = next((o for o in ranking.outcomes if o.fits and asynchronous(o.plan)), best)
-    if stale.throughput > best.throughput:
+    if stale.throughput > best.throughput * (1 + TIE):
         gain = percent(stale.throughput / best.throughput - 1)
         old = f"gradients {staleness(stale):.1f} updates old on average"
         output.results.print(f"{stale.plan} would be {gain} faster with {old} (--stale lets it be the best)")
-    output.results.print(
-        f"\nbest: {best.plan}, {rate(best.throughput)}{tables.tied(best, ranking.outcomes, ranking.stale)}"
-    )
+    tie = tables.tied(best, ranking.outcomes, ranking.stale, ranking.able)
+    output.results.print(f"\nbest: {best.plan}, {rate(best.throughput)}{tie}")
     if len(best.samples_s) > SAMPLES:
         shares = "  ".join(f"{q} % {seconds(step)}" for q, step in percentiles(best).items())
         output.results.print(f"step over {len(best.samples_s)} draws: {shares}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from planner.basis.errors import PlanError, unknown
 from planner.basis.units import percent, rate, seconds, size
+from planner.search.choice import merit
 from planner.values.outcome import Outcome
 from planner.values.plan import asynchronous
 
@@ -79,11 +80,12 @@ def show(outcomes: Sequence[Outcome], *, title: str, best: Outcome | None, witho
     output.results.print(table)
 
 
-def tied(best: Outcome, outcomes: Sequence[Outcome], stale: bool) -> str:
+def tied(best: Outcome, outcomes: Sequence[Outcome], stale: bool, able: Sequence[str] = ()) -> str:
     """Say which plan is quicker than the best, if any is, and why it is not the best."""
     rivals = [o for o in outcomes if o.fits and (stale or not asynchronous(o.plan))]
     quickest = max(rivals, key=lambda o: o.throughput, default=best)
     gain = quickest.throughput / best.throughput - 1
     if quickest.plan == best.plan or gain <= 0:
         return ""
-    return f" ({quickest.plan} is {percent(gain)} faster: a tie, which the simpler plan wins)"
+    own, other = (merit(o, runnable=str(o.plan) in able) for o in (best, quickest))
+    return f" ({quickest.plan} is {percent(gain)} faster: a tie, which {own.decider(other)} wins)"

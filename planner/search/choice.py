@@ -34,6 +34,14 @@ class Merit(NamedTuple):
         """What decides a tie, the least first: fewest mechanisms, one that can be run, least memory."""
         return self.mechanisms, not self.runnable, self.peak_bytes
 
+    def decider(self, other: Merit) -> str:
+        """Say in what this wins a tie against another, where it does."""
+        if self.mechanisms != other.mechanisms:
+            return "the simpler plan"
+        if self.runnable != other.runnable:
+            return "the plan that can be run here"
+        return "the plan with less memory" if self.peak_bytes != other.peak_bytes else "the quicker plan"
+
     def ties(self, best: Merit) -> bool:
         """Whether this is within the uncertainty of a plan with the best score.
 

@@ -60,9 +60,9 @@ def explain(
 
 def _settled(search: Search, found: Found) -> Found:
     """The same plan with its own time instead of a bound, where that is quick to find."""
-    if found.exact or actions(search.plan(found)) > QUICK_ACTIONS:
-        return found
-    return search.exact(found)
+    plan = search.plan(found)
+    found = msgspec.structs.replace(found, runnable=found.runnable or search.able(plan))
+    return found if found.exact or actions(plan) > QUICK_ACTIONS else search.exact(found)
 
 
 def _first_of_each(search: Search, found: Iterable[Found]) -> list[Found]:
@@ -97,7 +97,8 @@ def _behind(best: Found, found: Found) -> str:
     if abs(worse) < 0.0005:
         return "as good" if found.exact else "as good at best"
     if worse < 0:
-        return f"{percent(-worse)} ahead{'' if found.exact else ' at best'}, a tie that goes to the simpler plan"
+        decider = best.merit.decider(found.merit)
+        return f"{percent(-worse)} ahead{'' if found.exact else ' at best'}, a tie that goes to {decider}"
     return f"{'' if found.exact else 'at least '}{percent(worse)} behind"
 
 
@@ -203,11 +204,12 @@ def _memory(search: Search, best: Found, better: list[Found], known: list[Found]
         text.append(f"With {more} more memory, {nearest.label} would be {_better(best, nearest)}.")
     else:
         text.append("More memory would not change the answer.")
-    smaller = sorted((f for f in known if f.lack < min(0.8, 0.8 * best.lack)), key=lambda f: f.score)
+    smaller = [f for f in known if f.lack < min(0.8, 0.8 * best.lack)]
     if smaller:
+        chosen = choose([(found.merit, found) for found in smaller])  # as a search among them would
         text.append(
-            f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {smaller[0].label} needs "
-            f"{percent(1 - smaller[0].lack / best.lack)} less, {_behind(best, _settled(search, smaller[0]))}."
+            f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {chosen.label} needs "
+            f"{percent(1 - chosen.lack / best.lack)} less, {_behind(best, _settled(search, chosen))}."
         )
     return text
 

@@ -22,10 +22,14 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     fix: str = ""
 
     def __str__(self) -> str:
+        return f"{self.reason}; {self.fix}" if self.fix else self.reason
+
+    @property
+    def reason(self) -> str:
+        """Who gives no plan, and why."""
         count = len(self.strategies)
         named = ", ".join(self.strategies) if count <= 4 else f"{', '.join(self.strategies[:3])} and {count - 3} more"
-        text = f"{f'{count} strategies: ' if count > 1 else ''}{named}: {self.why}"
-        return f"{text}; {self.fix}" if self.fix else text
+        return f"{f'{count} strategies: ' if count > 1 else ''}{named}: {self.why}"
 
 
 def reason(error: PlanError) -> str:
@@ -61,15 +65,19 @@ def _said(error: PlanError) -> str:
 
 
 def remedy(question: Question, entry: Strategy) -> str:
-    """Return the nearest number of micro-batches, or else of devices, with which a strategy gives a plan."""
-    if _possible(question, entry):
-        return ""  # it is something else that cannot be
+    """Return the nearest number of micro-batches, or else of replicas, tensor ways or devices, that gives a plan."""
     if _possible(question, entry):
         return ""  # it is something else that cannot be
     divisors = [m for m in range(1, question.batch + 1) if question.batch % m == 0 and m != question.m]
     for m in sorted(divisors, key=lambda m: (abs(m - question.m), m))[:TRIALS]:
         if _possible(question._replace(m=m), entry):
             return f"--m {m} makes it possible"
+    for replicas in _near(question.replicas, question.k):
+        if _possible(question._replace(replicas=replicas), entry):
+            return f"--replicas {replicas} makes it possible"
+    for tensor in _near(question.tensor, question.k):
+        if _possible(question._replace(tensor=tensor), entry):
+            return f"--tensor {tensor} makes it possible"
     cluster = question.cluster
     count = cluster.hosts[0].cores if cluster.elastic else len(cluster.devices)
     # One device is no answer to how several could be used.
@@ -78,6 +86,12 @@ def remedy(question: Question, entry: Strategy) -> str:
         if _possible(question._replace(k=k), entry):
             return f"--k {k} makes it possible"
     return ""
+
+
+def _near(asked: int, most: int) -> list[int]:
+    """Other numbers up to the most, the nearest first; none where nothing was asked."""
+    others = (value for value in range(1, most + 1) if value != asked and asked > 1)
+    return sorted(others, key=lambda value: (abs(value - asked), value))[:TRIALS]
 
 
 def _possible(question: Question, entry: Strategy) -> bool:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from planner.basis.errors import NOTHING_FITS, PlanError
+from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
 from planner.basis.units import size
 from planner.placement.question import Question
 from planner.placement.strategies import Axis, Strategy, all_strategies
@@ -57,7 +57,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
         """The plan that fits and is the fastest, or the simplest of those that are as fast (`planner.search.choice`).
 
         Its gradients are not stale unless `stale` lets them be. Raises `PlanError` (exit 3) with the nearest plans when
-        none fits.
+        none fits, and (exit 2) when there is none at all.
         """
         decided = next((outcome for outcome in self.outcomes if str(outcome.plan) == self.chosen), None)
         if decided is not None:
@@ -87,17 +87,25 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
         return [o for o in fitting if not o.plan.recomputes or identity(o.plan.without_recompute()) not in bare]
 
     def _nothing_fits(self) -> PlanError:
+        if not self.outcomes:
+            return PlanError(
+                what="no plan is possible",
+                where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
+                why="; ".join(rejected.reason for rejected in self.rejected) or "there is no strategy",
+                fix=next((rejected.fix for rejected in self.rejected if rejected.fix), "change K or M"),
+                code=USAGE,
+            )
         nearest = self.outcomes[:3]
         lines = [
             f"{o.plan} needs {size(o.tightest.need_bytes)} on {o.tightest.name}, has {size(o.tightest.has_bytes)}"
             for o in nearest
         ]
-        what = f"{nearest[0].tightest.name} with {size(nearest[0].tightest.need_bytes)}" if nearest else ""
+        what = f"{nearest[0].tightest.name} with {size(nearest[0].tightest.need_bytes)}"
         return PlanError(
             what="no plan fits into memory",
             where=f"cluster '{self.cluster.name}', K={self.k}, M={self.m}",
-            why="; ".join(lines) or "; ".join(map(str, self.rejected)),
-            fix=f"{what} would hold {nearest[0].plan}" if nearest else "change K or M",
+            why="; ".join(lines),
+            fix=f"{what} would hold {nearest[0].plan}",
             code=NOTHING_FITS,
             details=[
                 {"plan": str(o.plan), "peak_bytes": o.peak_bytes, "capacity_bytes": min(o.capacity_bytes)}

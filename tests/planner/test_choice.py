@@ -35,6 +35,15 @@ def test_a_tie_is_the_simplest_then_the_runnable_then_the_smallest() -> None:
     assert choose([(own(1.0, 2), "quick"), (own(1.01, 2), "slow")]) == "quick"
 
 
+def test_a_tie_says_what_decided_it() -> None:
+    """No plan is called simpler than one with as many mechanisms."""
+    one = own(1.0, 2, peak=2.0)
+    assert own(1.01, 1).decider(one) == "the simpler plan"
+    assert own(1.01, 2, peak=3.0).decider(one._replace(runnable=False)) == "the plan that can be run here"
+    assert own(1.01, 2, peak=1.0).decider(one) == "the plan with less memory"
+    assert own(0.99, 2, peak=2.0).decider(one) == "the quicker plan"
+
+
 def test_an_order_that_turns_round_when_durations_are_high_is_a_tie() -> None:
     """5 % slower at the medians, quicker where all durations are high: which is quicker is not known."""
     quick, steady = Merit(1.0, 0.9, 1.3, 3, True, 0.0), Merit(1.05, 0.95, 1.2, 1, True, 0.0)

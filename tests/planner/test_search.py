@@ -21,7 +21,7 @@ from planner.placement.strategies import all_strategies
 from planner.search.bounds import Bounds, bound, plan_bound, plan_lack
 from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
-from planner.search.explain import cheapest_change, explain
+from planner.search.explain import _memory, cheapest_change, explain
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
 from planner.search.search import Answer, Found, Search, State, orders_by_seconds, pareto, slowing
@@ -406,6 +406,18 @@ def test_nothing_fits() -> None:
     needed = math.ceil(3_000 * least)
     costs, cluster, of = example(memory_bytes=needed)
     assert Search(costs, cluster, of).run().leaders, "that much memory does"
+
+
+def test_less_memory_names_the_simplest_of_those_as_good() -> None:
+    """Of two that need less memory and are within a tie, the one with fewer mechanisms would be chosen."""
+    costs, cluster, of = example(memory_bytes=10**9)
+    search = Search(costs, cluster, of)
+    search.run()
+    best = search.leaders[0]
+    some = {"lack": 0.1 * best.lack, "exact": True}
+    quick = msgspec.structs.replace(best, label="quick", score=1.5 * best.score, mechanisms=9, **some)
+    simple = msgspec.structs.replace(best, label="simple", score=1.51 * best.score, mechanisms=1, **some)
+    assert "; simple needs 90.0 % less" in _memory(search, best, [], [quick, simple])[1]
 
 
 def test_everything_is_explained() -> None:
