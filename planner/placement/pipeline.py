@@ -19,6 +19,9 @@ from planner.placement.question import Question
 from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 
+ALONE = "1f1b"
+"""What any schedule that flushes comes to where one device holds all stages: a micro-batch forward and back, the next."""
+
 
 def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced", synchronisation: str = "") -> Plan:
     """Place a schedule's pipeline on K devices: `replicas` of it, `cut` balanced by cost or equal in layers.
@@ -26,6 +29,8 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
     Raises `PlanError` (exit 2) when the numbers do not go together.
     """
     chosen = schedules.get(schedule)
+    if _depth(q) == 1 and chosen.trains and not chosen.asynchronous:
+        chosen, schedule, q = schedules.get(ALONE), ALONE, q._replace(chunks=1)
     chunks = q.chunks or max(chosen.chunks[0], 2 if chosen.placement == "looped" else 1)
     depth = _depth(q)
     shape = schedules.Shape(depth, q.m // q.replicas, chunks)

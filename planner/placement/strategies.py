@@ -162,8 +162,10 @@ def pipedream_replicated(q: Question) -> Plan:
 
 
 def replicas(q: Question, name: str, by: str) -> Plan:
-    """One replica of the whole model per device, synchronised `by` that name."""
-    return placement.pipeline(q._replace(replicas=q.k // q.tensor, chunks=1), name, "1f1b", synchronisation=by)
+    """One replica of the whole model per device, synchronised `by` that name; one alone has nobody to agree with."""
+    count = q.k // q.tensor
+    agreed = by if count > 1 else synchronisation.USUAL
+    return placement.pipeline(q._replace(replicas=count, chunks=1), name, "1f1b", synchronisation=agreed)
 
 
 def _register_the_rest() -> None:

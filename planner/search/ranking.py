@@ -155,10 +155,8 @@ def rank(
         except PlanError as error:
             failed.append((entry, error))
     distinct: dict[tuple[object, ...], Outcome] = {}
-    for outcome in outcomes:  # two names of one plan are one: the first registered that needs least memory
-        known = distinct.setdefault(identity(outcome.plan), outcome)
-        if outcome.peak_bytes < known.peak_bytes:
-            distinct[identity(outcome.plan)] = outcome
+    for outcome in outcomes:  # two names of one plan are one: the first registered
+        distinct.setdefault(identity(outcome.plan), outcome)
     outcomes = list(distinct.values())
     outcomes.sort(key=lambda o: (not o.fits, -o.throughput if o.fits else o.tightest.lack))
     return Ranking(

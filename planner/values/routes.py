@@ -131,7 +131,7 @@ class Routes:
     def _between(self, one: str, other: str) -> nx.Graph[str]:
         """The part of the graph that joins the devices of two hosts: small, however large the cluster."""
         if (one, other) not in self._near:
-            own = {*self.devices_of[one], *self.devices_of[other]}
+            own = dict.fromkeys((*self.devices_of[one], *self.devices_of[other]))  # a set has another order each time
             near: nx.Graph[str] = nx.Graph()
             near.add_nodes_from(own)
             near.add_edges_from(self._backbone)

@@ -68,7 +68,9 @@ def test_the_peak_is_the_allocator_s(measured: Profile, chosen: range) -> None:
     plan = Plan(
         strategy="single",
         schedule="1f1b",
-        stages=(Stage(layers=tuple(layer.name for layer in measured.layers), devices=("d",)),),
+        stages=(
+            Stage(layers=tuple(layer.name for layer in measured.layers), devices=(measured.machine.devices[0].name,)),
+        ),
         microbatches=1,
         batch=SAMPLES,
         recompute_layers=tuple(f"blocks.{i}" for i in chosen),
