@@ -20,7 +20,7 @@ from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 
 ALONE = "1f1b"
-"""What any schedule that flushes comes to where one device holds all stages: a micro-batch forward and back, the next."""
+"""What any schedule that flushes comes to where one device holds all stages: one micro-batch after the other."""
 
 
 def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced", synchronisation: str = "") -> Plan:

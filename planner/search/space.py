@@ -108,7 +108,9 @@ class Candidate(NamedTuple):
 
     @property
     def agreed(self) -> str:
-        """How its replicas agree."""
+        """How its replicas agree; one alone has nobody to agree with."""
+        if self.how.devices == "replicas" and self.copies == 1:
+            return synchronisation.USUAL
         return self.how.synchronisation or self.synchronisation or synchronisation.USUAL
 
     @property
@@ -140,8 +142,7 @@ class Candidate(NamedTuple):
         schedule, agreed = schedules.get(self.how.schedule), synchronisation.get(self.agreed)
         if self.depth > 1:
             return self.shape, agreed.name
-        alone = self.copies == 1 and not agreed.server
-        said = "" if alone else agreed.name
+        said = "" if self.copies == 1 else agreed.name
         return schedule.updates, self.copies, self.tensor_ways, said, self.batch
 
     @property

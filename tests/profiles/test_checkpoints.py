@@ -65,12 +65,11 @@ def allocated(file: ModelFile, chosen: range) -> int:
 
 @pytest.mark.parametrize("chosen", [range(0), range(BLOCKS), range(0, BLOCKS, 2)], ids=["none", "all", "every second"])
 def test_the_peak_is_the_allocator_s(measured: Profile, chosen: range) -> None:
+    layers = tuple(layer.name for layer in measured.layers)
     plan = Plan(
         strategy="single",
         schedule="1f1b",
-        stages=(
-            Stage(layers=tuple(layer.name for layer in measured.layers), devices=(measured.machine.devices[0].name,)),
-        ),
+        stages=(Stage(layers=layers, devices=(measured.machine.devices[0].name,)),),
         microbatches=1,
         batch=SAMPLES,
         recompute_layers=tuple(f"blocks.{i}" for i in chosen),
