@@ -27,13 +27,13 @@ def keeps_gradients(placed: Placed) -> list[bool]:
 def static_bytes(placed: Placed, of: Sequence[StageMemory], rows: int) -> Floats:
     """Return the bytes (rows, kinds) that are always there; `of` are the stages', `rows` those of a program."""
     plan, schedule, shards = placed.plan, placed.schedule, placed.synchronisation.shards
-    static, depth = np.zeros((rows, len(KINDS))), len(of)
+    static = np.zeros((rows, len(KINDS)))
     stay, served = keeps_gradients(placed), bool(placed.synchronisation.server)
     for row, held in enumerate(plan.stages_of[:rows]):
         for stage in held:
             own, n = of[stage], len(placed.holders[stage])
             static[row, _INDEX["parameters"]] += own.parameters / (n if "parameters" in shards else 1)
-            static[row, _INDEX["versions"]] += (schedule.versions(stage, depth) - 1) * own.parameters
+            static[row, _INDEX["versions"]] += (plan.versions(stage) - 1) * own.parameters
             static[row, _INDEX["buffers"]] += own.buffers
             if schedule.trains and not served and not plan.host_optimizer:
                 static[row, _INDEX["optimizer"]] += own.optimizer / (n if "optimizer" in shards else 1)

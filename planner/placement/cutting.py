@@ -64,7 +64,7 @@ def cut_of(q: Question, plan: Plan) -> Cut:
         return Cut(found, squeezed)
 
     homes = tuple(tables.figures(s) for s in range(stages))
-    versions = tuple(schedule.versions(s, stages) for s in range(stages))
+    versions = tuple(map(plan.versions, range(stages)))
     asked = plan.synchronisation, len(plan.stages[0].devices), plan.microbatches, plan.chunks, tables.chosen
     saved = plan.recompute, plan.recompute_layers, plan.recompute_blocks, plan.host_optimizer
     key = "cut", q.cluster.identity, homes, tables.flight, versions, schedule.updates, asked, saved

@@ -72,8 +72,8 @@ class Holding(NamedTuple):
 
 def holding(plan: Plan, stage: int, flight: Flight) -> Holding:
     """Return what a stage of a plan holds."""
-    versions = schedules.get(plan.schedule).versions(stage, len(plan.stages))
-    return Holding(len(plan.stages[stage].devices) // plan.tensor, versions, plan.loaded(stage), flight.of(stage))
+    holders = len(plan.stages[stage].devices) // plan.tensor
+    return Holding(holders, plan.versions(stage), plan.loaded(stage), flight.of(stage))
 
 
 def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:

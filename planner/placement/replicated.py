@@ -169,13 +169,13 @@ def _levels(q: Question, whole: Plan, hosts: Sequence[Sequence[Device]]) -> list
 def _fitting(q: Question, whole: Plan) -> Fits:
     """Return which runs of layers fit as a stage of so many replicas that each hold so many micro-batches."""
     room = float(min(device.memory_bytes for device in q.devices))
-    asynchronous = schedules.get(whole.schedule).asynchronous
+    chosen = schedules.get(whole.schedule)
     known: dict[Holding, NDArray[np.bool_]] = {}
 
     def fits(replicas: int, held: float) -> NDArray[np.bool_]:
         share = -(-q.m // replicas)
         most = min(math.ceil(held), share)
-        versions = math.ceil(held) if asynchronous else 1
+        versions = chosen.versions(0, (replicas, round(held * replicas) - replicas))  # all behind it as one stage
         own = Holding(replicas, versions, q.samples * share, (most, most, 1))
         if own not in known:
             known[own] = stage_bytes(q.profile, whole, own) <= room

@@ -81,7 +81,7 @@ def compute_order(plan: Plan, copies: int | None = None) -> Order:
     for other replicas, each of them still flushes its own pipeline.
     Raises `PlanError` (exit 2) when the schedule cannot arrange them.
     """
-    replicas = () if not plan.uneven else tuple(len(s.devices) // plan.tensor for s in plan.stages)
+    replicas = plan.turns if plan.uneven else ()
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
     shape = Shape(plan.depth, share, plan.chunks, replicas, plan.stage_seconds)
     order = schedules.arrange(plan.schedule, shape)

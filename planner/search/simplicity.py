@@ -107,7 +107,8 @@ def _alike(one: str, other: str, shape: Shape) -> bool:
     a, b = schedules.get(one), schedules.get(other)
     if a.measured or schedules.why_not(a, shape) is not None or (a.placement, a.updates) != (b.placement, b.updates):
         return False
-    return all(a.versions(s, shape.stages) == b.versions(s, shape.stages) for s in range(shape.stages))
+    replicas = shape.replicas or (1,) * shape.stages
+    return all(a.versions(s, replicas) == b.versions(s, replicas) for s in range(shape.stages))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -159,6 +159,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Copies of the pipeline, each with its share of the micro-batches; the most of any stage where uneven."""
         return max(len(stage.devices) for stage in self.stages) // (self.tensor * self._schedule.copies)
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """How many replicas of each stage take micro-batches in turn: of whole pipelines each has its own."""
+        if not self.uneven:
+            return (1,) * len(self.stages)
+        return tuple(len(stage.devices) // self.tensor for stage in self.stages)
+
+    def versions(self, stage: int) -> int:
+        """Return how many versions of its parameters every holder of a stage keeps."""
+        return self._schedule.versions(stage, self.turns)
+
     @functools.cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The devices behind each row of the program: one, or as many as split its tensors.
@@ -350,7 +361,7 @@ def read(path: Path) -> Plan:
 
 def _check_shape(plan: Plan) -> None:
     """Raise `ValueError` when the schedule cannot arrange the plan's stages, or does not place them where they are."""
-    replicas = tuple(len(stage.devices) // plan.tensor for stage in plan.stages) if plan.uneven else ()
+    replicas = plan.turns if plan.uneven else ()
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
     shape = schedules.Shape(plan.depth, share, plan.chunks, replicas)
     reason = schedules.why_not(schedules.get(plan.schedule), shape)

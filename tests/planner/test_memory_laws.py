@@ -11,10 +11,11 @@ from planner.basis.errors import PlanError
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.orders import schedules, synchronisation
+from planner.orders.action import actions
 from planner.orders.schedules import Shape
-from planner.programs.lowering import unroll
+from planner.programs.lowering import compute_order, unroll
 from planner.programs.waits import Linked
-from planner.values.plan import Plan
+from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
 from planner.values.trace import KINDS
 from tests.factory import devices, pipeline, profile, shapes
@@ -137,6 +138,44 @@ def test_pipedream_keeps_a_version_for_every_micro_batch_ahead(p: int) -> None:
     model = model_of(costs, pipeline("pipedream", p, 8)[0])
     versions = model.static[:, KINDS.index("versions")] + model.static[:, KINDS.index("parameters")]
     assert versions.tolist() == [1000.0 * (p - s) for s in range(p)]
+
+
+def of_replicas(schedule: str, replicas: tuple[int, ...], m: int) -> Plan:
+    names = iter(range(sum(replicas)))
+    stages = tuple(
+        Stage(layers=(f"layer{s}",), devices=tuple(f"d{next(names)}" for _ in range(r))) for s, r in enumerate(replicas)
+    )
+    return Plan(strategy="x", schedule=schedule, stages=stages, microbatches=m, batch=m)
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical"])
+@pytest.mark.parametrize("replicas", [(1, 7), (7, 1), (3, 1), (1, 3), (2, 3), (3, 2, 1), (1, 3, 2), (2, 1, 4), (1, 2)])
+def test_uneven_stages_keep_a_version_for_every_update_between(schedule: str, replicas: tuple[int, ...]) -> None:
+    """What a row's own order asks for: every version from that of the oldest micro-batch in flight to the newest.
+
+    A replica updates behind every backward: (1, 7) has 8 micro-batches in flight at stage 0, so 7 versions beside the
+    newest. With vertical sync a micro-batch's backward needs the version of its forward at the input stage; so many
+    turns later as the micro-batches that the input stage takes in between make at the stage.
+    """
+    plan = of_replicas(schedule, replicas, 24)
+    costs = profile([1.0] * len(replicas), message_bytes=10)
+    model = model_of(costs, plan)
+    versions = model.static[:, KINDS.index("versions")] / 1000.0
+    at_input = 0
+    for row, stage in zip(compute_order(plan), [s for s, r in enumerate(replicas) for _ in range(r)], strict=True):
+        read: dict[int, int] = {}
+        updates = most = 0
+        for a in actions(row):
+            if a.op == "F":
+                read[a.microbatch or 0] = updates
+            else:
+                most = max(most, updates - read.pop(a.microbatch or 0))
+                updates += 1
+        at_input = at_input or (most + 1) * replicas[0]
+        expected = most if schedule == "pipedream" else -(-at_input // replicas[stage]) - 1
+        assert plan.versions(stage) == expected + 1
+        assert versions[plan.holders[stage][0]] == expected
+    assert of_replicas("pipedream", (1, 7), 24).versions(0) == 8
 
 
 @pytest.mark.parametrize(("schedule", "own"), [("zb-v", [(0, 3), (1, 2)]), ("interleaved", [(0, 2), (1, 3)])])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from planner.basis.errors import PlanError
@@ -13,13 +15,14 @@ from planner.orders import schedules
 from planner.orders.action import parse
 from planner.orders.edges import Edges, chain
 from planner.orders.schedules import Shape
+from planner.programs.lowering import lower
 from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.proof import prove, stuck
 from planner.programs.waits import Linked
 from planner.simulate.contention import interpret
 from planner.simulate.longest_path import walk
-from planner.values.plan import Plan, Stage
+from planner.values.plan import Plan, Stage, read, to_toml
 from tests.factory import devices, profile
 
 K, M, V = 8, 16, 3
@@ -103,6 +106,24 @@ def test_a_holder_that_does_not_reduce_is_refused() -> None:
         prove(alone, 2)
     assert "a holder does not join" in raised.value.why
     assert ">0REDUCE_GRAD<" in raised.value.where
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "naive"])
+def test_a_replica_without_a_micro_batch_is_refused_as_a_plan(schedule: str, tmp_path: Path) -> None:
+    """Of three replicas that take two micro-batches in turn one has none, and no gradient to reduce.
+
+    Without a flush the third one takes the next step's first.
+    """
+    stages = (Stage(layers=("a",), devices=("d0", "d1", "d2")), Stage(layers=("b",), devices=("d3",)))
+    plan = Plan(strategy="x", schedule=schedule, stages=stages, microbatches=2, batch=2)
+    with pytest.raises(PlanError, match="a stage has 3 replicas, and only 2 of them would get a micro-batch") as raised:
+        lower(plan)
+    assert raised.value.code == 2
+    (tmp_path / "plan.toml").write_text(to_toml(plan))
+    with pytest.raises(PlanError, match="only 2 of them would get a micro-batch"):
+        read(tmp_path / "plan.toml")
+    lower(msgspec.structs.replace(plan, microbatches=3, batch=3))
+    lower(msgspec.structs.replace(plan, schedule="pipedream"))
 
 
 def test_a_long_program_is_not_printed_whole() -> None:

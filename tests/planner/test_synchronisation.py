@@ -266,7 +266,7 @@ def test_staleness_of_pipelines(schedule: str, lags: Callable[[int, int], int], 
     plan, _ = pipeline(schedule, p, m)
     outcome = simulate(profile([1.0] * p), plan, devices(p))
     assert staleness(outcome) == pytest.approx(sum(lags(p, s) for s in range(p)) / p)
-    assert [schedules.get(schedule).versions(s, p) - 1 for s in range(p)] == [lags(p, s) for s in range(p)]
+    assert [schedules.get(schedule).versions(s, (1,) * p) - 1 for s in range(p)] == [lags(p, s) for s in range(p)]
 
 
 @pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical", "pipedream-2bw"])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from planner.orders.codes import Order
 from planner.orders.schedules.registry import Shape, schedule
-from planner.orders.schedules.straight import one_forward_one_backward
+from planner.orders.schedules.straight import in_flight, one_forward_one_backward
 
 
-@schedule("pipedream", updates="microbatch", versions=lambda stage, stages: stages - stage, uneven=True)
+@schedule("pipedream", updates="microbatch", versions=in_flight, uneven=True)
 def pipedream(shape: Shape) -> Order:
     """1F1B without end, an update after every backward (Narayanan et al., SOSP 2019).
 
-    Weight stashing: a micro-batch's backward uses the parameters of its forward, so stage s of p keeps p - s versions.
+    Weight stashing: a micro-batch's backward uses the parameters of its forward. A replica updates after every own
+    backward, so between the two lie as many updates as it has other micro-batches in flight: with the newest it keeps
+    as many versions as micro-batches, p - s at stage s of p.
     """
     return one_forward_one_backward(shape)
 
@@ -23,7 +25,7 @@ def pipedream(shape: Shape) -> Order:
 @schedule(
     "pipedream-vertical",
     updates="microbatch",
-    versions=lambda stage, stages: stages,
+    versions=lambda stage, replicas: -(-in_flight(0, replicas) * replicas[0] // replicas[stage]),
     reads="input stage",
     uneven=True,
 )
@@ -31,7 +33,8 @@ def pipedream_vertical(shape: Shape) -> Order:
     """PipeDream with vertical sync: all stages use the version that the input stage saw.
 
     A micro-batch takes p - s more updates to come back to stage s than to leave stage 0, and s updates to get there,
-    so every stage keeps p versions (Harlap et al., arXiv 1806.03377, section 3.3).
+    so every stage keeps p versions (Harlap et al., arXiv 1806.03377, section 3.3). In general it keeps what the input
+    stage's replicas have in flight together, over its own replicas: it updates once per turn of these.
     """
     return one_forward_one_backward(shape)
 
@@ -42,7 +45,9 @@ def _short(shape: Shape) -> str | None:
     return None
 
 
-@schedule("pipedream-2bw", updates="window", versions=lambda stage, stages: 2, reads="window before", impossible=_short)
+@schedule(
+    "pipedream-2bw", updates="window", versions=lambda stage, replicas: 2, reads="window before", impossible=_short
+)
 def pipedream_2bw(shape: Shape) -> Order:
     """PipeDream with gradients accumulated over M micro-batches and two versions (arXiv 2006.09503)."""
     return one_forward_one_backward(shape)

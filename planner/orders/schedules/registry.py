@@ -5,7 +5,7 @@ A schedule is a function from the shape of a pipeline to the computes of each de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from planner.basis.errors import PlanError, unknown
@@ -37,6 +37,7 @@ class Shape(NamedTuple):
 
 
 Generate = Callable[[Shape], Order]
+Versions = Callable[[int, Sequence[int]], int]
 
 
 Idles = Literal["", "fill and drain", "one at a time"]
@@ -47,8 +48,9 @@ class Schedule(NamedTuple):
 
     `chunks` is the least and the most stages per device (the most is None where there is no limit). `updates` says
     when parameters change: once per step; asynchronously after each micro-batch or each window of M; or never.
-    `versions` is how many versions of its parameters stage s of p keeps; `reads` says which of them a micro-batch's
-    gradient is computed with: the stage's or the input stage's at its forward, or that before the last window.
+    `versions` is how many versions of its parameters stage s keeps, given how many replicas take each stage's
+    micro-batches in turn; `reads` says which of them a micro-batch's gradient is computed with: the stage's or the
+    input stage's at its forward, or that before the last window.
     `splits` tells that input and weight gradients are computed apart. `uneven` schedules can share a stage among
     several devices. `limit` is how many activations of its stages a device may hold, whatever the seconds are, of
     schedules that order by them. `idles` says why devices wait where nothing else makes them: while a pipeline is
@@ -61,7 +63,7 @@ class Schedule(NamedTuple):
     placement: Placement
     chunks: tuple[int, int | None]
     updates: Updates
-    versions: Callable[[int, int], int]
+    versions: Versions
     reads: Reads
     splits: bool
     uneven: bool
@@ -111,7 +113,7 @@ def schedule(
     placement: Placement = "straight",
     chunks: tuple[int, int | None] = (1, 1),
     updates: Updates = "step",
-    versions: Callable[[int, int], int] = lambda stage, stages: 1,
+    versions: Versions = lambda stage, replicas: 1,
     reads: Reads = "own stage",
     splits: bool = False,
     uneven: bool = False,
@@ -150,6 +152,9 @@ def why_not(chosen: Schedule, shape: Shape) -> str | None:
         return f"it needs {allowed} stages per device, not v={shape.chunks}"
     if shape.replicas and not chosen.uneven:
         return "its stages cannot have different numbers of replicas"
+    most = max(shape.replicas, default=1)
+    if shape.microbatches < most and not chosen.asynchronous:
+        return f"a stage has {most} replicas, and only {shape.microbatches} of them would get a micro-batch"
     return chosen.impossible(shape)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.orders.codes import BACKWARD, FORWARD, Codes, Order, join, run, weave
 from planner.orders.schedules.registry import Shape, schedule
 
@@ -64,13 +66,24 @@ def alternating(stage: int, mine: range, warm_up: int) -> Codes:
 def shares(shape: Shape) -> list[tuple[int, range, int]]:
     """Return stage, micro-batches and warm-up of every device.
 
-    A stage's replicas take the micro-batches in turn (PipeDream's 1F1B-RR). Behind and including stage s there are
-    `sum(replicas[s:])` devices to be kept busy, so each of its r replicas holds that over r micro-batches, rounded up:
-    for r = 1 everywhere the `stages - s` of 1F1B, at the input stage PipeDream's NOAM (arXiv 1806.03377).
+    A stage's replicas take the micro-batches in turn (PipeDream's 1F1B-RR); each holds `in_flight` of them.
     """
     replicas = shape.replicas or (1,) * shape.devices
     return [
-        (s, range(j, shape.microbatches, r), min(-(-sum(replicas[s:]) // r), len(range(j, shape.microbatches, r))))
+        (s, range(j, shape.microbatches, r), min(in_flight(s, replicas), len(range(j, shape.microbatches, r))))
         for s, r in enumerate(replicas)
         for j in range(r)
     ]
+
+
+def in_flight(stage: int, replicas: Sequence[int]) -> int:
+    """Return how many micro-batches each replica of a stage has at once, between forward and backward.
+
+    Behind and including stage s there are `sum(replicas[s:])` devices to be kept busy, so each of its r replicas holds
+    that over r micro-batches, rounded up: for r = 1 everywhere the `stages - s` of 1F1B, at the input stage PipeDream's
+    NOAM (arXiv 1806.03377).
+
+    >>> [in_flight(s, (1, 1, 1)) for s in range(3)], [in_flight(s, (1, 7)) for s in range(2)]
+    ([3, 2, 1], [8, 1])
+    """
+    return -(-sum(replicas[stage:]) // replicas[stage])
