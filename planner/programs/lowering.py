@@ -47,8 +47,6 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
                 send_first(way.add(row, share)) if agrees else row for agrees, row in zip(agreeing, rows, strict=True)
             )
             rows = tuple(advance(row, UNSHARD_FORWARD, UNSHARD_BACKWARD) for row in rows)
-            if plan.uneven and share < ONCE:
-                rows = tuple(_whole_turns(plan, row, *held) for row, held in zip(rows, plan.stages_of, strict=True))
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
@@ -57,6 +55,8 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     gathers = [way.gathers and agrees for agrees in agreeing]
     if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)
+        if plan.uneven:
+            rows = tuple(_whole_turns(plan, row, *held) for row, held in zip(rows, plan.stages_of, strict=True))
         rows = tuple(gather(row) if gathered else row for gathered, row in zip(gathers, rows, strict=True))
     last = (OPTIMIZER,) if updates and share >= ONCE else ()
     roles = plan.roles[: len(rows)]
@@ -67,11 +67,11 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
 def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:
     """Leave out the reductions behind the last turn that all of a stage's replicas take: some would wait for ever.
 
-    Replicas take micro-batches in turn (1F1B-RR), and how many are unrolled need not be a multiple of theirs.
+    Replicas take micro-batches in turn (1F1B-RR), and how many are unrolled need not be a multiple of theirs. The
+    updates behind these reductions stay, and use the gradients up.
     """
-    replicas = len(plan.holders[stage])
-    whole = plan.microbatches * windows(plan) // replicas * replicas
-    return row[~(codes.has(row, REDUCE_GRAD) & (codes.microbatches(row) >= whole))]
+    turns = plan.microbatches * windows(plan) // len(plan.holders[stage])
+    return np.delete(row, np.flatnonzero(codes.has(row, REDUCE_GRAD))[turns:])
 
 
 def compute_order(plan: Plan, copies: int | None = None) -> Order:

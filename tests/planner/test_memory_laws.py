@@ -13,9 +13,9 @@ from planner.costs.placed import Placed
 from planner.orders import schedules, synchronisation
 from planner.orders.action import actions
 from planner.orders.schedules import Shape
-from planner.programs.lowering import compute_order, unroll
+from planner.programs.lowering import compute_order, lower, unroll
 from planner.programs.waits import Linked
-from planner.values.plan import Plan, Stage
+from planner.values.plan import Plan, Stage, windows
 from planner.values.profile import Profile
 from planner.values.trace import KINDS
 from tests.factory import devices, pipeline, profile, shapes
@@ -176,6 +176,23 @@ def test_uneven_stages_keep_a_version_for_every_update_between(schedule: str, re
         assert plan.versions(stage) == expected + 1
         assert versions[plan.holders[stage][0]] == expected
     assert of_replicas("pipedream", (1, 7), 24).versions(0) == 8
+
+
+@pytest.mark.parametrize("replicas", [(3, 1), (1, 3), (8, 1), (2, 3), (3, 2, 1), (6, 2, 2, 6)])
+@pytest.mark.parametrize("m", [1, 2, 4, 6, 7, 16])
+def test_uneven_stages_free_the_gradients_of_an_incomplete_turn(replicas: tuple[int, ...], m: int) -> None:
+    """Each backward's gradients are used by an update, those that no whole turn of replicas reduces, too."""
+    plan = of_replicas("pipedream", replicas, m)
+    model = model_of(profile([1.0] * len(replicas), message_bytes=10), plan)
+    kind = KINDS.index("gradients")
+    for row, of in zip(lower(plan).rows, curve(model), strict=True):
+        ops = [a.op for a in row]
+        assert of[-1] == of[0]
+        assert max(point[kind] for point in of) == (1000 if "B" in ops else 0)
+        assert ops.count("B") == ops.count("OPTIMIZER")
+    for own in plan.holders:
+        reduced = {[a.op for a in lower(plan).rows[row]].count("REDUCE_GRAD") for row in own}
+        assert reduced == {m * windows(plan) // len(own) if len(own) > 1 else 0}
 
 
 @pytest.mark.parametrize(("schedule", "own"), [("zb-v", [(0, 3), (1, 2)]), ("interleaved", [(0, 2), (1, 3)])])
