@@ -17,7 +17,7 @@ from planner.placement.cutting import ranges_of, tables_of
 from planner.placement.devices import levels
 from planner.placement.filling import Holding, crossing, stage_bytes
 from planner.placement.hierarchy import Fits, Level, Members, solve
-from planner.placement.pipeline import bucket, tied
+from planner.placement.pipeline import bucket, pipeline, tied
 from planner.placement.question import Question
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Device
@@ -39,14 +39,30 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
     fastest of those that fit, with as many micro-batches in each stage as keep the devices behind it busy. M need not
     be a multiple of any stage's replicas, which take turns (1F1B-RR); only replicas of one whole pipeline each have the
     same share of it. Devices that this leaves over stay idle.
+
+    The partition takes all devices for alike. Where they are not, a pipeline without replicas, whose stages heed every
+    device's speed and memory, is taken if it is quicker.
     """
     most = min(q.k, q.m) if q.k > FEW else q.k
     fewer = range(most, 0, -1) if most <= FEW else [most >> i for i in range(most.bit_length())]
     for count in dict.fromkeys([q.k, *fewer]):
         plan = _on(q._replace(k=count), strategy, schedule)
         if plan is not None:
-            return plan
+            return _or_straight(q, plan)
     raise AssertionError("one device can always hold all stages")
+
+
+def _or_straight(q: Question, plan: Plan) -> Plan:
+    """The better one of a partition and, on unequal devices, of a pipeline without replicas; one that fits, if any."""
+    if len({(device.speed, device.memory_bytes) for device in q.devices}) == 1:
+        return plan
+    alone = q._replace(k=min(q.k, len(q.profile.layers)), replicas=1, chunks=1, tensor=1, synchronisation="")
+    straight = pipeline(alone, plan.strategy, plan.schedule)
+
+    def worth(of: Plan) -> tuple[bool, float]:
+        return not _fits(q, of), evaluate(costs.Placed(q.profile, of, q.cluster)).step_s
+
+    return min(plan, straight, key=worth)
 
 
 FEW = 16

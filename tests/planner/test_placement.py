@@ -130,3 +130,30 @@ def test_rails_of_a_host() -> None:
     cluster = written([[1.0] * 4, [1.0] * 4], across=2.0, inside=8.0)
     between = levels(cluster, cluster.devices)
     assert (between.rails, between.inside_seconds(8.0), between.across_seconds(8.0)) == (1, 1.0, 4.0)
+
+
+@pytest.mark.parametrize("speeds", [[1.0, 4.0, 1.0, 1.0], [4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 4.0]])
+def test_pipedreams_partition_heeds_unequal_devices(speeds: list[float]) -> None:
+    """Eight layers of 2 s: five on the device four times as fast take 2.5 s, one on each of the others 2 s.
+
+    In two equal halves, as the partition would cut for alike devices, each micro-batch takes 4 s.
+    """
+    costs, cluster = profile([1.0] * 8), written([speeds])
+    plan = get("pipedream-replicated").spread(Question(costs, cluster, 4, 32, 32))
+    assert sorted(len(stage.layers) for stage in plan.stages) == [1, 1, 1, 5]
+    assert simulate(costs, plan, cluster).step_s == pytest.approx(32 * 2.5)
+
+
+@given(
+    st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=1, max_size=4),
+    st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=4, max_size=6),
+    st.sampled_from(["pipedream", "1f1b"]),
+)
+def test_pipedreams_partition_is_no_slower_than_without_replicas(
+    speeds: list[float], forward: list[float], schedule: str
+) -> None:
+    costs, cluster, k = profile(forward), written([speeds]), len(speeds)
+    question = Question(costs, cluster, k, 12, 12)
+    plans = [get(name).spread(question) for name in (f"{schedule}-replicated", schedule)]
+    found, straight = (simulate(costs, plan, cluster).step_s for plan in plans)
+    assert len(set(speeds)) == 1 or found <= straight * (1 + 1e-9)
