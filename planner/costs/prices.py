@@ -30,10 +30,12 @@ from planner.orders.edges import Edges
 from planner.orders.operations import OPERATIONS
 from planner.programs.waits import MESSAGES
 from planner.values.cluster import Device, by_size
+from planner.values.plan import replicas_of
 from planner.values.routes import Path
 
-BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("pair", "host", "server"))
-"""Transfers whose price depends on whose they are: each device has its own way to the host or to a server."""
+BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("pair", "tied", "host", "server"))
+"""Transfers whose price depends on whose they are: each device has its own way to the host or to a server, and each
+replica of the pipeline its own devices."""
 
 
 MANY = 4096
@@ -121,19 +123,14 @@ class PriceList:
             return TransferKind(op, stage, source, source, size, seconds, 0.0, flows, lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
-        return self._collective(op, stage)
+        return self._added_up(stage, source) if op == REDUCE_TIED else self._collective(op, stage)
 
     def again(self, kind: TransferKind, source: int, target: int) -> TransferKind:
         """Price the same transfer between other devices."""
         return self.transfer(kind.op, kind.stage if kind.edge < 0 else kind.edge, source, target)
 
     def _collective(self, op: str, stage: int) -> TransferKind:
-        if op == REDUCE_TIED:
-            group = next(group for group in self.plan.tied if group[0] == stage)
-            rows = tuple(dict.fromkeys(row for s in group for row in self.holders[s]))
-            choice, sizes = self._among(rows, collectives.ALL_REDUCE), [self.tied_bytes(group)]
-            busy = seconds = choice.seconds(sizes[0])
-        elif op == REDUCE_GRAD:
+        if op == REDUCE_GRAD:
             passes = collectives.HALF if self.way.shards else collectives.ALL_REDUCE
             choice = self._among(self.holders[stage], passes)
             sizes, ready, end = self._buckets(stage)
@@ -151,6 +148,16 @@ class PriceList:
         lane = 3 * self.holders[stage][0] if choice.groups else -1
         flows = choice.flows(size, calls=len(sizes))
         return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy, early)
+
+    def _added_up(self, stage: int, source: int) -> TransferKind:
+        """An all-reduce of shared parameters' gradients among one replica's rows: those whose stages have them."""
+        group = next(group for group in self.plan.tied if group[0] == stage)
+        replicas = replicas_of(self.holders, len(self.groups))
+        every = dict.fromkeys(row for s in group for row in self.holders[s])
+        rows = tuple(row for row in every if replicas[row] == replicas[source])
+        choice, size = self._among(rows, collectives.ALL_REDUCE), self.tied_bytes(group)
+        seconds, lane = choice.seconds(size), 3 * rows[0] if choice.groups else -1
+        return TransferKind(REDUCE_TIED, stage, source, source, size, seconds, 0.0, choice.flows(size), lane, seconds)
 
     def _computing(self, stage: int) -> float:
         """Seconds that a micro-batch's forward and backward take on a stage's quickest holder.
@@ -292,7 +299,10 @@ class PriceList:
 
         All copies of a host's devices pass its memory.
         """
-        path, through = self._copying(self.groups[row][0], back=back)
+        return self._copied(self.groups[row][0], size, back=back)
+
+    def _copied(self, device: str, size: float, *, back: bool = False) -> tuple[tuple[Flow, ...], float]:
+        path, through = self._copying(device, back=back)
         flows = (Flow(through, size),)
         return flows, max(self.cluster.transfer_seconds(path, size), carrying(self.cluster, flows))
 
@@ -316,14 +326,14 @@ class PriceList:
         """Seconds of an update on the host: gradients down, memory-bound arithmetic, parameters up.
 
         The update reads parameters, gradients and state and writes parameters and state (ZeRO-Offload, arXiv
-        2101.06840, finds the CPU's Adam bound by memory).
+        2101.06840, finds the CPU's Adam bound by memory). All of that passes the memory, which may be slower than the
+        device's link.
         """
         gradients, parameters, moved = self._updated(stage)
         host = next(host for host in self.cluster.hosts if host.name == device.host)
         seconds = moved / host.memory_bytes_per_s
         if copies:
-            path = self._host_path(device.name)
-            seconds += sum(self.cluster.transfer_seconds(path, size) for size in (gradients, parameters))
+            seconds += self._copied(device.name, gradients)[1] + self._copied(device.name, parameters, back=True)[1]
         return seconds
 
     def updating(self, stage: int, row: int) -> tuple[Flow, ...]:

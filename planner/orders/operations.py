@@ -27,8 +27,8 @@ LOAD = "LOAD"
 
 Lane = Literal["compute", "link"]
 Group = Literal["", "pair", "holders", "tied", "server", "host"]
-"""Who joins a transfer: the two ends of an edge; every holder of a stage, the n-th action of each; all holders of the
-stages that share a parameter; a device with a server, or with its host."""
+"""Who joins a transfer: the two ends of an edge; every holder of a stage, the n-th action of each; of each replica of
+the pipeline the holders of the stages that share a parameter; a device with a server, or with its host."""
 
 
 class Role(NamedTuple):

@@ -155,7 +155,7 @@ def _prove_order(linked: Linked) -> None:
 
 
 def _prove_reductions(linked: Linked) -> None:
-    """Whoever holds a stage joins all reductions of its gradients."""
+    """Whoever holds a stage joins all reductions of its gradients; shared ones are added up alike in all replicas."""
     holders = np.array([len(rows) for rows in linked.program.holders])
     for op, _ in linked.planes:
         if OPERATIONS[op].group == "holders" and OPERATIONS[op].awaits == "always":
@@ -164,6 +164,14 @@ def _prove_reductions(linked: Linked) -> None:
             if short.any():
                 position = int(own[short][0])
                 raise disproved(linked, position, f"{linked.actions[position]} waits for ever: a holder does not join")
+        elif OPERATIONS[op].group == "tied":
+            own = np.flatnonzero(codes.has(linked.flat, op))
+            base = int(linked.base[codes.NUMBER[op]])
+            most = linked.parties[base : base + linked.slots(op)].reshape(linked.stages, -1).max(axis=1)
+            short = linked.parties[linked.posts[own]] < most[codes.stages(linked.flat[own])]
+            if short.any():
+                position = int(own[short][0])
+                raise disproved(linked, position, f"{linked.actions[position]} lacks a stage that shares parameters")
 
 
 def stuck(linked: Linked, in_turn: InTurn) -> int:

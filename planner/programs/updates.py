@@ -95,7 +95,13 @@ def optimize(row: Codes, share: int) -> Codes:
 
 
 def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
-    """Add up the gradients of parameters that several stages share, when all of them have theirs."""
+    """Add up the gradients of parameters that several stages share, when all of them have theirs.
+
+    Each replica of the pipeline adds up its own stages'. Behind the reductions over replicas, that is right: the sum
+    over stages of averages over replicas is the average of the replicas' sums. So replicas reduce a stage's gradients
+    as soon as it has them, behind its backward, instead of when the last of the stages has them; Megatron-LM, too,
+    reduces over replicas first (`finalize_model_grads`).
+    """
     held = set(codes.stages(row[codes.has(row, FORWARD)]).tolist())
     mine = [codes.code(REDUCE_TIED, group[0]) for group in tied if held & set(group)]
     return codes.join(row, np.array(mine, np.int64))

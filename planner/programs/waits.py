@@ -23,6 +23,7 @@ from planner.orders.action import Action, actions, grid
 from planner.orders.codes import MICROBATCH, NUMBER, OP, PORT, PORTS, STAGE, STAGES
 from planner.orders.operations import ALONE, ALWAYS, HOLDERS, OPERATIONS, OPS, PAIR, TABLE, TIED, named
 from planner.programs.program import Program
+from planner.values.plan import replicas_of
 
 Ints = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]
@@ -85,10 +86,13 @@ class Linked:
         turns = np.full(2 * len(OPS) * self.stages, -1, np.int64)
         collective = any(OPERATIONS[op].group == "holders" and self.base[NUMBER[op]] >= 0 for op in PLANES)
         gathered = np.full(count if collective else 0, -1, np.int32)
+        # Only what adds up shared parameters asks which replica a row is of: elsewhere nobody looks for the holders.
+        tied = any(OPERATIONS[op].group == "tied" and self.base[NUMBER[op]] >= 0 for op in PLANES)
+        replicas = np.array(replicas_of(program.holders, self.devices) if tied else (), np.int64)
         bad = _link(
             len(self.flat),
             *(self.flat, self.offsets, TABLE, self.edges.kinds, self.edges.stages, self.microbatches, self.base),
-            *(turns, gathered, links),
+            *(turns, gathered, replicas, links),
         )
         if bad >= 0:
             raise disproved(self, bad, f"{self.actions[bad]} has no edge or micro-batch to go along")
@@ -180,10 +184,11 @@ class Linked:
 
 
 @kernel
-def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, links):  # type: ignore[no-untyped-def]
+def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replicas, links):  # type: ignore[no-untyped-def]
     """One pass over all rows. Returns an action that names what is not there, or -1.
 
-    The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last.
+    The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last. What
+    adds up shared parameters joins rows of one replica (`replicas` says of which a row is), and has its number.
     `gathered` is the transfer of every stage's and micro-batch's own gather or reduction.
     """
     posts, waits, copies, parties, source, target, also = links
@@ -235,7 +240,11 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, links)
                         turns[turn] += 1
                         if m >= 0:
                             gathered[base[plane] + stage * last + m] = own
-                    elif group != TIED:
+                    elif group == TIED:
+                        if replicas[d] >= last:
+                            return i
+                        own += replicas[d]
+                    else:
                         if m < 0:
                             return i
                         own += m

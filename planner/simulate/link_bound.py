@@ -38,6 +38,9 @@ SERVED, COPIED = named(group="server"), named(group="host")
 WIDE = 32
 """Of collectives with more flows than that only a few are counted, where every device has links of its own."""
 
+_ROUNDING = 1e-9
+"""What a transfer keeps its engine for beyond its seconds, relative to them, is none: the same buckets, added up."""
+
 
 def link_bound(
     placed: Placed,
@@ -75,7 +78,7 @@ def link_bound(
         mine = used[busy_of[numbers] > 0]
         kind = transfer_kind[mine]
         early = np.array([k.early for k in kinds])
-        hidden = np.array([k.busy > k.seconds for k in kinds])
+        hidden = np.array([k.busy > k.seconds * (1 + _ROUNDING) for k in kinds])
         head = begun[mine] - early[kind]
         order = np.argsort(head)
         rest = np.cumsum(busy_of[kind][order][::-1])[::-1]

@@ -22,7 +22,8 @@ def staleness(outcome: Outcome) -> float:
     is computed with (`Schedule.reads`): PipeDream's stage s of p lacks p - 1 - s, with vertical sync p - 1 (Harlap et
     al., arXiv 1806.03377, section 3.3), PipeDream-2BW's 1 (arXiv 2006.09503). With a parameter server, the other
     workers' pushes between the begin of a worker's pull and its own push: K - 1 for K equal workers (Dutta et al.,
-    arXiv 1803.01113).
+    arXiv 1803.01113). What happens at the same moment happens in the program's order, row by row: a worker's pull
+    sees its own push before it, and not those of the rows behind.
     """
     lags = list(_of_server(outcome)) or list(_of_pipeline(outcome))
     return statistics.fmean(lags) if lags else 0.0
@@ -30,22 +31,22 @@ def staleness(outcome: Outcome) -> float:
 
 def _of_server(outcome: Outcome) -> Iterator[int]:
     plan = outcome.plan
-    pulls: dict[tuple[int, int], list[float]] = defaultdict(list)
-    pushes: dict[int, list[tuple[float, int, int]]] = defaultdict(list)
-    for event in outcome.trace.events:
+    pulls: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
+    pushes: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
+    for place, event in enumerate(outcome.trace.events):  # row by row, each in its program's order
         stage, op, m = parse(event.action)[:3]
         if op == "PULL":
-            pulls[event.device, stage].append(event.ready)
+            pulls[event.device, stage].append((event.ready, place))
         elif op == "PUSH":
-            pushes[stage].append((event.end, event.device, m or 0))
+            pushes[stage].append((event.end, place, event.device, m or 0))
     for stage, every in pushes.items():
-        ends = sorted(end for end, *_ in every)
+        every.sort()
         turn: dict[int, int] = defaultdict(int)
-        for end, device, m in sorted(every):
+        for before, (*_, device, m) in enumerate(every):
             pulled = pulls[device, stage][turn[device]]
             turn[device] += 1
             if steady(plan, m):
-                yield bisect.bisect_left(ends, end) - bisect.bisect_right(ends, pulled)
+                yield before - bisect.bisect_left(every, pulled)
 
 
 def _of_pipeline(outcome: Outcome) -> Iterator[int]:

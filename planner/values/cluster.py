@@ -179,35 +179,50 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
         The last are the hosts' memories, in their order.
         """
         links = [link.bandwidth_bytes_per_s if link.shared else math.inf for link in self.links for _ in range(2)]
-        ports = [self.links[index].bandwidth_bytes_per_s for _, index in self._ports for _ in range(2)]
+        ports = [self.link_of(number).bandwidth_bytes_per_s for _, number in self._ports]
         return (*links, *ports, *(host.memory_bytes_per_s for host in self.hosts))
 
     @cached_property
     def memories(self) -> dict[str, int]:
         """The number under which flows pass each host's memory, by the host's name."""
-        first = 2 * (len(self.links) + len(self._ports))
+        first = 2 * len(self.links) + len(self._ports)
         return {host.name: first + index for index, host in enumerate(self.hosts)}
 
     @cached_property
     def _ports(self) -> dict[tuple[str, int], int]:
-        """By device and index of a link that is not shared: the number of its port out of there; the next one is in."""
-        ends = [
-            (device, index)
-            for index, link in enumerate(self.links)
-            if not link.shared
-            for device in self.routes.devices_of.get(link.between[0], ()) * (link.between[0] == link.between[1])
-            or [end for end in link.between if end in self.routes.host_of]
-        ]
-        return {end: 2 * (len(self.links) + place) for place, end in enumerate(ends)}
+        """The number of every port, by whose it is and the directed link.
+
+        Of a link between two nodes each direction is one, nobody's (""). Of a host's link to itself each of the host's
+        devices has two: what it sends (the link's first number), and what it receives (its second).
+        Between switches that join hosts there is none: what several hosts send meets there.
+        """
+        ends: list[tuple[str, int]] = []
+        for index, link in enumerate(self.links):
+            one, other = link.between
+            if link.shared or (one != other and not {one, other} & self._inside):
+                continue
+            for owner in self.routes.devices_of.get(one, ()) if one == other else ("",):
+                ends += (owner, 2 * index), (owner, 2 * index + 1)
+        return {end: 2 * len(self.links) + place for place, end in enumerate(ends)}
+
+    @cached_property
+    def _inside(self) -> frozenset[str]:
+        """Devices, hosts, and the switches that are linked with one host, or with its devices, alone: its NICs."""
+        home = {host.name: host.name for host in self.hosts} | self.routes.host_of
+        homes: dict[str, set[str]] = {}
+        for one, other in (ends for link in self.links for ends in (link.between, link.between[::-1])):
+            if one not in home and other in home:
+                homes.setdefault(one, set()).add(home[other])
+        return frozenset((*home, *(switch for switch, hosts in homes.items() if len(hosts) == 1)))
 
     def through_ports(self, path: Path, source: str, target: str) -> Path:
-        """Return the path with the ports at its ends, for a device that talks to many at the same time.
+        """Return the path with the ports on it, for a device that talks to many at the same time.
 
-        Links that are not shared disturb no two transfers, but what one device sends or receives over one of them,
-        to or from however many others, passes its port there, at the link's bandwidth.
+        Links that are not shared disturb no two transfers, but what one end (a device, a host or its NIC) sends or
+        receives over one of them, to or from however many others, passes its port there, at the link's bandwidth.
         """
-        out, into = self._ports.get((source, path[0] // 2)), self._ports.get((target, path[-1] // 2))
-        return (*path, *(() if out is None else (out,)), *(() if into is None else (into + 1,)))
+        wanted = (*(("", number) for number in path), (source, path[0]), (target, path[-1] | 1))
+        return (*path, *(self._ports[port] for port in wanted if port in self._ports))
 
     def link_of(self, number: int) -> Link:
         """Return the link of a directed number: both directions have the same figures."""

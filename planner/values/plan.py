@@ -317,6 +317,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return tuple(range(end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
 
 
+def replicas_of(holders: Sequence[tuple[int, ...]], rows: int) -> tuple[int, ...]:
+    """Return which replica of the pipeline each row belongs to: its place among the holders of its stages.
+
+    Of a stage that a pipeline holds twice, both copies count. Rows of stages with different numbers of replicas are all
+    of one, the first.
+
+    >>> replicas_of([(0, 2), (1, 3)], 4)
+    (0, 0, 1, 1)
+    """
+    found = [0] * rows
+    if len({len(own) for own in holders}) == 1:
+        for own in holders:
+            for place, row in enumerate(own):
+                found[row] = place
+    return tuple(found)
+
+
 def windows(plan: Plan) -> int:
     """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on.
 

@@ -76,6 +76,21 @@ def test_copies_share_the_hosts_memory() -> None:
     assert taken[1] == pytest.approx(2 * taken[0])
 
 
+@pytest.mark.parametrize("k", [1, 8])
+def test_updates_bring_no_more_than_the_memory_does(k: int) -> None:
+    """Links of 100 GB/s, a memory of 51.2 GB/s, 0.8 GB of parameters: an update moves 5.6 GB there, and 0.8 each way.
+
+    Copies pass the memory, which is slower than the link: 0.8 / 51.2 + 5.6 / 51.2 + 0.8 / 51.2 = 0.1406 s alone, and 8
+    updates take 8 times that, 57.6 GB / 51.2 GB/s = 1.125 s.
+    """
+    costs = profile([1e-3] * 8, bytes_=[10**8] * 8)
+    cluster = with_host(devices(k, host_bandwidth=1e11, memory_bytes=10**13), memory_bytes_per_s=51.2e9)
+    question = Question(costs, cluster, k, 2 * k, 2 * k)
+    placed = Placed(costs, apply(question, get("data-parallel").spread(question), ("host-optimizer",)), cluster)
+    updates = [e.work for e in simulate(costs, placed.plan, cluster).trace.events if e.op == "OPTIMIZER"]
+    assert updates == pytest.approx([k * 7.2 / 51.2] * k)
+
+
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_optimizers_on_the_host_share_its_memory(k: int) -> None:
     """Each update moves 2 x 1000 + 1000 + 2 x 2000 bytes there, and 1000 each way: 9000 bytes of the memory.

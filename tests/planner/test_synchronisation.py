@@ -14,17 +14,21 @@ from planner.basis.errors import USAGE, PlanError
 from planner.costs.blocks import WORTH_A_COLLECTIVE
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
+from planner.costs.prices import PriceList
 from planner.orders import schedules, synchronisation
 from planner.orders.action import Action, Row, parse
 from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs.lowering import lower, unroll
+from planner.programs.program import Program
+from planner.programs.proof import prove
 from planner.programs.waits import Linked
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.simulate.predict import simulate
 from planner.simulate.staleness import staleness
-from planner.values.hardware import Link
+from planner.values.cluster import Cluster
+from planner.values.hardware import Device, Host, Link
 from planner.values.plan import Plan, Stage, windows
 from planner.values.profile import Profile, Split, Value
 from planner.values.trace import KINDS
@@ -33,6 +37,26 @@ from tests.factory import SIZES, devices, pipeline, profile
 
 def spread(strategy: str, costs: Profile, k: int, m: int, *, batch: int | None = None, **question: Any) -> Plan:
     return get(strategy).spread(Question(costs, devices(k), k, m, batch or m, **question))
+
+
+def joined(one: str, other: str, bandwidth: float, *, shared: bool = True) -> Link:
+    return Link(between=(one, other), latency_s=0.0, bandwidth_bytes_per_s=bandwidth, shared=shared)
+
+
+def hosts(sizes: list[tuple[str, int]], *, nic: float, inside: float, shared: bool = True, at: str = "host") -> Cluster:
+    """Hosts at one switch, of so many devices each; their own link to the switch is the device's, host's or NIC's."""
+    ends = {"device": "{}0", "host": "{}", "nic": "nic-{}"}
+    links = [joined(ends[at].format(name), "switch", nic, shared=shared) for name, _ in sizes]
+    names = [(name, f"{name}{i}") for name, count in sizes for i in range(count)]
+    links += [joined(device, name, inside) for name, device in names if inside]
+    links += [joined(name, f"nic-{name}", 1e15) for name, _ in sizes if at == "nic"]
+    return Cluster(
+        name="hosts",
+        hosts=tuple(Host(name=name, cores=count, memory_bytes=10**13) for name, count in sizes),
+        devices=tuple(Device(name=device, host=name, memory_bytes=10**12) for name, device in names),
+        switches=("switch", *(f"nic-{name}" for name, _ in sizes if at == "nic")),
+        links=tuple(links),
+    )
 
 
 def static(costs: Profile, plan: Plan, row: int = 0) -> dict[str, float]:
@@ -403,12 +427,110 @@ def test_tied_parameters_within_a_stage_cost_nothing() -> None:
 
 
 def test_replicas_of_tied_stages() -> None:
-    """Each replica's two stages and their other replicas all end up with the same sum."""
+    """Every row joins: all of them end up with the same average over replicas of the sum over stages."""
     tied = profile([1.0] * 2, tied=(("w", "layer0", "layer1"),))
     plan = spread("gpipe", tied, 4, 4, replicas=2)
     lower(plan)
     outcome = simulate(tied, plan, devices(4, bandwidth=1000.0))
     assert sorted(e.device for e in outcome.trace.events if e.op == "REDUCE_TIED") == [0, 1, 2, 3]
+
+
+def test_replicas_of_tied_stages_meet_in_their_own_pipeline() -> None:
+    """Rows 0 and 1 are one pipeline, 2 and 3 the other: two all-reduces, each of two rows."""
+    tied = profile([1.0] * 2, tied=(("w", "layer0", "layer1"),))
+    of = Linked(lower(spread("gpipe", tied, 4, 4, replicas=2)))
+    ties = [i for i, action in enumerate(of.actions) if action.op == "REDUCE_TIED"]
+    posts = of.posts[ties].tolist()
+    assert of.row[ties].tolist() == [0, 1, 2, 3]
+    assert posts[0] == posts[1] != posts[2] == posts[3]
+    assert of.parties[posts].tolist() == [2] * 4
+
+
+def test_tied_stages_of_one_host_stay_in_it() -> None:
+    """Two pipelines of two stages, each on a host with a NIC of 1 GB/s; both stages share 1 GB.
+
+    Both stages reduce 1 GB over the NIC in a ring of two, 1 GB each way: 2 s together, from the moment at which the
+    last stage has its gradients (5 ms: 2 micro-batches forward and backward behind the first stage's forward).
+    Each pipeline adds up 1 GB within its host, over links of 100 GB/s: 10 ms. 2.015 s, not 3.005 s with another 1 GB
+    over the NIC.
+    """
+    costs = profile([1e-3] * 2, [1e-3] * 2, message_bytes=0, bytes_=[10**9] * 2, tied=(("w", "layer0", "layer1"),))
+    cluster = hosts([("a", 2), ("b", 2)], nic=1e9, inside=1e11)
+    plan = get("gpipe").spread(Question(costs, cluster, 4, 4, 4, replicas=2, mapping="pipelines"))
+    assert [stage.devices for stage in plan.stages] == [("a0", "b0"), ("a1", "b1")]
+    placed = Placed(costs, plan, cluster)
+    assert simulated_step(placed) == pytest.approx(2.015)
+    assert evaluate(placed).step_s == pytest.approx(2.015)
+
+
+def test_a_device_with_both_tied_stages_adds_up_alone() -> None:
+    """Chimera's outer rows have the first and the last stage: after the reduction over copies nothing is to be sent."""
+    tied = profile([1.0] * 4, bytes_=[10**6] * 4, tied=(("w", "layer0", "layer3"),))
+    plan = spread("chimera", tied, 4, 4)
+    prices = PriceList(Placed(tied, plan, devices(4)))
+    assert plan.tied == ((0, 3),)
+    assert [prices.transfer("REDUCE_TIED", 0, row, row).seconds for row in (0, 3)] == [0.0, 0.0]
+
+
+def test_a_stage_that_does_not_add_up_is_found() -> None:
+    tied = profile([1.0] * 2, tied=(("w", "layer0", "layer1"),))
+    program = lower(spread("gpipe", tied, 4, 4, replicas=2))
+    rows = [[a for a in row if d < 3 or a.op != "REDUCE_TIED"] for d, row in enumerate(program.rows)]
+    with pytest.raises(PlanError, match="0REDUCE_TIED lacks a stage that shares parameters"):
+        prove(Program.of(rows), 4)
+
+
+@pytest.mark.parametrize("at", ["device", "host", "nic"])
+@pytest.mark.parametrize("servers", [("a0",), ("a0", "c0"), ("a0", "b0", "c0", "d0")])
+def test_a_servers_own_link_carries_all_that_it_serves(at: str, servers: tuple[str, ...]) -> None:
+    """Four hosts of one worker each, at a switch over links of 1 GB/s that are not shared, 100 MB of parameters.
+
+    Each of n servers sends 100 / n MB to 3 others at a pull, and gets as much at a push: 0.3 s / n each way, whether
+    the link is the device's, its host's, or its NIC's; and computing takes 2 x 2 ms x 2 samples.
+    """
+    costs = profile([1e-3] * 2, [1e-3] * 2, bytes_=[5 * 10**7] * 2)
+    cluster = hosts([(name, 1) for name in "abcd"], nic=1e9, inside=0.0, shared=False, at=at)
+    plan = Plan(
+        strategy="own",
+        schedule="1f1b",
+        stages=(Stage(layers=("layer0", "layer1"), devices=("a0", "b0", "c0", "d0")),),
+        microbatches=8,
+        batch=8,
+        synchronisation="parameter-server",
+        servers=servers,
+    )
+    placed = Placed(costs, plan, cluster)
+    derived = 2 * 0.3 / len(servers) + 8e-3
+    assert simulated_step(placed) == pytest.approx(derived)
+    assert evaluate(placed).step_s == pytest.approx(derived)
+
+
+def test_links_between_switches_have_no_port() -> None:
+    """What a fabric carries for several hosts at the same time is no one's own: only hosts' links limit a server."""
+    cluster = hosts([(name, 1) for name in "abcd"], nic=1e9, inside=0.0, shared=False, at="host")
+    ends = [("a", "switch"), ("b", "switch"), ("switch", "up"), ("up", "c"), ("up", "d")]
+    links = tuple(joined(*pair, 1e9, shared=False) for pair in ends)
+    cluster = msgspec.structs.replace(cluster, switches=("switch", "up"), links=links)
+    path = cluster.path("a0", "c0")
+    assert len(cluster.through_ports(path, "a0", "c0")) == len(path) + 2 == 5
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_staleness_of_pushes_at_the_same_moment(workers: int) -> None:
+    """Equal workers push and pull in the program's order: between a pull and its push each other one pushes once."""
+    costs = profile([1e-3] * 2, bytes_=[10**7] * 2, optimizer_s=1e-4)
+    cluster = devices(workers, bandwidth=1e11, shared=True)
+    names = tuple(device.name for device in cluster.devices)
+    plan = Plan(
+        strategy="own",
+        schedule="1f1b",
+        stages=(Stage(layers=("layer0", "layer1"), devices=names),),
+        microbatches=workers,
+        batch=workers,
+        synchronisation="parameter-server-async",
+        servers=names,
+    )
+    assert staleness(simulate(costs, plan, cluster)) == workers - 1
 
 
 def test_skip_edges_are_relayed() -> None:
