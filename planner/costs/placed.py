@@ -6,8 +6,10 @@ a cluster or asks which rows hold a stage.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 
+from planner.basis.memo import memoised
 from planner.costs import tensor
 from planner.orders import schedules, synchronisation
 from planner.orders.edges import Edge
@@ -16,6 +18,9 @@ from planner.orders.synchronisation import Synchronisation
 from planner.values.cluster import Cluster, Device
 from planner.values.plan import Plan
 from planner.values.profile import Profile, value_bytes
+
+MANY = 64
+"""Of more devices that serve not every path is compared."""
 
 
 class Placed:
@@ -97,14 +102,69 @@ class Placed:
 
     @cached_property
     def alike(self) -> bool:
-        """Whether one replica of the pipeline stands for all, as far as devices go: one that serves is another sort."""
+        """Whether one replica of the pipeline stands for all: its devices, and the links and hosts that they use.
+
+        A device that serves is another sort.
+        """
         if self.plan.uneven:
             return False
         if self.synchronisation.server == "devices" and set(self.plan.servers) != set(self.plan.device_names):
             return False
-        return len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) == 1
+        if len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) > 1:
+            return False
+        return self.plan.replicas == 1 or len(self._looks) == 1
+
+    @property
+    def _looks(self) -> frozenset[object]:
+        """What replicas look like to what they send: the figures of the links that their transfers pass."""
+        plan, cluster = self.plan, self.cluster
+        homes = [self.schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
+        pairs = {pair for edge in plan.edges for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True)}
+        copies = plan.offload or plan.host_optimizer or self.synchronisation.server == "host"
+        within = tuple(sorted(pair for pair in pairs if pair[0] != pair[1]))
+
+        def make() -> frozenset[object]:
+            starts = range(0, len(plan.groups), plan.depth)
+            replicas = [plan.groups[start : start + plan.depth] for start in starts]
+            return frozenset(
+                (_look(cluster, own, within, copies=copies), _served(cluster, own, plan.servers)) for own in replicas
+            )
+
+        return memoised(cluster, ("looks", plan.groups, within, copies, plan.servers), make)
 
     @property
     def overlaps(self) -> bool:
         """Whether collectives hide behind computing: where devices share cores, they compute on the same ones."""
         return not any(device.shares_cores for device in self.devices)
+
+
+def _look(
+    cluster: Cluster, groups: tuple[tuple[str, ...], ...], pairs: tuple[tuple[int, int], ...], *, copies: bool
+) -> object:
+    """The figures of the links between the rows of one replica, both ways, and if it copies those to its hosts."""
+    between = tuple(
+        cluster.figures(path)
+        for one, other in pairs
+        for a, b in zip(groups[one], groups[other], strict=True)
+        for path in (cluster.path(a, b), cluster.path(b, a))
+    )
+    if not copies:
+        return between
+    routes = cluster.routes
+    rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
+    own = [group[0] for group in groups]
+    return between, tuple((rate[routes.host_of[name]], cluster.figures(routes.to_host(name))) for name in own)
+
+
+def _served(cluster: Cluster, groups: tuple[tuple[str, ...], ...], servers: tuple[str, ...]) -> object:
+    """The figures of the links between one replica's rows and the devices that serve, whatever their order.
+
+    Of very many servers only the links at the rows' own ends are looked at: the links of a device, and of its host.
+    """
+    own = [group[0] for group in groups]
+    if len(servers) > MANY:
+        return tuple((cluster.ends.get(name), cluster.ends.get(cluster.routes.host_of[name])) for name in own)
+    return tuple(
+        frozenset(Counter(cluster.figures(cluster.path(name, server)) for server in servers if server != name).items())
+        for name in own
+    )

@@ -278,13 +278,12 @@ class PriceList:
         return tuple(Flow(self.cluster.through_ports(self.cluster.path(*pair), *pair), size) for pair in ends)
 
     def _all_served(self, op: str, stage: int, each: float) -> float:
-        """Seconds until equally fast workers, who begin together, all have what they pull, or have pushed.
+        """Seconds until workers that are alike, so that they begin together, all have what they pull, or have pushed.
 
         Not known (0) where they do not begin together, or are so many that adding up their flows would take long.
         """
         workers = [row for row in self.holders[stage] if self._ends(op, row)]
-        equal = len({(self.devices[row].speed, self.devices[row].threads) for row in workers}) == 1
-        if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
+        if not self.placed.alike or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
             return 0.0
         ends = [pair for row in workers for pair in self._ends(op, row)]
         return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))

@@ -633,44 +633,19 @@ def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
 
 
 def shares(placed: Placed) -> bool:
-    """Whether the fast interpreter's time is only a bound: what a plan uses has several users, or replicas differ.
+    """Whether the fast interpreter's time is only a bound: what a plan uses has several users.
 
-    Several users have links that are shared, the cores of a host, and servers, which wait for all workers' gradients.
+    Several users have links that are shared, the cores and the memory of a host, and servers, which wait for all
+    workers' gradients.
     """
+    if placed.plan.offload or placed.plan.host_optimizer:
+        return True
     taken, served = placed.cluster, bool(placed.synchronisation.server)
     if len(taken.devices) == 1 and not served:
         return False
     if any(link.shared for link in taken.links) or any(device.shares_cores for device in taken.devices):
         return True
-    return served or not _alike(placed.plan, taken)
-
-
-def _alike(plan: Plan, cluster: Cluster) -> bool:
-    """Whether the links inside every replica of the pipeline, and to its hosts, are as quick as the first one's."""
-    if plan.replicas == 1 or plan.uneven:
-        return True  # of stages with different numbers of replicas all are walked
-
-    def figures(a: str, b: str) -> tuple[object, ...]:
-        links = map(cluster.link_of, cluster.path(a, b))
-        return tuple((link.latency_s, link.bandwidth_bytes_per_s, link.points) for link in links)
-
-    host = {device.name: device.host for device in cluster.devices}
-    copying = {
-        name: (link.latency_s, link.bandwidth_bytes_per_s, link.points)
-        for link in cluster.links
-        for name, other in (link.between, link.between[::-1])
-        if host.get(name) == other
-    }
-    first = [group[0] for group in plan.groups]
-    replicas = [first[start : start + plan.depth] for start in range(0, len(first), plan.depth)]
-    looks = {
-        (
-            tuple(figures(a, b) for a, b in zip(own, (*own[1:], own[0]), strict=True) if a != b),
-            tuple(copying.get(name) for name in own),
-        )
-        for own in replicas
-    }
-    return len(looks) == 1
+    return served
 
 
 def _ranked(found: Iterable[Found]) -> list[Found]:

@@ -97,12 +97,14 @@ def link_seconds(placed: Placed, linked: Linked, prices: Prices) -> float:
 def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
     """Return prices in which replicas that do the same at the same moments share the links that they have in common.
 
-    Replicas whose paths have the same links of several devices, all of them, cannot be told apart: nothing is quicker
-    for one than for the others. So where one begins a message, all do, and each gets its part of the link.
+    Replicas whose paths have the same links of several devices, all of them, and links of their own that are as quick,
+    cannot be told apart: nothing is quicker for one than for the others. So where one begins a message, all do, and
+    each gets its part of the link. Replicas that only their own links tell apart do not begin together.
     """
     bandwidth = placed.cluster.bandwidths
     common = _common(placed.cluster) | set(placed.cluster.memories.values())
-    patterns = zip(*([_pattern(one, common) for one in alike] for alike in everybody if len(alike) > 1), strict=True)
+    look = partial(_pattern, cluster=placed.cluster, common=common)
+    patterns = zip(*(map(look, alike) for alike in everybody if len(alike) > 1), strict=True)
     found = list(patterns)
     same = [replica for replica, pattern in enumerate(found) if pattern == found[0]]
     if len(same) < 2:
@@ -124,8 +126,14 @@ def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
     return prices._replace(kinds=tuple(kinds))
 
 
-def _pattern(kind: TransferKind, common: frozenset[int]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(number for number in flow.path if number in common) for flow in kind.flows)
+def _pattern(kind: TransferKind, cluster: Cluster, common: frozenset[int]) -> tuple[object, ...]:
+    """What a transfer's paths are to others: common links by their numbers, the device's own by how quick they are."""
+    links = 2 * len(cluster.links)
+
+    def own(number: int) -> object:
+        return cluster.figures((number,)) if number < links else cluster.bandwidths[number]
+
+    return tuple(tuple(n if n in common else own(n) for n in flow.path) for flow in kind.flows)
 
 
 def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:

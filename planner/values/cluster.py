@@ -228,6 +228,20 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
         """Return the link of a directed number: both directions have the same figures."""
         return self.links[number // 2]
 
+    def figures(self, path: Path) -> object:
+        """Return what tells how quickly messages pass a path: equal for paths that are as quick, alone or not."""
+        links = map(self.link_of, path)
+        return tuple((link.latency_s, link.bandwidth_bytes_per_s, link.points, link.shared) for link in links)
+
+    @cached_property
+    def ends(self) -> dict[str, object]:
+        """The figures of the links that end at each node."""
+        found: dict[str, set[object]] = {}
+        for index, link in enumerate(self.links):
+            for node in link.between:
+                found.setdefault(node, set()).add(self.figures((2 * index,)))
+        return {node: frozenset(figures) for node, figures in found.items()}
+
     def transfer_seconds(self, path: Path, size: float) -> float:
         """Time of one undisturbed message over the links of `path`: all latencies, and the slowest link's bytes."""
         slowest = max(path, key=lambda number: self.link_of(number).seconds(size))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
-from planner.placement.strategies import all_strategies
+from planner.placement.question import Question
+from planner.placement.strategies import Strategy, all_strategies, get
+from planner.programs.lowering import unroll
+from planner.programs.waits import Linked
 from planner.search.search import Search
 from planner.search.space import Space, candidates, make
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
-from planner.values.cluster import Cluster
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import asynchronous
 from planner.values.profile import Profile
 from tests.factory import hosts_of, profile
@@ -93,3 +99,118 @@ def test_the_order_of_plans_on_slow_networks(nic: float, latency_s: float) -> No
     answer = Search(costs, cluster, of).run()
     assert min(f.step_s for f in answer.leaders) == pytest.approx(min(simpy for *_, simpy in tried))
     assert tau([(first, simpy) for _, first, simpy in tried]) > 0.85
+
+
+def linked_by(
+    own: Sequence[Sequence[float]], nics: Sequence[float], *, inner: Sequence[float] = (), shared: bool = True
+) -> Cluster:
+    """Hosts whose devices have links of these bytes/s (0: none), a link to a switch, and perhaps one to themselves."""
+    hosts = range(len(nics))
+    names = [(f"d{h}{i}", f"h{h}", bandwidth) for h in hosts for i, bandwidth in enumerate(own[h])]
+    ends = [
+        *names,
+        *((f"h{h}", "switch", nics[h]) for h in hosts),
+        *((f"h{h}", f"h{h}", bandwidth) for h, bandwidth in enumerate(inner)),
+    ]
+    return Cluster(
+        name="unequal",
+        hosts=tuple(Host(name=f"h{h}", cores=len(own[h]), memory_bytes=10**13) for h in hosts),
+        devices=tuple(Device(name=name, host=host, memory_bytes=10**12) for name, host, _ in names),
+        switches=("switch",),
+        links=tuple(
+            Link(between=(a, b), latency_s=0.0, bandwidth_bytes_per_s=bandwidth, shared=shared)
+            for a, b, bandwidth in ends
+            if bandwidth
+        ),
+    )
+
+
+@pytest.mark.parametrize("schedule", ["naive", "gpipe"])
+def test_replicas_with_unequal_links_of_their_own_do_not_send_at_once(schedule: str) -> None:
+    """Two pipelines of three stages, a1's PCIe is a tenth of the others': nothing crowds a NIC as if all began at once.
+
+    Every message is 0.1 GB, every pass 1 ms, one micro-batch each. The quick pipeline is at the NIC (1 GB/s) at 12 ms,
+    the other, after 0.1 s over a1's PCIe, at 102 ms. The quick one has 10 MB left by then, both share the NIC until
+    122 ms, and the slow one's 90 MB end at 212 ms. The way back is the same from 124 and 214 ms, so the slow one's
+    gradients are on host 0 at 324 ms; 1 ms backward, 0.1 s over a1's PCIe, 1 ms backward: 426 ms.
+    """
+    layers = [1e-3] * 3
+    costs = msgspec.structs.replace(profile(layers, layers, message_bytes=10**8), batch=2)
+    cluster = linked_by([[1e10, 1e9, 1e10, 1e10], [1e10, 1e10]], [1e9, 1e9])
+    plan = get(schedule).spread(Question(costs, cluster, 6, 2, 2, replicas=2, mapping="stages"))
+    placed = Placed(costs, plan, cluster)
+    assert [stage.devices for stage in plan.stages] == [("d00", "d01"), ("d02", "d03"), ("d10", "d11")]
+    assert simulated_step(placed) == pytest.approx(0.426, abs=1e-5)
+    assert evaluate(placed).step_s <= simulated_step(placed)
+
+
+@pytest.mark.parametrize("microbatches", [8, 16384])
+def test_one_replica_stands_only_for_those_with_equal_links(microbatches: int) -> None:
+    """Nothing is shared, host 1's inner link is 10 MB/s: its replica takes as long as its messages, not as host 0's.
+
+    gpipe in two stages, passes of 8 and 16 ms, messages of 4 MB, of which two are on their way at a time (one receive
+    is posted ahead). Two forward messages take 400 ms and the pass behind the first 8, until the next two are asked
+    for: a round of 408 ms, and of 416 ms backward. The first rounds take 8 + 400 + 2 x 8 ms and 16 + 400 + 2 x 16 ms.
+    """
+    costs = profile([1e-3] * 4, [2e-3] * 4, message_bytes=10**6)
+    costs = msgspec.structs.replace(costs, batch=4 * microbatches)
+    cluster = linked_by([[0, 0], [0, 0]], [1e10, 1e10], inner=[1e10, 1e7], shared=False)
+    question = Question(costs, cluster, 4, microbatches, 4 * microbatches, replicas=2, mapping="pipelines")
+    placed = Placed(costs, get("gpipe").spread(question), cluster)
+    step_s = 0.872 + (microbatches / 4 - 1) * 0.824
+    assert evaluate(placed, Linked(unroll(placed.plan))).step_s == pytest.approx(step_s, abs=1e-6)
+    assert evaluate(placed).step_s == pytest.approx(step_s, abs=1e-6)
+    assert simulate(costs, placed.plan, cluster).samples_s[0] == pytest.approx(step_s, abs=1e-6)
+
+
+@st.composite
+def unequal(pick: st.DrawFn) -> Cluster:
+    """Two hosts whose devices' links, whose NICs and whose memories are not all as quick."""
+    each = pick(st.sampled_from([2, 4]))
+    own = [[pick(st.sampled_from([1e4, 1e3])) for _ in range(each)] for _ in range(2)]
+    cluster = linked_by(own, [pick(st.sampled_from([100.0, 200.0, 1000.0])) for _ in range(2)])
+    rates = [pick(st.sampled_from([2e3, 5e4])) for _ in range(2)]
+    hosts = (
+        msgspec.structs.replace(host, memory_bytes_per_s=rate) for host, rate in zip(cluster.hosts, rates, strict=True)
+    )
+    return msgspec.structs.replace(cluster, hosts=tuple(hosts))
+
+
+@settings(max_examples=60)
+@given(
+    unequal(),
+    st.sampled_from([strategy for strategy in all_strategies() if not strategy.asynchronous]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["", "zero-1", "zero-3", "parameter-server"]),
+    st.sampled_from([(), ("recompute",), ("offload",), ("host-optimizer",)]),
+    st.sampled_from(["", "stages", "pipelines"]),
+    st.integers(0, 2000),
+)
+def test_the_first_look_is_never_above_simpy_on_unequal_links(
+    cluster: Cluster,
+    strategy: Strategy,
+    replicas: int,
+    agreed: str,
+    saved: tuple[str, ...],
+    mapping: str,
+    message: int,
+) -> None:
+    costs = profile([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 2.0, 1.0], message_bytes=message, optimizer_s=0.5)
+    question = Question(
+        costs,
+        cluster,
+        len(cluster.devices),
+        8,
+        8,
+        replicas=replicas,
+        synchronisation=agreed if replicas > 1 else "",
+        savings=saved,
+        mapping=mapping,
+    )
+    try:
+        placed = Placed(costs, strategy.spread(question), cluster)
+        simpy = simulated_step(placed)
+    except PlanError:
+        assume(False)
+        return
+    assert evaluate(placed).step_s <= simpy * (1 + 1e-9)
