@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from itertools import combinations
 
 from planner.basis.memo import memoised
 from planner.costs import tensor
@@ -106,31 +107,58 @@ class Placed:
 
         A device that serves is another sort.
         """
-        if self.plan.uneven:
+        if self.plan.uneven or not self.even:
             return False
-        if self.synchronisation.server == "devices" and set(self.plan.servers) != set(self.plan.device_names):
+        if not self._served_by_devices:
+            return True
+        if set(self.plan.servers) != set(self.plan.device_names):
             return False
+        rows, depth = range(len(self.plan.groups)), self.plan.depth
+        return all(len(set(map(self.served, rows[place::depth]))) == 1 for place in range(depth))
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether the devices of all replicas, and the links of their messages and copies, are as quick."""
         if len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) > 1:
             return False
-        return self.plan.replicas == 1 or len(self._looks) == 1
+        return self.plan.replicas == 1 or self.plan.uneven or len(self._looks) == 1
+
+    @property
+    def _served_by_devices(self) -> bool:
+        return self.synchronisation.server == "devices"
 
     @property
     def _looks(self) -> frozenset[object]:
         """What replicas look like to what they send: the figures of the links that their transfers pass."""
         plan, cluster = self.plan, self.cluster
         homes = [self.schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
-        pairs = {pair for edge in plan.edges for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True)}
+        ends = [(edge.producer, edge.consumer) for edge in plan.edges]
+        ends += [pair for group in plan.tied for pair in combinations(group, 2)]
+        pairs = {pair for one, other in ends for pair in zip(homes[one], homes[other], strict=True)}
         copies = plan.offload or plan.host_optimizer or self.synchronisation.server == "host"
         within = tuple(sorted(pair for pair in pairs if pair[0] != pair[1]))
 
         def make() -> frozenset[object]:
             starts = range(0, len(plan.groups), plan.depth)
-            replicas = [plan.groups[start : start + plan.depth] for start in starts]
-            return frozenset(
-                (_look(cluster, own, within, copies=copies), _served(cluster, own, plan.servers)) for own in replicas
-            )
+            return frozenset(_look(cluster, plan.groups[i : i + plan.depth], within, copies=copies) for i in starts)
 
-        return memoised(cluster, ("looks", plan.groups, within, copies, plan.servers), make)
+        return memoised(cluster, ("looks", plan.groups, within, copies), make)
+
+    def served(self, row: int) -> object:
+        """The figures of the links between a row and the devices that serve, whatever their order.
+
+        Of very many servers only the links at the row's own end are looked at: those of its device, and of its host.
+        Where all devices serve, each has one less than there are, and how many are how far counts, too.
+        """
+        cluster, servers, name = self.cluster, self.plan.servers, self.names[row]
+
+        def make() -> object:
+            if len(servers) > MANY:
+                return cluster.ends.get(name), cluster.ends.get(cluster.routes.host_of[name])
+            found = Counter(cluster.figures(cluster.path(name, server)) for server in servers if server != name)
+            return frozenset(found.items() if len(servers) == len(self.names) else found)
+
+        return memoised(cluster, ("served", name, servers), make)
 
     @property
     def overlaps(self) -> bool:
@@ -154,17 +182,3 @@ def _look(
     rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
     own = [group[0] for group in groups]
     return between, tuple((rate[routes.host_of[name]], cluster.figures(routes.to_host(name))) for name in own)
-
-
-def _served(cluster: Cluster, groups: tuple[tuple[str, ...], ...], servers: tuple[str, ...]) -> object:
-    """The figures of the links between one replica's rows and the devices that serve, whatever their order.
-
-    Of very many servers only the links at the rows' own ends are looked at: the links of a device, and of its host.
-    """
-    own = [group[0] for group in groups]
-    if len(servers) > MANY:
-        return tuple((cluster.ends.get(name), cluster.ends.get(cluster.routes.host_of[name])) for name in own)
-    return tuple(
-        frozenset(Counter(cluster.figures(cluster.path(name, server)) for server in servers if server != name).items())
-        for name in own
-    )

@@ -283,7 +283,8 @@ class PriceList:
         Not known (0) where they do not begin together, or are so many that adding up their flows would take long.
         """
         workers = [row for row in self.holders[stage] if self._ends(op, row)]
-        if not self.placed.alike or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
+        equal = self.placed.even and len(set(map(self.placed.served, workers))) == 1
+        if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
             return 0.0
         ends = [pair for row in workers for pair in self._ends(op, row)]
         return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))

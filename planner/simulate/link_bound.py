@@ -1,5 +1,6 @@
 """What the links alone make a step take: a lower bound that knows of sharing, beside the walk that does not.
 
+A host's memory is such a link, too: copies pass it, and updates on the host.
 Everything that passes a link in a step passes it one after the other, or shares it, which takes as long. No transfer
 begins before the walk says so (its head), and after the last of them the step goes on for at least the shortest of
 their tails. So the step takes, for every link and every moment, at least that moment, and what the link still has to
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +23,11 @@ from planner.costs.flows import latency
 from planner.costs.placed import Placed
 from planner.costs.priced import Prices
 from planner.costs.prices import TransferKind
+from planner.orders import codes
 from planner.orders.codes import FETCH, OP, OPS, STAGE, STAGES
 from planner.orders.operations import named
 from planner.programs.waits import Linked
-from planner.simulate.longest_path import taken
+from planner.simulate.longest_path import taken, timed
 from planner.simulate.network import carried
 from planner.values.cluster import Cluster
 
@@ -59,31 +62,34 @@ def link_bound(
     used = np.flatnonzero((linked.parties > 0) & (waiting > 0))  # what nobody waits for may outlast the step
     numbers = transfer_kind[used]
     counts = np.bincount(numbers, minlength=len(kinds))
-    on_link = _busy(placed.cluster, everybody)
-    total = {link: sum(counts[kind] * busy for kind, busy in users.items()) for link, users in on_link.items()}
+    on_link, on_host = _busy(placed.cluster, everybody), updates(placed, linked, prices)
+    total = _total(on_link, counts, on_host)
     heavy = sorted((busy, link) for link, busy in total.items() if busy > 0)[-LOOKED_AT:]
     if not heavy:
         return 0.0
-    tails = np.full(linked.transfers, -1.0)
+    tails, following = np.full(linked.transfers, -1.0), np.zeros(len(linked.flat) if on_host.places.size else 0)
     _tails(
         len(linked.flat),
         *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies),
         *(len(OPS), prices.shift, prices.by_number),
-        *(taken(prices), transfer_kind, waiting, tails),
+        *(taken(prices), transfer_kind, waiting, tails, following),
     )
     bound = 0.0
     for _, link in heavy:
         busy_of = np.zeros(len(kinds))
-        busy_of[list(on_link[link])] = list(on_link[link].values())
+        busy_of[list(on_link.get(link, ()))] = list(on_link.get(link, {}).values())
         mine = used[busy_of[numbers] > 0]
         kind = transfer_kind[mine]
         early = np.array([k.early for k in kinds])
         hidden = np.array([k.busy > k.seconds * (1 + _ROUNDING) for k in kinds])
-        head = begun[mine] - early[kind]
-        order = np.argsort(head)
-        rest = np.cumsum(busy_of[kind][order][::-1])[::-1]
-        behind = np.where(hidden[kind], 0.0, tails[mine])[order]
-        bound = max(bound, float((head[order] + rest + np.minimum.accumulate(behind[::-1])[::-1]).max()))
+        updating = on_host.busy.get(link, np.zeros(len(on_host.places)))
+        head = np.concatenate((begun[mine] - early[kind], on_host.begun))
+        behind = np.concatenate((np.where(hidden[kind], 0.0, tails[mine]), following[on_host.places]))
+        order = np.flatnonzero(np.concatenate((busy_of[kind], updating)) > 0)
+        order = order[np.argsort(head[order])]
+        rest = np.cumsum(np.concatenate((busy_of[kind], updating))[order][::-1])[::-1]
+        least = np.minimum.accumulate(behind[order][::-1])[::-1]
+        bound = max(bound, float((head[order] + rest + least).max(initial=0.0)))
     return bound
 
 
@@ -91,7 +97,40 @@ def link_seconds(placed: Placed, linked: Linked, prices: Prices) -> float:
     """Return seconds for which the busiest link carries a program's transfers: no steady state is quicker."""
     counts = np.bincount(prices.transfer_kind[linked.parties > 0], minlength=len(prices.kinds))
     on_link = _busy(placed.cluster, everybody(placed, prices, linked.devices))
-    return max((sum(counts[kind] * busy for kind, busy in users.items()) for users in on_link.values()), default=0.0)
+    return max(_total(on_link, counts, updates(placed, linked, prices)).values(), default=0.0)
+
+
+class Updates(NamedTuple):
+    """Updates on hosts: their places in a program, when the walk begins them, how long each keeps each link busy."""
+
+    places: npt.NDArray[np.int64]
+    begun: Floats
+    busy: dict[int, Floats]
+
+
+def updates(placed: Placed, linked: Linked, prices: Prices) -> Updates:
+    """Return a program's updates on hosts, each with those of other replicas at the same place: none on devices."""
+    if not placed.plan.host_optimizer:
+        return Updates(np.zeros(0, np.int64), np.zeros(0), {})
+    places = np.flatnonzero(codes.has(linked.flat, codes.OPTIMIZER))
+    ready, seconds = timed(linked, prices)
+    busy: dict[int, Floats] = defaultdict(lambda: np.zeros(len(places)))
+    bandwidth = placed.cluster.bandwidths
+    stages, rows = codes.stages(linked.flat[places]).tolist(), linked.row[places].tolist()
+    for at, (place, stage, row) in enumerate(zip(places.tolist(), stages, rows, strict=True)):
+        for shift in range(0, len(placed.plan.groups), linked.devices):
+            flows = prices.listing.updating(stage, row + shift)
+            for link, size in carried(flows, seconds[place], bandwidth).items():
+                busy[link][at] += size / bandwidth[link]
+    return Updates(places, ready[places], dict(busy))
+
+
+def _total(on_link: dict[int, dict[int, float]], counts: npt.NDArray[np.int64], on_host: Updates) -> dict[int, float]:
+    """Seconds for which all transfers, so many of each kind, and updates keep each link busy."""
+    total = {link: float(busy.sum()) for link, busy in on_host.busy.items()}
+    for link, users in on_link.items():
+        total[link] = total.get(link, 0.0) + sum(counts[kind] * busy for kind, busy in users.items())
+    return total
 
 
 def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
@@ -184,12 +223,13 @@ def _waiting(linked: Linked) -> npt.NDArray[np.int64]:
 
 
 @kernel
-def _tails(flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind, left, tails):  # type: ignore[no-untyped-def]
+def _tails(flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind, left, tails, following):  # type: ignore[no-untyped-def]
     """Write for how long a step goes on at least behind each transfer: rows are walked from their ends.
 
     `left` counts the actions that wait for a transfer and have not been met yet; what posts a transfer is passed when
-    there is none.
+    there is none. `following` is what goes on behind each action, written where it has room.
     """
+    written = len(following) > 0
     rows = len(offsets) - 1
     at = [offsets[d + 1] - 1 for d in range(rows)]
     met = [offsets[d + 1] for d in range(rows)]
@@ -203,6 +243,8 @@ def _tails(flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind
             i = at[d]
             after = behind[d]
             while i >= offsets[d]:
+                if written:
+                    following[i] = after
                 own = after + seconds[shift[d] + (flat[i] >> STAGE & STAGES) * ops + (flat[i] >> OP)]
                 if i < met[d]:
                     met[d] = i

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.costs.priced import Costs, Prices
+from planner.orders import codes
 from planner.orders.codes import OP, OPS, PORT, PORTS, PUSH, STAGE, STAGES
 from planner.programs.waits import Linked, Numbers, waits_for_ever
 
@@ -88,6 +89,15 @@ def makespan(linked: Linked, prices: Prices) -> Makespan:
     """Return `walk(...).step_s` of a program at its medians, without writing down when everything happens."""
     none = np.zeros(0)
     return _run(linked, prices.shift, prices.by_number, prices, none, none)
+
+
+def timed(linked: Linked, prices: Prices) -> tuple[Floats, Floats]:
+    """Return when each action of a program has what it waits for, and its seconds, at its medians."""
+    flat, ready, end = linked.flat, np.zeros(len(linked.flat)), np.zeros(len(linked.flat))
+    kind = (codes.ports(flat) * linked.stages + codes.stages(flat)) * len(OPS) + codes.ops(flat)
+    seconds = prices.by_number[prices.shift[linked.row] + kind]
+    _run(linked, np.zeros(linked.devices, np.int64), seconds, prices, ready, end)
+    return ready, seconds
 
 
 def _run(
