@@ -123,7 +123,7 @@ def schedule_of(row: Row) -> str:
     name = f"zb-2p-{share:.3f}"
     if name not in schedules.names():
 
-        @schedules.schedule(name, splits=True, measured=True)
+        @schedules.schedule(name, splits=True, limit=lambda shape: 2 * shape.devices)
         def arranged(shape: Shape) -> Order:
             """As many forwards ahead as 2p activations allow, W where nothing else can be done."""
             seconds, homes = np.array(shape.seconds), np.arange(shape.devices)
