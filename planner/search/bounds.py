@@ -291,9 +291,63 @@ def plan_bound(placed: Placed) -> float:
         work = sum(min(_part(way, ranges[s], profile) for way in ways) for s in held) / copies
         way = table.forward[MEDIAN] if splits else ways[0]
         before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return found
+    return max(found, _reducing(placed, ways, seams))
+
+
+def _repeated(table: LayerTable, run: range) -> float:
+    """Seconds of repeating a checkpoint's forward, its last layer as far as needed (`StageCosts.recompute`)."""
+    last = run[-1]
+    again = table.recompute[MEDIAN, last + 1] - table.recompute[MEDIAN, last]
+    return float(table.forward[MEDIAN, last] - table.forward[MEDIAN, run.start] + again)
+
+
+def _reducing(placed: Placed, ways: list[Floats], seams: float) -> float:
+    """Return seconds that gradients between hosts make a plan's step take at least, 0 where they make none.
+
+    A stage whose replicas are on h hosts brings its gradients over h - 1 of them per pass at least, whatever the
+    pattern; all stages' go over the NICs of all these hosts. None begins before the last backward of its stage, and
+    before that come all others of a row that holds it.
+    """
+    plan, agreed = placed.plan, placed.synchronisation
+    if asynchronous(plan) or agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps:
+        return 0.0
+    host_of, bandwidth = placed.cluster.routes.host_of, _leaving(placed.cluster)
+    passes = 1 if "gradients" in agreed.shards else 2
+    leaving, begins, hosts = 0.0, [], set[str]()
+    for s, layers in enumerate(placed.ranges):
+        own = {host_of[name] for row in placed.holders[s] for name in plan.groups[row]}
+        spans = [len({host_of[plan.groups[row][rank]] for row in placed.holders[s]}) for rank in range(plan.tensor)]
+        if max(spans) < 2:
+            continue
+        size = sum(placed.profile.layers[i].gradient_bytes for i in layers)
+        leaving += sum(passes * (count - 1) * size for count in spans)
+        hosts |= own
+        share = plan.microbatches // plan.replicas // placed.schedule.copies
+        speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
+        least = min(_part(way, layers, placed.profile) for way in ways)
+        begins.append((share - 1) * max(0.0, least - seams) / speed)
+    if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
+        return 0.0
+    return min(begins) + leaving / sum(bandwidth[host] for host in hosts)
+
+
+def _leaving(cluster: Cluster) -> dict[str, float]:
+    """Bytes/s that can leave each host: over all its links to nodes outside, infinite where one is not shared."""
+
+    def make() -> dict[str, float]:
+        home = {**cluster.routes.host_of, **{host.name: host.name for host in cluster.hosts}}
+        found = dict.fromkeys((host.name for host in cluster.hosts), 0.0)
+        for link in cluster.links:
+            ends = [home.get(end, "") for end in link.between]
+            if ends[0] != ends[1]:
+                for end in filter(None, ends):
+                    found[end] += link.bandwidth_bytes_per_s if link.shared else float("inf")
+        return found
+
+    return memoised(cluster, "leaving hosts", make)
 
 
 def plan_lack(placed: Placed) -> float:

@@ -514,3 +514,31 @@ def test_both_mappings_are_tried() -> None:
     assert seconds["stages"] != pytest.approx(seconds["pipelines"])
     labels = [f.label for f in both.leaders]
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("agreed", ["all-reduce", "zero-1"])
+def test_gradients_between_hosts_are_in_a_plans_bound(agreed: str) -> None:
+    """On 4 x 4 devices the bound of data parallelism is above half of its step, and below it.
+
+    8 layers of 10 MB over 4 hosts with a link of 125 MB/s each: 2 x 3 / 4 x 80 MB need 0.96 s, a ring of 16 takes
+    2 x 15 / 16 x 80 MB = 1.2 s; computing takes 8 x 3 ms for one sample per device.
+    """
+    hosts = [f"h{i}" for i in range(4)]
+    cluster = Cluster(
+        name="4 x 4",
+        hosts=tuple(Host(name=name, cores=4, memory_bytes=10**12) for name in hosts),
+        devices=tuple(Device(name=f"d{i}", memory_bytes=10**12, host=hosts[i // 4]) for i in range(16)),
+        links=(
+            *(Link(between=(h, h), latency_s=0.0, bandwidth_bytes_per_s=1e10) for h in hosts),
+            *(Link(between=(h, "switch"), latency_s=0.0, bandwidth_bytes_per_s=1.25e8, shared=True) for h in hosts),
+        ),
+        switches=("switch",),
+    )
+    costs = profile([1e-3] * 8, [2e-3] * 8, bytes_=[10**7] * 8, message_bytes=1000)
+    names = ("data-parallel", "gpipe", "zb-h1")
+    of = space(costs, cluster, 32, strategies=names, ks=(16,), ms=(16, 32), synchronisations=(agreed,), savings=((),))
+    for candidate, plan in made(costs, cluster, of):
+        placed = Placed(costs, plan, cluster)
+        assert plan_bound(placed) <= simulated_step(placed) * (1 + 1e-9), plan
+        if candidate.strategy == "data-parallel" and candidate.k == 16 and agreed == "all-reduce":
+            assert plan_bound(placed) >= 0.96
