@@ -148,11 +148,11 @@ def _families(answer: Answer) -> list[str]:
     """Why strategies are not the answer: those that cannot be, do not fit, or may not compete."""
     impossible, too_large, barred = [], [], []
     for family in answer.families:
-        if "+" in family.name or (family.evaluated > family.too_large and not family.why):
+        if "+" in family.name or (family.fitting and not family.why):
             continue
         if family.impossible and not family.evaluated:
             impossible.append((family.name, family.why.partition(" cannot be arranged: ")[2] or family.why))
-        elif family.evaluated and family.evaluated == family.too_large:
+        elif family.too_large and not family.fitting:
             too_large.append(f"{family.name} ({family.too_large} candidates)")
         elif family.why and not family.impossible:
             barred.append((family.name, family.why))

@@ -96,11 +96,15 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a strategy with its savings: how many points, and why they are not the best."""
+    """What became of a strategy with its savings: how many points, and why they are not the best.
+
+    Of those evaluated some are `fitting`; too large are the others, and those that are so by a bound.
+    """
 
     name: str
     points: int = 0
     evaluated: int = 0
+    fitting: int = 0
     slower: int = 0
     too_large: int = 0
     impossible: int = 0
@@ -567,13 +571,18 @@ class Search:
 
     def answer(self) -> Answer:
         """What has been found so far."""
+        unopened = Counter[str]()
+        for number, count in Counter(number for _, number, _ in self.large).items():
+            for candidate in self.blocks[number].at(0, self.space.savings):
+                unopened[candidate.family] += count
         families = [
             Family(
                 name=name,
                 points=c["points"],
                 evaluated=c["evaluated"],
-                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"] - c["outlined"],
-                too_large=c["too large"],
+                fitting=c["evaluated"] + c["outlined"] - c["too large"],
+                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"] - c["outlined"] - unopened[name],
+                too_large=c["too large"] + unopened[name],
                 impossible=c["impossible"],
                 stale=c["stale"],
                 why=self.reasons.get(name, ""),
