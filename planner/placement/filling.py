@@ -103,7 +103,9 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
         kept = np.where(
             checkpoints.within, 0.0, np.where(checkpoints.inside, output, sizes.saved - sizes.output + output)
         )
-        again = np.where(checkpoints.inside, (repeated - 1) * sizes.saved, 0.0)
+        # A backward in halves repeats all of its stage's blocks at once, and keeps them for its second half.
+        times = repeated if schedule.splits else repeated - 1
+        again = np.where(checkpoints.inside, times * sizes.saved, 0.0)
     weights = static + resident * kept + again
     last = len(profile.layers)
     inputs, targets = (
@@ -206,7 +208,7 @@ def _passing(profile: Profile, plan: Plan, shards: int) -> Table:
             blocks_of = repeated_blocks(profile, plan)
             found = {block: _repeated_peak(profile, samples, block) for block in set(blocks_of.values())}
             for i, block in blocks_of.items():
-                peaks[i] = found[block]
+                peaks[i] = max(found[block], sizes.peak[i])
         passing = np.maximum(peaks, layers_bytes(profile).optimizer_peak / shards)
         passing[-1] = max(passing[-1], _loss(profile, samples).peak + sizes.sent[-1])
         return largest(passing)
