@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -191,13 +192,13 @@ class MemoryModel:
         peaks = np.zeros(linked.devices)
         base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
         released = np.zeros(linked.messages if base >= 0 else 0)
+        answers = linked.answers if base >= 0 else linked.party[:0]
         _peaks(
             len(linked.flat),
-            *(linked.flat, linked.offsets, len(OPS), self.static.sum(axis=1), self.change.sum(axis=1)),
-            *(self.inside, self.inside_first, self.gradients, TABLE, self.sizes, linked.microbatches),
-            *(base if base >= 0 else linked.transfers, linked.party, linked.waits, linked.also),
-            *(linked.answers if base >= 0 else linked.party[:0], released),
-            *(np.zeros(linked.stages, np.int64), peaks, levels),
+            _Actions(linked.flat, linked.offsets, linked.party, linked.waits, linked.also, answers),
+            _Bytes(self.change.sum(axis=1), self.inside, self.inside_first, self.gradients, self.sizes),
+            *(self.static.sum(axis=1), TABLE, linked.microbatches, base if base >= 0 else linked.transfers),
+            *(released, np.zeros(linked.stages, np.int64), peaks, levels),
         )
         return peaks
 
@@ -259,16 +260,37 @@ def _fresh(flat, offsets, ops, gradients, held, fresh):  # type: ignore[no-untyp
     return 0
 
 
+class _Actions(NamedTuple):
+    """A linked program's actions and messages (`Linked`), as the walk needs them."""
+
+    flat: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    party: npt.NDArray[np.int32]
+    waits: npt.NDArray[np.int32]
+    also: npt.NDArray[np.int32]
+    answers: npt.NDArray[np.int32]
+
+
+class _Bytes(NamedTuple):
+    """A `MemoryModel`'s bytes, all kinds together; `sizes` are those of each edge's messages."""
+
+    change: Floats
+    inside: Floats
+    inside_first: Floats
+    gradients: Floats
+    sizes: Floats
+
+
 @kernel
-def _peaks(  # type: ignore[no-untyped-def]
-    flat, offsets, width, static, change, inside, inside_first, gradients, ops, sizes, last, back,
-    party, waits, also, answers, released, held, peaks, levels,
-):  # fmt: skip
+def _peaks(actions, size_of, static, ops, last, back, released, held, peaks, levels):  # type: ignore[no-untyped-def]
     """Walk every row; as `MemoryModel.curve`, totals only.
 
     `released` are the bytes of gradients' messages (numbers from `back` on; `sizes` of each edge's) that the arrival of
     a message lets go: those that it answers. It is written and read by the same row.
     """
+    flat, offsets, party, waits, also, answers = actions
+    change, inside, inside_first, gradients, sizes = size_of
+    width = len(ops.posts)
     for d in range(len(offsets) - 1):
         live = peak = static[d]
         for i in range(offsets[d], offsets[d + 1]):

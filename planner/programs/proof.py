@@ -6,7 +6,7 @@ when its last party has posted, even a send (gloo is rendezvous for every size).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from planner.orders.action import Action
 from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OP, Codes
 from planner.orders.operations import OPERATIONS, PAIR, TABLE
 from planner.programs.program import Program
-from planner.programs.waits import MESSAGES, Linked, disproved
+from planner.programs.waits import MESSAGES, Linked, Links, disproved
 
 Marks = npt.NDArray[np.bool_]
 InTurn = Literal["per pair", "per device"]
@@ -176,24 +176,38 @@ def _prove_reductions(linked: Linked) -> None:
 
 def stuck(linked: Linked, in_turn: InTurn) -> int:
     """Return the position of an action that waits for ever under a rule for the order of messages, or -1."""
-    begins = linked.offsets[:-1].copy()
+    parties = linked.parties.copy()
+    links = Links(linked.posts, linked.waits, linked.copies, parties, linked.source, linked.target, linked.also)
+    begins = linked.offsets[:-1]
+    come = _Come(begins.copy(), begins.copy(), begins.copy(), np.zeros(linked.transfers, np.int8))
     return _play(
         len(linked.flat),
-        *(linked.flat, linked.offsets, TABLE, linked.posts, linked.waits, linked.copies, linked.also),
-        *(linked.source, linked.target, linked.parties.copy(), begins, begins.copy(), begins.copy()),
-        *(np.zeros(linked.transfers, np.int8), linked.messages, int(in_turn == "per device")),
+        *(linked.flat, linked.offsets, TABLE, links, come, linked.messages, int(in_turn == "per device")),
     )
 
 
-@kernel
-def _play(  # type: ignore[no-untyped-def]
-    flat, offsets, ops, posts, waits, copies, also, source, target, missing, at, posted, head, done, messages, strict
-):  # fmt: skip
-    """Let every row go on until it waits for a transfer that is not done; again until none moves.
+class _Come(NamedTuple):
+    """How far a program has come.
 
     Of every row, `at` is the action it is at, `posted` the first that has not posted, `head` the first whose message is
-    not done. A message is done when both ends have posted it and, if `strict`, it is the head of both.
+    not done; of every transfer whether it is `done`.
     """
+
+    at: Codes
+    posted: Codes
+    head: Codes
+    done: npt.NDArray[np.int8]
+
+
+@kernel
+def _play(flat, offsets, ops, links, come, messages, strict):  # type: ignore[no-untyped-def]
+    """Let every row go on until it waits for a transfer that is not done; again until none moves.
+
+    A message is done when both ends have posted it and, if `strict`, it is the head of both. Parties that have not
+    posted are counted down.
+    """
+    posts, waits, copies, missing, source, target, also = links
+    at, posted, head, done = come
     rows = len(offsets) - 1
     moved = True
     while moved:

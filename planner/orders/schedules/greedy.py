@@ -107,15 +107,13 @@ def greedy(
     mine = np.argsort(homes, kind="stable")  # the stages of device 0, those of device 1, ...
     behind = np.arange(shape.stages)[::-1]
     ahead = 1 + np.minimum(np.round(rules.ahead * behind), m).astype(np.int64)
-    rows, result = np.zeros(3 * shape.stages * m, np.int64), np.zeros(1)
-    follow = np.concatenate([_follow(row, shape) for row in guide]) if guide else np.zeros(1, np.int64)
-    done = _choose(
-        3 * shape.stages * m * (p + v),
-        *(p, v, m, mine, homes, np.ascontiguousarray(seconds[:, 0]), np.ascontiguousarray(seconds[:, 1])),
-        *(np.ascontiguousarray(seconds[:, 2]), limit, ahead, rules.gap, int(rules.forward_first)),
-        *(np.full(2 * shape.stages * m, np.inf), np.zeros(p), np.zeros(p), rows, result),
-        *(int(bool(guide)), follow, share),
-    )
+    follow = np.concatenate([_follow(row, shape) for row in guide]) if guide else np.zeros(0, np.int64)
+    f, b, w = (np.ascontiguousarray(column) for column in seconds.T)
+    known = _Known(mine, homes, f, b, w, ahead, follow)
+    ends = np.full(2 * shape.stages * m, np.inf)
+    found = _Found(ends, np.zeros(p), np.zeros(p), np.zeros(3 * shape.stages * m, np.int64), np.zeros(1))
+    done = _choose(3 * shape.stages * m * (p + v), p, v, m, float(limit), rules, float(share), known, found)
+    rows, result = found.rows, found.result
     if done < len(rows):
         return (), np.inf
     op, stage, microbatch = rows // (shape.stages * m), rows // m % shape.stages, rows % m
@@ -127,12 +125,42 @@ def _follow(row: Codes, shape: Shape) -> Codes:
     return np.where(has(row, FORWARD), stages(row), shape.stages + stages(row))
 
 
+class _Known(NamedTuple):
+    """What a list schedule goes by.
+
+    `mine` are the stages of device 0, those of device 1, ...; of every stage its device, the seconds of F, I and W, and
+    how many forwards it may be ahead; `follow` is what every device does in a guide's order (F: the stage, I: that
+    behind all stages), empty without one.
+    """
+
+    mine: Codes
+    homes: Codes
+    forward: Seconds
+    input: Seconds
+    weight: Seconds
+    ahead: Codes
+    follow: Codes
+
+
+class _Found(NamedTuple):
+    """What a list schedule writes.
+
+    `end` of every F and I; of every device when it looks for work again and until when it has any; the order; and the
+    makespan.
+    """
+
+    end: Seconds
+    wake: Seconds
+    clock: Seconds
+    rows: Codes
+    result: Seconds
+
+
 @kernel
-def _choose(
-    p: int, v: int, m: int, mine: Codes, homes: Codes, f: Seconds, b: Seconds, w: Seconds, limit: float, ahead: Codes,
-    gap: float, forward_first: int, end: Seconds, wake: Seconds, clock: Seconds, rows: Codes,
-    result: Seconds, guided: int, follow: Codes, share: float,
-) -> int:  # fmt: skip
+def _choose(p: int, v: int, m: int, limit: float, rules: Rules, share: float, known: _Known, found: _Found) -> int:
+    mine, homes, f, b, w, ahead, follow = known
+    end, wake, clock, rows, result = found
+    gap, forward_first, guided = rules.gap, rules.forward_first, len(follow) > 0
     never = np.inf
     stages = p * v
     at = [0] * p
