@@ -161,11 +161,13 @@ def _profile(name: str, digest: str, notes: dict[str, str], nodes: list[_Node]) 
     logits = layers[-1].made[0]
     classes = int(re.findall(r"out_features=(\d+)", layers[-1].op)[-1])
     inputs = sum(v.bytes_at[0][1] for v in values if v.source < 0)
+    machine = cluster_file.read(clusters()[MACHINE])
+    stated = not notes["device"].startswith("not stated")
     return Profile(
         key=ProfileKey(
             model=name,
             source_sha256=digest,
-            device=notes["device"],
+            device=notes["device"] if stated else f"{machine.devices[0].kind} (assumed: see profiles/data/README.md)",
             dtype="float32",
             cores=0,
             torch="not stated by the source",
@@ -183,7 +185,7 @@ def _profile(name: str, digest: str, notes: dict[str, str], nodes: list[_Node]) 
         batch=batch,
         action_s=0.0,
         noise=0.0,
-        machine=cluster_file.read(clusters()[MACHINE]),
+        machine=machine,
     )
 
 

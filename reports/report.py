@@ -16,7 +16,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `cluster` is the hardware that it is for.
     `measured` and `comparison` are there once the plan was run, `ranking` when it was compared with others.
     `environment` maps a label to a text that is already free of host names and paths; `assumptions` are sentences.
-    `command` reproduces the page. `created`, an ISO time, is all that differs between two renderings of one report.
+    `command` reproduces the page: it asks the question again, then writes the page of its answer. `created`, an ISO
+    time, is all that differs between two renderings of one report.
     """
 
     predicted: Outcome

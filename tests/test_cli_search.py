@@ -236,6 +236,7 @@ def edited(tmp_path: Path, name: str, *changes: tuple[str, str]) -> str:
         ("gpipe-k2-m4", (('schedule = "gpipe"', 'schedule = "gpip"'),), USAGE, "did you mean 'gpipe'"),
         ("gpipe-k2-m4", (('"all-reduce"', '"all-reduced"'),), USAGE, "did you mean 'all-reduce'"),
         ("gpipe-k2-m4", (("microbatches = 4", "microbatches = 0"),), ARTEFACT, "must be positive"),
+        ("gpipe-k2-m4", (("bucket_bytes = 0", "bucket_bytes = -5"),), ARTEFACT, "-5 is below 0"),
         ("gpipe-k2-m4", (('"d1"', '"d0"'),), ARTEFACT, "a device holds more than its share"),
         ("gpipe-k2-m4", (("host_optimizer = false", "host_optimizer = true"),), USAGE, "an optimizer on the host"),
         ("zb-h1-k2-m4", (), USAGE, "backward of the weights (W)"),
@@ -419,3 +420,59 @@ def test_what_cannot_be_is_not_said_to_be_too_large(capsys: pytest.CaptureFixtur
     error = failing(capsys, USAGE, *asked)
     assert error["what"] == "no plan is possible"
     assert error["fix"] == fix
+
+
+def test_the_page_has_the_command_that_asked_the_question(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both commands, run again elsewhere in the store, write the same page but for its time."""
+    profile = by_hand()
+    named = Store().name_of(Store().profile_path(None))
+    text(capsys, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe", "--sort", "memory")
+    text(capsys, "report", "--simulated", "--out", "page.html")
+    command = f"plan simulate --k 2 --m 4 --strategy gpipe --profile {named} &amp;&amp; plan report --simulated"
+    page = Path("page.html").read_text()
+    assert command in page
+    assert str(profile.key.cores) in page
+
+
+def test_a_shipped_profile_says_which_device_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("simulate", "--profile", "alexnet", "--k", "2", "--m", "2", "--strategy", "gpipe")
+    text(capsys, *asked)
+    text(capsys, "report", "--simulated", "--out", "page.html")
+    page = Path("page.html").read_text()
+    assert "v100-16 (assumed: see profiles/data/README.md)" in page
+    assert ">Cores<" not in page
+
+
+def test_a_plan_for_other_hardware_is_mapped_and_said_to_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    by_hand()
+    text(capsys, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe")
+    path = edited(tmp_path, "gpipe-k2-m4", ('"d0"', '"gpu0"'), ('"d1"', '"gpu1"'))
+    assert invoke(["simulate", path]) == 0
+    assert "devices mapped, gpu0 to d0, gpu1 to d1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(("servers = []", 'servers = ["d9"]'), "known: h, d0, d1"), (('"d1"', '"dd1"'), "did you mean 'd1'")],
+)
+def test_unknown_devices_of_a_plan_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: tuple[str, str], why: str
+) -> None:
+    by_hand()
+    text(capsys, "simulate", "--k", "2", "--m", "4", "--strategy", "gpipe")
+    assert why in failing(capsys, USAGE, "simulate", edited(tmp_path, "gpipe-k2-m4", change))["why"]
+
+
+def test_more_devices_than_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = factory.profile([1.0] * 9, machine=factory.devices(8))
+    by_hand(layers=profile.layers, values=profile.values)
+    assert "9 devices are asked for" in failing(capsys, DEVICE, "simulate", "--k", "9", "--m", "4")["what"]
+
+
+def test_a_search_says_what_would_make_a_strategy_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    found = text(capsys, "search", "--k", "2", "--m", "1", "--strategy", "gpipe", "--strategy", "tensor-parallel")
+    assert "not possible where it might be better: tensor-parallel: no layer says how its tensors split" in found
+    assert "define splits(model) in the model file" in " ".join(found.split())
+    error = failing(capsys, USAGE, "search", "--k", "2", "--tensor", "2", "--strategy", "gpipe")
+    assert error["fix"] == "--tensor 1 makes it possible"

@@ -15,8 +15,9 @@ from planner.cli.figures import figures
 from planner.cli.unmet import unmet
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
-from planner.search.possible import Rejected, grouped
-from planner.search.search import Answer, Found, Search
+from planner.search.possible import Rejected, grouped, rejections
+from planner.search.search import Answer, Family, Found, Search
+from planner.search.space import Candidate, make, question
 from planner.values.outcome import Outcome
 
 
@@ -26,13 +27,14 @@ def nothing_fits(searching: Search, answer: Answer) -> PlanError:
     if missed is not None:
         return missed
     if answer.complete and not answer.nearest:
-        reasons = grouped((f.name, f.why) for f in answer.families if f.why)
+        of = {f.name: _impossible(searching, f) for f in answer.families if f.why and "+" not in f.name}
+        reasons = grouped((name, why) for name, (why, _) in of.items())
         why = "; ".join(str(Rejected(strategies=names, why=why)) for names, why in reasons) or "there is no candidate"
         return PlanError(
             what="no plan is possible",
             where=f"cluster '{searching.cluster.name}'",
             why=why,
-            fix="allow other K, M or strategies",
+            fix=next((fix for _, fix in of.values() if fix), "allow other K, M or strategies"),
             code=USAGE,
         )
     change = cheapest_change(searching, answer)
@@ -127,7 +129,7 @@ def show(
     if rented:
         stopped = "" if enough else " (stopped: there may be quicker plans)"
         output.results.print(f"time against cost: {'; '.join(front)}{stopped}", markup=False)
-    for line in _families(answer):
+    for line in _families(searching, answer):
         output.results.print(line, markup=False)
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
@@ -144,14 +146,29 @@ def price_words(searching: Search, found: Found) -> str:
     return f"{bound}{seconds(spent)}, {bound}{cost:.3g} for {terms.samples:,} samples"
 
 
-def _families(answer: Answer) -> list[str]:
+def _impossible(searching: Search, family: Family) -> tuple[str, str]:
+    """Why no plan of a family is possible, and with what the first that was tried would be, where that is known."""
+    if not family.example:
+        return family.why, ""
+    candidate = Candidate.parse(family.example)
+    try:
+        make(candidate, searching.profile, searching.cluster)
+    except PlanError as error:
+        asked = question(candidate, searching.profile, searching.cluster)
+        rejected = rejections(asked, [(candidate.how, error)])[0]
+        return rejected.why, rejected.fix
+    return family.why, ""
+
+
+def _families(searching: Search, answer: Answer) -> list[str]:
     """Why strategies are not the answer: those that cannot be, do not fit, or may not compete."""
     impossible, too_large, barred = [], [], []
     for family in answer.families:
         if "+" in family.name or (family.fitting and not family.why):
             continue
         if family.impossible and not family.evaluated:
-            impossible.append((family.name, family.why.partition(" cannot be arranged: ")[2] or family.why))
+            why, fix = _impossible(searching, family)
+            impossible.append((family.name, f"{why}; {fix}" if fix else why))
         elif family.too_large and not family.fitting:
             too_large.append(f"{family.name} ({family.too_large} candidates)")
         elif family.why and not family.impossible:

@@ -16,6 +16,7 @@ from planner import __version__
 from planner.basis.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
 from planner.basis.files import write
 from planner.cli import explain, init, profile, report, run, search, show, simulate
+from planner.cli.line import LINE
 from planner.cli.output import failure
 from planner.store import FOLDER
 
@@ -96,6 +97,7 @@ def main() -> None:
 def invoke(arguments: list[str]) -> int:
     """Run one command and return its exit code; every failure is printed in the same form."""
     as_json = "--json" in arguments
+    LINE.set(tuple(arguments))
     command = next((a for a in arguments if not a.startswith("-")), "")
     try:
         result = app(args=arguments, prog_name="plan", standalone_mode=False)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from planner.basis.errors import ARTEFACT, PlanError
+from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
 from planner.search.ranking import Ranking
 from planner.store import Store
@@ -114,18 +114,33 @@ def meant(reference: str, profile: str | None, cluster: str | None) -> Meant:
 
 
 def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
-    """Return the plan on a cluster's own devices; where it names others, on the first ones in their order.
+    """Return the plan on a cluster's own devices; where it is for other hardware, on the first ones in their order.
 
-    Raises `PlanError` (exit 5) when the cluster has fewer.
+    That is said on stderr. Raises `PlanError` (exit 5) when the cluster has fewer, and (exit 2) with the nearest name
+    for a device that it does not have beside others that it has, and for an unknown host as a server.
     """
     taken = cluster.take(len(plan.device_names)).devices
+    where = f"plan {plan}, cluster '{cluster.name}'"
+    hosts = [host.name for host in cluster.hosts]
+    for name in plan.servers:
+        if name not in plan.device_names and name not in hosts:
+            raise unknown("server", name, [*hosts, *plan.device_names], where=where, fix="correct servers in the plan")
     known = {device.name: device for device in (cluster.devices or taken)}
     if set(plan.device_names) <= known.keys():
         return msgspec.structs.replace(plan, threads=known[plan.device_names[0]].threads)
+    every = set(known)
+    if cluster.elastic:  # it makes as many devices as are asked for
+        every |= {device.name for device in cluster.take(cluster.hosts[0].cores).devices}
+    strangers = [name for name in plan.device_names if name not in every]
+    if 0 < len(strangers) < len(plan.device_names):
+        raise unknown("device", strangers[0], sorted(every), where=where, fix="name the cluster's devices in the plan")
     renamed = dict(zip(plan.device_names, (device.name for device in taken), strict=True))
     stages = tuple(
         msgspec.structs.replace(stage, devices=tuple(renamed[name] for name in stage.devices)) for stage in plan.stages
     )
+    moved = [f"{old} to {new}" for old, new in renamed.items() if old != new]
+    more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+    output.progress.print(f"note: {where}: devices mapped, {', '.join(moved[:3])}{more}", markup=False, soft_wrap=True)
     servers = tuple(renamed.get(name, name) for name in plan.servers)
     return msgspec.structs.replace(plan, stages=stages, servers=servers, threads=taken[0].threads)
 

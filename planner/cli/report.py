@@ -48,7 +48,8 @@ def report(
         if known is None or known.plan != question.plan:
             known = predict(profile, question.plan, question.cluster)
         named = f" --plan {shlex.quote(plan)}" if plan else ""
-        command = f"plan report --simulated{named} --out {shlex.quote(out.name)}"
+        made = f"{ranking.asked} && " if ranking.asked else ""
+        command = f"{made}plan report --simulated{named} --out {shlex.quote(out.name)}"
         page = _write(None, known, profile, with_outcome(ranking, known), question.cluster, out, command)
     else:
         folder, result = store.load_run(run)
@@ -114,7 +115,7 @@ def environment(profile: Profile) -> dict[str, str]:
         "foreplan": __version__,
         "model file": profile.key.model,
         "device": profile.key.device,
-        "cores": str(profile.key.cores),
+        **({"cores": str(profile.key.cores)} if profile.key.cores else {}),
         "dtype": profile.key.dtype,
         "torch": profile.key.torch,
         "Python": profile.key.python,

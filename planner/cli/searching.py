@@ -13,6 +13,7 @@ from planner import __version__
 from planner.basis.errors import PlanError
 from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
+from planner.cli.line import LINE, again
 from planner.cli.opened import opened
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
@@ -105,6 +106,7 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
         stale=question.stale,
         able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
         chosen=str(best.plan),
+        asked=again(LINE.get(), store.name_of(path)),
     )
     store.save_ranking(ranking)
     rented, enough = cost_front(searching, seconds=min(question.seconds, FRONT_S + answer.seconds))

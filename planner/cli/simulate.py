@@ -16,6 +16,7 @@ from planner.cli import output, runnable, tables
 from planner.cli.complete import plans
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
+from planner.cli.line import LINE, again
 from planner.cli.opened import meant, opened
 from planner.cli.options import (
     ChunksOption,
@@ -128,7 +129,7 @@ def simulate(
     else:
         simulated = _ranked(opened(profile, cluster), faults, draws, asked, k, 8 if m is None else m, batch, stale)
     store, path, measured, ranking = simulated
-    store.save_ranking(ranking)
+    store.save_ranking(msgspec.structs.replace(ranking, asked=again(LINE.get(), ranking.profile)))
     rows = tables.arranged(ranking.outcomes, sort, words or ())
     if json:
         output.document("simulate", as_data(ranking, rows, measured, path))
@@ -199,6 +200,7 @@ def _ranked(
     store, path, measured, hardware = where
     batch = measured.batch if batch is None else batch
     check(measured, k=k, m=m, batch=batch)
+    hardware.take(k)
     faulty, failures = faults.on(hardware, [device.name for device in choose(hardware, k)] if any(faults) else ())
     shapes = itertools.product(
         asked["replicas"] or (1,), asked["tensors"] or (1,), asked["chunks"] or (0,), asked["synchronisations"] or ("",)

@@ -38,7 +38,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     """The outcomes: those that fit by throughput, then those that do not by how much they lack.
 
     `able` are the plans, by their labels, that can be run. Where a search has decided, by whatever objective, `chosen`
-    is its best plan's label, and the outcomes are in its order.
+    is its best plan's label, and the outcomes are in its order. `asked` is the command that asks the same again.
     """
 
     k: int
@@ -51,6 +51,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     rejected: tuple[Rejected, ...] = ()
     able: tuple[str, ...] = ()
     chosen: str = ""
+    asked: str = ""
 
     @property
     def best(self) -> Outcome:

@@ -99,6 +99,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a strategy with its savings: how many points, and why they are not the best.
 
     Of those evaluated some are `fitting`; too large are the others, and those that are so by a bound.
+    `example` is the key of the first candidate that is impossible.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     impossible: int = 0
     stale: int = 0
     why: str = ""
+    example: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,6 +203,7 @@ class Search:
         """The key of the candidate that first was each plan."""
         self.families: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: dict[str, str] = {}
+        self.examples: dict[str, str] = {}
         self._count()
         self.queue: list[tuple[float, int, str, Candidate | Found]] = []
         self.leaders: list[Found] = []
@@ -384,6 +387,7 @@ class Search:
         for saved in (candidate.savings, *self.savings.get(candidate.savings, ())):
             family = candidate._replace(savings=saved).family
             self.families[family]["impossible"] += 1
+            self.examples.setdefault(family, candidate._replace(savings=saved).key)
             self.reasons.setdefault(family, why)
 
     def _look(self, candidate: Candidate, bound: float) -> None:
@@ -586,6 +590,7 @@ class Search:
                 impossible=c["impossible"],
                 stale=c["stale"],
                 why=self.reasons.get(name, ""),
+                example=self.examples.get(name, ""),
             )
             for name, c in sorted(self.families.items())
         ]

@@ -16,6 +16,8 @@ import msgspec
 from planner.values.plan import Plan, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
+ROUNDING = 1e-9
+"""Shares of time are sums of floats: below 0 by less than this they are 0."""
 Source = Literal["simulated", "measured", "rehearsed"]
 
 
@@ -91,10 +93,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         There, what a device works per step is what it worked in all the steps of the trace, over their number.
         """
         if self.idle is not None:
-            return self.idle
+            return _whole(self.idle)
         if self.source == "simulated" and self.step_times_s:
             return max(0.0, 1.0 - self._steady(self.trace.computing) - self._steady(self.trace.synchronising))
-        return statistics.median(trace.makespan_bubble for trace in self.steps)
+        return _whole(statistics.median(trace.makespan_bubble for trace in self.steps))
 
     @cached_property
     def synchronising(self) -> float:
@@ -156,6 +158,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         devices = zip(self.trace.devices, self.peak, self.capacity_bytes, strict=False)
         own = (Room(name=name, need_bytes=point.total, has_bytes=has) for name, point, has in devices)
         return max((*own, *self.hosts), key=lambda room: room.lack)
+
+
+def _whole(share: float) -> float:
+    """A share that is 0 where only rounding made it negative."""
+    return 0.0 if -ROUNDING < share < 0 else share
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True):

@@ -109,6 +109,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         strangers = set(self.servers) - set(self.device_names)
         if synchronisation.get(self.synchronisation).server == "devices" and strangers:
             raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
+        if self.bucket_bytes < 0:
+            raise ValueError(f"bucket_bytes: {self.bucket_bytes} is below 0, which means all at once")
         ways = (self.recompute, self.recompute_layers, self.recompute_blocks)
         if sum(map(bool, ways)) > 1:
             raise ValueError("recompute: a plan recomputes whole stages, or blocks, or layers")

@@ -30,13 +30,14 @@ def _profile(report: Report) -> Html:
         ["Measured", profile.created],
         ["Device", key.device],
         ["Type of numbers", key.dtype],
-        ["Cores", str(key.cores)],
         ["Torch", key.torch],
         ["Python", key.python],
         ["Noise of the profile", f"± {percent(profile.noise)}"],
         ["Added per action", seconds(profile.action_s)],
         ["Source, SHA-256", f"{key.source_sha256[:12]}…"],
     ]
+    if key.cores:
+        rows.insert(6, ["Cores", str(key.cores)])
     return tag(
         "div", tag("h3", "The profile"), table(["Fact", "Value"], rows, caption="What was measured, and with what.")
     )

@@ -17,6 +17,7 @@ from planner.costs.priced import Costs, costs_of
 from planner.orders import schedules
 from planner.orders.codes import REDUCE_GRAD
 from planner.orders.schedules import Shape
+from planner.placement import strategies
 from planner.placement.question import Question
 from planner.placement.strategies import all_strategies
 from planner.programs.lowering import lower
@@ -233,3 +234,11 @@ def test_the_peak_names_its_action() -> None:
     """GPipe holds all micro-batches when the first backward begins."""
     outcome = simulate(profile([1.0] * 2, message_bytes=10), pipeline("gpipe", 2, 4)[0], devices(2))
     assert outcome.peak_actions == ("0B0", "1B0")
+
+
+def test_rounding_makes_no_bubble_negative() -> None:
+    costs, cluster = profile([1.0] * 2), devices(1)
+    plan = strategies.get("single").spread(Question(costs, cluster, 1, 1, 1))
+    outcome = simulate(costs, plan, cluster)
+    assert msgspec.structs.replace(outcome, idle=-2.2e-16).bubble == 0.0
+    assert msgspec.structs.replace(outcome, idle=-0.1).bubble == -0.1, "what is wrong is not hidden"
