@@ -261,14 +261,16 @@ def test_plans_that_cannot_be_run(
 def test_the_best_that_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     """`plan run best` takes the best plan that the executor knows, and says so where there is none."""
     by_hand(machine=factory.devices(2))
-    found = data(capsys, "search", "--k", "2", "--strategy", "zb-h2", "--strategy", "1f1b", "--saving", "none")
+    found = data(
+        capsys, "search", "--k", "2", "--replicas", "1", "--strategy", "zb-h2", "--strategy", "1f1b", "--saving", "none"
+    )
     assert found["best"].startswith("zb-h2")
     assert any(plan["runnable"] for plan in found["plans"])
     ranking = Store().load_ranking()
     assert str(ranking.best.plan) == found["best"]
     assert ranking.runnable(able).plan.strategy == "1f1b"
     assert Store().plan("best", able) == ranking.runnable(able).plan
-    data(capsys, "search", "--k", "2", "--strategy", "zb-h2", "--saving", "none")
+    data(capsys, "search", "--k", "2", "--replicas", "1", "--strategy", "zb-h2", "--saving", "none")
     error = failing(capsys, USAGE, "run", "best")
     assert "cannot be run yet" in error["what"]
     assert "plan simulate --k 2" in error["fix"]

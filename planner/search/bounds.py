@@ -101,7 +101,7 @@ class Bounds:
         passes = self._passes(point, block.ms)
         both, n = passes.both, ms / point.copies
         shared = ms * both * point.tensor_ways / point.devices
-        if point.how.asynchronous:
+        if point.asynchronous:
             return shared  # micro-batches of several steps are on their way at once
         if point.how.devices == "chosen" or point.depth < 2:
             return np.maximum(shared, both)

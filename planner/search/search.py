@@ -222,7 +222,7 @@ class Search:
         on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
         scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for number, block in enumerate(self.blocks):
-            if block.point.how.asynchronous and not self.stale:
+            if block.point.asynchronous and not self.stale:
                 continue
             lack = min(bounds.lack(block, agreed, on_host=on_host) for agreed in block.agreed)
             if lack > 1:
@@ -245,7 +245,7 @@ class Search:
             for candidate in block.at(0, self.space.savings):
                 family = candidate.family
                 self.families[family]["points"] += len(block.ms)
-                if block.point.how.asynchronous and not self.stale:
+                if block.point.asynchronous and not self.stale:
                     self.families[family]["stale"] += len(block.ms)
                     self.reasons[family] = "its gradients are stale; --stale lets it compete"
         self.points = sum(counts["points"] for counts in self.families.values())

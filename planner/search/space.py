@@ -114,12 +114,19 @@ class Candidate(NamedTuple):
         return self.how.synchronisation or self.synchronisation or synchronisation.USUAL
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether its steps overlap: by its schedule, or because its replicas do not wait for each other."""
+        return schedules.get(self.how.schedule).asynchronous or synchronisation.get(self.agreed).asynchronous
+
+    @property
     def mechanisms(self) -> int:
         """How many mechanisms its plan has at least (`planner.search.simplicity`)."""
         if self.how.devices == "chosen":
             return 1 + len(self.savings)
         schedule = schedules.get(self.how.schedule)
         stages = self.depth * max(1, self.chunks, schedule.chunks[0])
+        if self.depth == 1 and not schedule.asynchronous:
+            stages = 1  # whatever a schedule would make of one device (`planner.placement.pipeline.ALONE`)
         return len(
             mechanisms_of(
                 schedule,
