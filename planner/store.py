@@ -15,9 +15,9 @@ import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.basis.files import unwritable, write
+from planner.search.answer import Answer, Found
 from planner.search.cost import Terms
 from planner.search.ranking import Ranking
-from planner.search.search import Answer, Found
 from planner.search.space import Space
 from planner.values import plan as plans
 from planner.values.cluster import Cluster

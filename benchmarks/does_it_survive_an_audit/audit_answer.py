@@ -9,8 +9,9 @@ from hardware import FOUR_BY_FOUR, TWO_BY_EIGHT
 from planner.cli.opened import compared_with
 from planner.placement import strategies
 from planner.placement.pipeline import Question
+from planner.search.answer import Answer
 from planner.search.cost import price_per_hour, with_prices
-from planner.search.search import Answer, Search
+from planner.search.search import Search
 from planner.search.space import candidates, space
 from planner.simulate.limits import ideal_bubble
 from planner.simulate.predict import simulate

@@ -13,10 +13,11 @@ from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.unmet import unmet
+from planner.search.answer import Answer, Family, Found
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
 from planner.search.possible import Rejected, grouped, rejections
-from planner.search.search import Answer, Family, Found, Search
+from planner.search.search import Search
 from planner.search.space import Candidate, make, question
 from planner.values.outcome import Outcome
 

@@ -10,8 +10,9 @@ from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
 from planner.cli.answer import nothing_fits
 from planner.cli.searching import asked
+from planner.search.answer import State
 from planner.search.explain import explain as sentences
-from planner.search.search import Search, State
+from planner.search.search import Search
 from planner.simulate.predict import simulate
 from planner.store import Store
 

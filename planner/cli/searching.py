@@ -15,10 +15,11 @@ from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
 from planner.cli.line import LINE, again
 from planner.cli.opened import opened
+from planner.search.answer import Answer, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
 from planner.search.ranking import Ranking, check
-from planner.search.search import Answer, Progress, Search, State
+from planner.search.search import Search
 from planner.search.space import Space, space
 from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.store import Searched, Store

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from planner.basis.errors import NOTHING_FITS, PlanError
+from planner.search.answer import Found
 from planner.search.cost import HOUR_S, Terms
-from planner.search.search import Found, Search
+from planner.search.search import Search
 
 SECONDS = 30.0
 """So long it is searched for what could be met instead."""

@@ -11,8 +11,9 @@ from planner.basis.errors import PlanError
 from planner.basis.units import percent, seconds, size
 from planner.costs.placed import Placed
 from planner.search import objective as objectives
+from planner.search.answer import Answer, Found
 from planner.search.choice import choose
-from planner.search.search import Answer, Found, Search, shares
+from planner.search.search import Search, shares
 from planner.search.space import Candidate
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate

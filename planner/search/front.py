@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from planner.search.answer import Found
 from planner.search.cost import least_price_per_hour, priced
-from planner.search.search import Found, Search
+from planner.search.search import Search
 
 
 def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[Found, ...], bool]:

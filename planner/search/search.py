@@ -24,8 +24,9 @@ from planner.orders import schedules
 from planner.placement import savings, strategies
 from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
+from planner.search.answer import Answer, Family, Found, Progress, State, pareto
 from planner.search.bounds import Bounds, plan_bound, plan_lack
-from planner.search.choice import TIE, Merit, choose
+from planner.search.choice import TIE, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.objective import Reckoned
 from planner.search.simplicity import identity, mechanisms
@@ -48,110 +49,6 @@ MADE = 16
 """Plans that are kept, as a candidate is often looked at again at once."""
 TELL_S = 0.1
 """Seconds between two reports of progress."""
-
-
-class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One evaluated candidate, by its `key`; `label` is its plan's, empty where there is none, and `why` says why.
-
-    `lack` is peak over capacity on the worst device, or on the host named `full`: above 1 it does not fit. `exact` is
-    off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
-    not met. `mechanisms` and `runnable` are what decides between plans that are as good. `squeezed`:
-    memory decided where it is cut. `outlined`: it is too large by a bound, its score and `lack` are bounds, too.
-    `batch` are samples per step.
-    """
-
-    key: str
-    family: str
-    label: str = ""
-    score: float = float("inf")
-    step_s: float = 0.0
-    peak_bytes: float = 0.0
-    lack: float = 0.0
-    full: str = ""
-    exact: bool = False
-    stale: bool = False
-    late: bool = False
-    mechanisms: int = 0
-    runnable: bool = False
-    price_per_hour: float = 0.0
-    squeezed: bool = False
-    batch: int = 1
-    outlined: bool = False
-    why: str = ""
-
-    @property
-    def sample_s(self) -> float:
-        """Seconds per sample: steps of several batches are compared by it."""
-        return self.step_s / self.batch
-
-    @property
-    def merit(self) -> Merit:
-        """What a choice between this and others looks at."""
-        return Merit(self.score, self.score, self.score, self.mechanisms, self.runnable, self.peak_bytes)
-
-    @property
-    def strategy(self) -> str:
-        """The strategy's name."""
-        return Candidate.parse(self.key).strategy
-
-
-class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a strategy with its savings: how many points, and why they are not the best.
-
-    Of those evaluated some are `fitting`; too large are the others, and those that are so by a bound.
-    `example` is the key of the first candidate that is impossible.
-    """
-
-    name: str
-    points: int = 0
-    evaluated: int = 0
-    fitting: int = 0
-    slower: int = 0
-    too_large: int = 0
-    impossible: int = 0
-    stale: int = 0
-    why: str = ""
-    example: str = ""
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a search has found so far: `leaders` begin with the best, then come the others by score.
-
-    The best is the simplest of those that are as good as the quickest. `front` are plans that no other beats in both
-    time and memory, `nearest` those that lack least memory, `late` those that would come nearest to the deadline or the
-    budget.
-    """
-
-    objective: str
-    batches: tuple[int, ...]
-    leaders: tuple[Found, ...]
-    front: tuple[Found, ...]
-    nearest: tuple[Found, ...]
-    late: tuple[Found, ...]
-    families: tuple[Family, ...]
-    points: int
-    evaluated: int
-    simulated: int
-    seconds: float
-    complete: bool
-
-
-class State(msgspec.Struct, kw_only=True):
-    """What a search saves, to be taken up again: `question` identifies it, `done` are its evaluations."""
-
-    question: str
-    done: dict[str, Found] = {}
-
-
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a search is: points seen of all, evaluations per second, seconds that the rest may take at most."""
-
-    seen: int
-    points: int
-    per_second: float
-    remaining_s: float
-    best: str
-    score: float
 
 
 class _Order(NamedTuple):
@@ -670,12 +567,3 @@ def _ranked(found: Iterable[Found]) -> list[Found]:
 
 def _least(kept: list[Found], new: Found, key: Callable[[Found], tuple[object, ...]]) -> list[Found]:
     return sorted([*kept, new], key=key)[:LEADERS]
-
-
-def pareto(found: Iterable[Found]) -> list[Found]:
-    """Keep the plans that no other beats in both time per sample and peak memory."""
-    front: list[Found] = []
-    for one in sorted(found, key=lambda f: (f.sample_s, f.peak_bytes)):
-        if not front or one.peak_bytes < front[-1].peak_bytes:
-            front.append(one)
-    return front
