@@ -28,11 +28,8 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
 
     Raises `PlanError` (exit 2) when the numbers do not go together.
     """
-    chosen = schedules.get(schedule)
-    if _depth(q) == 1 and chosen.trains and not chosen.asynchronous:
-        chosen, schedule, q = schedules.get(ALONE), ALONE, q._replace(chunks=1)
-    chunks = q.chunks or max(chosen.chunks[0], 2 if chosen.placement == "looped" else 1)
     depth = _depth(q)
+    chosen, chunks = arranged(schedules.get(schedule), depth, q.chunks)
     shape = schedules.Shape(depth, q.m // q.replicas, chunks)
     reason = schedules.why_not(chosen, shape)
     if q.m % q.replicas:
@@ -61,6 +58,13 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         seconds = _estimated(seen, plan) if len(choice) > 1 else 0.0
         plans.append((seconds, measured(seen, plan) if chosen.measured else plan))
     return savings.apply(q, min(plans, key=lambda one: one[0])[1], behind)
+
+
+def arranged(schedule: Schedule, depth: int, chunks: int) -> tuple[Schedule, int]:
+    """Return what a schedule comes to on `depth` devices, and its stages per device: of `chunks` 0, its fewest."""
+    if depth == 1 and schedule.trains and not schedule.asynchronous:
+        return schedules.get(ALONE), 1
+    return schedule, chunks or max(schedule.chunks[0], 2 if schedule.placement == "looped" else 1)
 
 
 def _placed(q: Question, trial: Plan, places: tuple[Position, ...]) -> Plan:

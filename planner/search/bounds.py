@@ -14,7 +14,7 @@ from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import static_bytes
-from planner.orders import schedules, synchronisation
+from planner.orders import synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement.devices import choose
 from planner.placement.filling import flight
@@ -97,7 +97,7 @@ class Bounds:
         device's speed counts for all.
         """
         point, ms = block.point, np.array(block.ms)
-        schedule = schedules.get(point.how.schedule)
+        schedule, _ = point.arranged
         passes = self._passes(point, block.ms)
         both, n = passes.both, ms / point.copies
         shared = ms * both * point.tensor_ways / point.devices
@@ -140,7 +140,7 @@ class Bounds:
     def _passes(self, point: Candidate, ms: tuple[int, ...]) -> _Passes:
         """Seconds of passes over the whole model, for each number of micro-batches."""
         speed, threads = _fastest(self.cluster, point.devices)
-        schedule, ways = schedules.get(point.how.schedule), point.tensor_ways
+        (schedule, _), ways = point.arranged, point.tensor_ways
         key = ways, point.devices if ways > 1 else 0, speed, threads, schedule.splits, point.batch, ms
         if key not in self.known:
             profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile

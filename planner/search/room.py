@@ -37,10 +37,9 @@ class Need(NamedTuple):
 def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
     """Return what plans at a point need of `room` bytes per device; `profile` is what each device sees of the model."""
     nothing = Need(0.0, np.zeros(len(profile.layers)))
-    schedule, agreed = schedules.get(point.how.schedule), synchronisation.get(point.agreed)
+    (schedule, chunks), agreed = point.arranged, synchronisation.get(point.agreed)
     if point.how.devices == "chosen" or schedule.asynchronous or not schedule.trains or agreed.asynchronous:
         return nothing
-    chunks = point.chunks or max(schedule.chunks[0], 2 if schedule.placement == "looped" else 1)
     shape = schedules.Shape(point.depth, point.m // point.copies, chunks)
     # Where two copies run against each other, a stage is on two rows.
     if schedule.copies > 1 or schedules.why_not(schedule, shape) is not None or shape.stages > len(profile.layers):
@@ -55,7 +54,7 @@ def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
     sizes = sizes_of(profile, samples)
     keeps = not {"offload", "recompute", "recompute-blocks"} & set(point.savings)
     kept = sizes.saved - sizes.output if keeps else np.zeros(len(static))
-    row, many = most(point.how.schedule, shape)
+    row, many = most(schedule.name, shape)
     every = static.sum() + many * kept.sum()
     weights = 1 / np.array([max(1.0, every[row == r].mean()) for r in range(point.depth)])
     own = weights[row]

@@ -15,6 +15,7 @@ from planner.orders import schedules, synchronisation
 from planner.placement import savings, strategies
 from planner.placement.devices import choose
 from planner.placement.mapping import MAPPINGS, across
+from planner.placement.pipeline import arranged
 from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Strategy
 from planner.search.simplicity import mechanisms_of
@@ -114,6 +115,11 @@ class Candidate(NamedTuple):
         return self.how.synchronisation or self.synchronisation or synchronisation.USUAL
 
     @property
+    def arranged(self) -> tuple[schedules.Schedule, int]:
+        """The schedule that its plan has, and the stages per device: one device alone has nothing to arrange."""
+        return arranged(schedules.get(self.how.schedule), self.depth, self.chunks)
+
+    @property
     def asynchronous(self) -> bool:
         """Whether its steps overlap: by its schedule, or because its replicas do not wait for each other."""
         return schedules.get(self.how.schedule).asynchronous or synchronisation.get(self.agreed).asynchronous
@@ -123,16 +129,13 @@ class Candidate(NamedTuple):
         """How many mechanisms its plan has at least (`planner.search.simplicity`)."""
         if self.how.devices == "chosen":
             return 1 + len(self.savings)
-        schedule = schedules.get(self.how.schedule)
-        stages = self.depth * max(1, self.chunks, schedule.chunks[0])
-        if self.depth == 1 and not schedule.asynchronous:
-            stages = 1  # whatever a schedule would make of one device (`planner.placement.pipeline.ALONE`)
+        schedule, chunks = self.arranged
         return len(
             mechanisms_of(
                 schedule,
                 synchronisation.get(self.agreed),
-                stages=stages,
-                chunks=stages // self.depth,
+                stages=self.depth * chunks,
+                chunks=chunks,
                 tensor=self.tensor_ways,
                 replicas=self.copies,
                 share=self.m // self.copies,
