@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from planner.orders import codes, schedules
-from planner.orders.codes import (
+from planner.orders.operations import (
     BACKWARD,
     FORWARD,
     LOAD,
+    OPERATIONS,
+    OPS,
     OPTIMIZER,
     RECOMPUTE,
     RECV_BACKWARD,
@@ -15,7 +17,6 @@ from planner.orders.codes import (
     SEND_BACKWARD,
     SEND_FORWARD,
 )
-from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.values.plan import Plan, asynchronous
 
@@ -52,7 +53,7 @@ def missing(plan: Plan) -> tuple[str, ...]:
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
     present = codes.extent(flat).present
-    asked = [op for op, count in zip(codes.OPS, present.tolist(), strict=True) if count]
+    asked = [op for op, count in zip(OPS, present.tolist(), strict=True) if count]
     return (
         *(words for words, found in limits.items() if found),
         *(f"{OPERATIONS[op].words} ({op})" for op in asked if op not in PERFORMS),

@@ -12,7 +12,7 @@ import torch
 from executor.launch import launch
 from executor.worker import PATIENCE_S, Job, RankMemory, RankStep, main
 from planner.orders.action import parse
-from planner.orders.codes import REDUCE_GRAD
+from planner.orders.operations import REDUCE_GRAD
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace

@@ -25,7 +25,7 @@ from executor.model_file import ModelFile, load
 from executor.rank import Rank, Stamped
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders.action import Action
-from planner.orders.codes import RECV_FORWARD
+from planner.orders.operations import RECV_FORWARD
 from planner.programs.program import RECEIVES
 from planner.values.plan import Plan
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint

@@ -11,7 +11,7 @@ from hardware import FOUR_BY_FOUR, GB, GBIT, hosts_of
 from planner.costs.collectives import ALL_REDUCE, HALF, Choice, over
 from planner.costs.placed import Placed
 from planner.costs.prices import PriceList
-from planner.orders.codes import RECV_FORWARD, REDUCE_GRAD, UNSHARD_FORWARD
+from planner.orders.operations import RECV_FORWARD, REDUCE_GRAD, UNSHARD_FORWARD
 from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.simulate.contention import simulated_step

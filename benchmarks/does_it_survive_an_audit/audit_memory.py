@@ -11,7 +11,7 @@ from hardware import hosts_of
 
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.orders import codes
+from planner.orders import operations
 from planner.placement import strategies
 from planner.placement.question import Question
 from planner.programs.lowering import unroll
@@ -127,5 +127,5 @@ def loaded() -> Found:
     plan = strategies.get("data-parallel").spread(Question(costs, cluster, 64, 64, 64))
     model = MemoryModel(Placed(costs, plan, cluster), Linked(unroll(plan, replicas=1)))
     inputs, targets = costs.batch_bytes[0][1:]
-    load = codes.NUMBER[codes.LOAD]
+    load = operations.NUMBER[operations.LOAD]
     return Found(float(model.change[load].sum()) / (inputs + targets), 1.0)

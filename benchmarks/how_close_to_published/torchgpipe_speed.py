@@ -21,7 +21,7 @@ from by_hand import Figure, Result, Table
 
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of
-from planner.orders import codes
+from planner.orders import codes, operations
 from planner.programs.lowering import lower
 from planner.programs.program import Program
 from planner.programs.waits import Linked
@@ -86,10 +86,10 @@ def throughput(row: Row) -> float:
     plan = by_hand.plan(*args, recompute=True)
     order = lower(plan).order
     if row.checkpoint == "except_last":
-        order = tuple(r[~(codes.has(r, codes.RECOMPUTE) & (codes.microbatches(r) == 0))] for r in order)
+        order = tuple(r[~(codes.has(r, operations.RECOMPUTE) & (codes.microbatches(r) == 0))] for r in order)
     program = Program(order)
     linked = Linked(program)
-    linked.waits = np.where(codes.has(linked.flat, codes.RECOMPUTE), -1, linked.waits)
+    linked.waits = np.where(codes.has(linked.flat, operations.RECOMPUTE), -1, linked.waits)
     return row.batch / walk(costs_of(Placed(profile, plan, cluster), linked)).step_s
 
 

@@ -19,7 +19,7 @@ from by_hand import GIB, Figure, Result, Table, layer
 
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.orders import codes, schedules
+from planner.orders import operations, schedules
 from planner.orders.codes import Order
 from planner.orders.schedules import Shape
 from planner.orders.schedules.greedy import Rules, greedy
@@ -209,7 +209,7 @@ def bubble_rate(row: Row, schedule: str | None = None) -> float:
     """Ours, by the authors' definition. The optimizer is no part of it."""
     cluster = cluster_of(row)
     profile, plan = planned(row, cluster, schedule)
-    span = by_hand.span(by_hand.priced(profile, plan, cluster), codes.COMPUTES)
+    span = by_hand.span(by_hand.priced(profile, plan, cluster), operations.COMPUTES)
     return 1 - row.microbatches * sum(row.seconds) / span
 
 
@@ -220,7 +220,7 @@ def throughput(row: Row) -> float:
     """
     cluster = cluster_of(row, measured=True)
     profile, plan = planned(row, cluster)
-    span = by_hand.span(by_hand.priced(profile, plan, cluster), (*codes.COMPUTES, codes.OPTIMIZER))
+    span = by_hand.span(by_hand.priced(profile, plan, cluster), (*operations.COMPUTES, operations.OPTIMIZER))
     return row.samples * row.microbatches / row.stages / span
 
 
@@ -232,7 +232,10 @@ def peak(row: Row) -> float:
     model = MemoryModel(Placed(profile, plan, cluster), linked)
     activations = KINDS.index("activations")
     for stage in range(len(plan.stages)):
-        i, w = (stage * len(codes.OPS) + codes.NUMBER[op] for op in (codes.BACKWARD_INPUT, codes.BACKWARD_WEIGHT))
+        i, w = (
+            stage * len(operations.OPS) + operations.NUMBER[op]
+            for op in (operations.BACKWARD_INPUT, operations.BACKWARD_WEIGHT)
+        )
         freed = (1 - row.weight_share) * -model.change[w, activations]
         model.change[i, activations] -= freed
         model.change[w, activations] += freed

@@ -13,11 +13,10 @@ from planner.cli.opened import Meant, meant
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of
-from planner.orders import codes
 from planner.orders.action import Action
 from planner.orders.codes import Order
 from planner.orders.edges import Edges
-from planner.orders.operations import OPERATIONS
+from planner.orders.operations import COMPUTES, OPERATIONS, RECOMPUTE
 from planner.programs.lowering import compute_order, unroll
 from planner.programs.messages import messages
 from planner.programs.program import Program
@@ -104,8 +103,8 @@ def stages(placed: Placed) -> list[dict[str, Any]]:
                 "stage": number,
                 "layers": list(stage.layers),
                 "devices": list(stage.devices),
-                "seconds": {op: spent[f"{number}{op}"] for op in codes.COMPUTES if f"{number}{op}" in spent},
-                "recompute_s": spent.get(f"{number}{codes.RECOMPUTE}", 0.0),
+                "seconds": {op: spent[f"{number}{op}"] for op in COMPUTES if f"{number}{op}" in spent},
+                "recompute_s": spent.get(f"{number}{RECOMPUTE}", 0.0),
                 "parameter_bytes": sum(placed.profile.layers[i].parameter_bytes for i in layers),
                 "peak_bytes": max(peaks[row] for row in held),
             }
@@ -145,7 +144,7 @@ def _print(question: Meant, placed: Placed) -> None:
     title += f"M={plan.microbatches} micro-batches of {plan.samples} samples"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     found = stages(placed)
-    ops = [op for op in codes.COMPUTES if any(op in stage["seconds"] for stage in found)]
+    ops = [op for op in COMPUTES if any(op in stage["seconds"] for stage in found)]
     words = {"F": "forward", "B": "backward", "I": "of input", "W": "of weights"}
     for name in ("stage", "layers"):
         table.add_column(name, justify="right" if name == "stage" else "left")

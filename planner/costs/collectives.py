@@ -45,7 +45,7 @@ class Timed(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One way of doing it: the sum of its phases, or a measured curve, read at a number of bytes, times a factor."""
+    """A pattern: the sum of its phases; or a measured curve, read at a number of bytes, times a factor."""
 
     name: str
     phases: tuple[Timed, ...] = ()
@@ -73,42 +73,42 @@ class Choice:
         others = tuple(group for group in able if group not in measured) if measured else ()
         self.groups = measured or able
         self.rest = Choice(cluster, others, passes) if others else None
-        self.ways = self._ways() if self.groups else ()
+        self.collectives = self._collectives() if self.groups else ()
 
     @property
     def figures(self) -> tuple[object, ...]:
         """What its seconds follow from: equal for groups that take as long, whatever their devices are called."""
-        return self.ways, self.rest.figures if self.rest else ()
+        return self.collectives, self.rest.figures if self.rest else ()
 
     def quickest(self, size: float) -> Collective:
         """Return the pattern that is taken for `size` bytes."""
-        return min(self.ways, key=lambda way: way.seconds(size))
+        return min(self.collectives, key=lambda one: one.seconds(size))
 
     def seconds(self, size: float) -> float:
         """Seconds of `size` bytes of every group, all groups at the same time."""
-        own = self.quickest(size).seconds(size) if self.ways else 0.0
+        own = self.quickest(size).seconds(size) if self.collectives else 0.0
         return max(own, self.rest.seconds(size)) if self.rest else own
 
     def flows(self, size: float, *, calls: int = 1) -> tuple[Flow, ...]:
         """Return what passes the links while `size` bytes of every group are reduced, in so many calls.
 
-        A measured collective may use links in ways that are not known: it loads those of a ring, with as much as they
-        can carry in the time that was measured.
+        A measured collective may use links in a pattern that is not known: it loads those of a ring, with as much as
+        they can carry in the time that was measured.
         """
-        if not self.ways or size <= 0:
+        if not self.collectives or size <= 0:
             return ()
-        way = self.quickest(size / calls)
-        name = "ring" if way.points else way.name
+        chosen = self.quickest(size / calls)
+        name = "ring" if chosen.points else chosen.name
         hops = memoised(self.cluster, ("hops", name, self.groups, self.passes), lambda: self._hops(name))
         scale = size
-        if way.points:
+        if chosen.points:
             loads = _loads(self.cluster, hops)
             per_byte = max(load / self.cluster.link_of(n).bandwidth_bytes_per_s for n, load in loads.items())
-            scale = min(size, calls * way.seconds(size / calls) / per_byte)
+            scale = min(size, calls * chosen.seconds(size / calls) / per_byte)
         others = self.rest.flows(size, calls=calls) if self.rest else ()
         return (*(Flow(path, share * scale) for path, share in hops), *others)
 
-    def _ways(self) -> tuple[Collective, ...]:
+    def _collectives(self) -> tuple[Collective, ...]:
         measured = _measured(self.cluster, self.groups[0], self.passes)
         if measured:
             return (measured,)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import StageMemory
 from planner.orders import codes
-from planner.orders.codes import BACKWARD, BACKWARD_INPUT, FETCH, OFFLOAD
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, FETCH, OFFLOAD
 from planner.programs.waits import Linked
 
 Floats = npt.NDArray[np.float64]

@@ -20,14 +20,16 @@ from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import keeps_gradients, static_bytes
 from planner.orders import codes
-from planner.orders.codes import (
+from planner.orders.codes import OP, STAGE, STAGES
+from planner.orders.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FETCH,
     FORWARD,
     LOAD,
-    OP,
+    NUMBER,
+    OPERATIONS,
     OPS,
     OPTIMIZER,
     PUSH,
@@ -35,10 +37,8 @@ from planner.orders.codes import (
     RECV_FORWARD,
     RELEASE,
     SEND_BACKWARD,
-    STAGE,
-    STAGES,
+    TABLE,
 )
-from planner.orders.operations import OPERATIONS, TABLE
 from planner.programs.waits import MESSAGES, Linked
 from planner.values.profile import Profile, interpolate
 from planner.values.trace import KINDS, MemoryPoint
@@ -136,7 +136,7 @@ class MemoryModel:
     def _set(
         self, stage: int, op: str, *, inside: float = 0.0, inside_first: float | None = None, **change: float
     ) -> None:
-        at = stage * len(OPS) + codes.NUMBER[op]
+        at = stage * len(OPS) + NUMBER[op]
         self.inside[at] = inside
         self.inside_first[at] = inside if inside_first is None else inside_first
         for kind, amount in change.items():
@@ -158,7 +158,7 @@ class MemoryModel:
     def _moved(self, op: str, *, leaving: bool) -> Floats:
         """Bytes per micro-batch that every stage exchanges along the edges that leave it, or those that reach it."""
         found = np.zeros(self.linked.stages)
-        base = int(self.linked.base[codes.NUMBER[op]])
+        base = int(self.linked.base[NUMBER[op]])
         if base >= 0:
             table, first = self.linked.edges.table, base // self.linked.microbatches
             sizes = self.sizes[first : first + len(self.linked.edges)]
@@ -170,7 +170,7 @@ class MemoryModel:
         """Bytes of gradients' messages that are known to be sent when each action begins, and let go of there."""
         linked = self.linked
         freed = np.zeros(len(linked.flat))
-        base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
+        base = int(linked.base[NUMBER[RECV_BACKWARD]])
         if base >= 0:
             known = linked.completions[base : base + linked.slots(RECV_BACKWARD)]
             size = np.repeat(self.sizes[base // linked.microbatches :][: len(linked.edges)], linked.microbatches)
@@ -190,7 +190,7 @@ class MemoryModel:
     def _walk(self, levels: Floats) -> Floats:
         linked = self.linked
         peaks = np.zeros(linked.devices)
-        base = int(linked.base[codes.NUMBER[RECV_BACKWARD]])
+        base = int(linked.base[NUMBER[RECV_BACKWARD]])
         released = np.zeros(linked.messages if base >= 0 else 0)
         answers = linked.answers if base >= 0 else linked.party[:0]
         _peaks(

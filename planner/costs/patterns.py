@@ -94,7 +94,7 @@ def circles(cluster: Cluster, devices: tuple[str, ...]) -> list[tuple[str, ...]]
     closed = [order for order in orders if all(pair in room for pair in _pairs(order))]
     most = min(sum(n for pair, n in room.items() if name in pair) for name in devices) // 2
     found = _packed(closed, room, most)
-    return [way for order in found for way in (order, order[::-1])] or [devices]
+    return [ring for order in found for ring in (order, order[::-1])] or [devices]
 
 
 _MESH = 8

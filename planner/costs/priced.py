@@ -17,7 +17,8 @@ from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
 from planner.orders import codes
-from planner.orders.codes import OP, PORT, PORTS, REDUCE_GRAD, STAGE, STAGES
+from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
+from planner.orders.operations import OPS, OPTIMIZER, REDUCE_GRAD
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -122,18 +123,21 @@ def prices_of(placed: Placed, linked: Linked) -> Prices:
     prices = PriceList(placed, linked.edges)
     classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
     examples = {classes[_class(device)]: device for device in reversed(devices)}
-    plane = linked.stages * len(codes.OPS)
+    plane = linked.stages * len(OPS)
     width = linked.ports * plane
     shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
     place = np.full(width * len(classes), -1, np.int32)
-    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(codes.OPS), plane, place)
+    _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(OPS), plane, place)
     found = np.flatnonzero(place >= 0)
     place = np.zeros(len(place), np.int32)
     place[found] = np.arange(len(found))
     spread = np.array(
         [
             prices.action(
-                codes.OPS[n % len(codes.OPS)], n % plane // len(codes.OPS), examples[n // width], n % width // plane
+                OPS[n % len(OPS)],
+                n % plane // len(OPS),
+                examples[n // width],
+                n % width // plane,
             )
             for n in found.tolist()
         ]
@@ -154,7 +158,14 @@ def costs_of(placed: Placed, linked: Linked) -> Costs:
     kind, seconds = np.empty(len(linked.flat), np.int32), np.empty(len(linked.flat))
     _price(
         len(linked.flat),
-        *(linked.flat, linked.offsets, prices.shift, len(codes.OPS), linked.stages * len(codes.OPS), prices.place),
+        *(
+            linked.flat,
+            linked.offsets,
+            prices.shift,
+            len(OPS),
+            linked.stages * len(OPS),
+            prices.place,
+        ),
         *(np.ascontiguousarray(prices.spread[:, MEDIAN]), kind, seconds),
     )
     return Costs(
@@ -173,7 +184,7 @@ def costs_of(placed: Placed, linked: Linked) -> Costs:
 
 def _updates(linked: Linked, prices: PriceList) -> dict[int, tuple[Flow, ...]]:
     """What each update on a host moves, by the action's place."""
-    places = np.flatnonzero(codes.has(linked.flat, codes.OPTIMIZER))
+    places = np.flatnonzero(codes.has(linked.flat, OPTIMIZER))
     stages, rows = codes.stages(linked.flat[places]).tolist(), linked.row[places].tolist()
     return {i: prices.updating(stage, row) for i, stage, row in zip(places.tolist(), stages, rows, strict=True)}
 

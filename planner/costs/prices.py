@@ -13,12 +13,14 @@ from planner.costs.flows import Flow, carrying, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage
-from planner.orders.codes import (
+from planner.orders.edges import Edges
+from planner.orders.operations import (
     BACKWARD,
     FETCH,
     FORWARD,
     LOAD,
     OFFLOAD,
+    OPERATIONS,
     OPTIMIZER,
     PULL,
     PUSH,
@@ -26,8 +28,6 @@ from planner.orders.codes import (
     REDUCE_TIED,
     UNSHARD_FORWARD,
 )
-from planner.orders.edges import Edges
-from planner.orders.operations import OPERATIONS
 from planner.programs.waits import MESSAGES
 from planner.values.cluster import Device, by_size
 from planner.values.plan import replicas_of
@@ -80,7 +80,7 @@ class PriceList:
         self.placed, self.edges = placed, placed.plan.edges if edges is None else edges
         self.profile, self.plan, self.cluster = placed.profile, placed.plan, placed.cluster
         self.ranges, self.holders, self.devices = placed.ranges, placed.holders, placed.devices
-        self.groups, self.way, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
+        self.groups, self.agreed, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
         stages = zip(self.ranges, placed.checkpoints, strict=True)
         self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
         self.tables: dict[object, object] = {}
@@ -94,7 +94,7 @@ class PriceList:
             return np.full(len(QUANTILES), self.cluster.post_seconds(size))
         seconds = self.stages[stage].spread(op, device)
         if op == OPTIMIZER:
-            if "optimizer" in self.way.shards:
+            if "optimizer" in self.agreed.shards:
                 seconds = seconds / len(self.holders[stage])
             if self.plan.host_optimizer:
                 seconds = np.full(len(QUANTILES), self.on_host(stage, device))
@@ -131,7 +131,7 @@ class PriceList:
 
     def _collective(self, op: str, stage: int) -> TransferKind:
         if op == REDUCE_GRAD:
-            passes = collectives.HALF if self.way.shards else collectives.ALL_REDUCE
+            passes = collectives.HALF if self.agreed.shards else collectives.ALL_REDUCE
             choice = self._among(self.holders[stage], passes)
             sizes, ready, end = self._buckets(stage)
             each = [choice.seconds(size) for size in sizes]
@@ -182,7 +182,7 @@ class PriceList:
         """
         layers = self.ranges[stage]
         each = [float(self.profile.layers[i].gradient_bytes) for i in layers]
-        sharded = "gradients" in self.way.shards
+        sharded = "gradients" in self.agreed.shards
         if not self.overlaps or not (self.plan.bucket_bytes or sharded):
             return [sum(each)], [0.0], 0.0
         done = [*self._reached(stage, forward=False)[1:], self._pass_seconds(stage)]
@@ -205,7 +205,7 @@ class PriceList:
         """
         layers = self.ranges[stage]
         each = [float(self.profile.layers[i].parameter_bytes) for i in layers]
-        if "parameters" not in self.way.shards:
+        if "parameters" not in self.agreed.shards:
             return [sum(each)], [0.0]
         own = blocks(self.profile, layers)
         sizes = [sum(each[i - layers.start] for i in block) for block in own]
@@ -257,7 +257,7 @@ class PriceList:
         """
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
         size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
-        if self.way.server == "host":
+        if self.agreed.server == "host":
             flows, seconds = self.copied(row, size, back=op == PULL)
             return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
         each = size / max(1, len(self.plan.servers))
@@ -265,7 +265,7 @@ class PriceList:
         alone = (self.cluster.transfer_seconds(self.cluster.path(*pair), each) for pair in ends)
         flows = self._flows(ends, each)
         seconds = max((0.0, *alone, carrying(self.cluster, flows)))
-        at_once = self._all_served(op, stage, each) if ends and not self.way.asynchronous else 0.0
+        at_once = self._all_served(op, stage, each) if ends and not self.agreed.asynchronous else 0.0
         return TransferKind(op, stage, row, row, size, seconds, 0.0, flows, at_once=at_once)
 
     def _ends(self, op: str, row: int) -> list[tuple[str, str]]:
@@ -318,7 +318,7 @@ class PriceList:
     def applying(self, stage: int) -> float:
         """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
         device = self.devices[self.holders[stage][0]]
-        if self.way.server == "host":
+        if self.agreed.server == "host":
             return self.on_host(stage, device, copies=False)
         return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
 
@@ -345,7 +345,7 @@ class PriceList:
     def _updated(self, stage: int) -> tuple[float, float, float]:
         """Bytes of gradients and parameters that an update needs and makes, and what it reads and writes for that."""
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
-        shards = len(self.holders[stage]) if "optimizer" in self.way.shards else 1
+        shards = len(self.holders[stage]) if "optimizer" in self.agreed.shards else 1
         parameters = float(sum(layer.parameter_bytes for layer in layers)) / shards
         gradients = float(sum(layer.gradient_bytes for layer in layers)) / shards
         state = float(sum(layer.optimizer_bytes for layer in layers)) / shards

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.memo import memoised
-from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
 from planner.values.cluster import Device
 from planner.values.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.orders import codes
-from planner.orders.codes import OPS, Order
+from planner.orders.codes import Order
+from planner.orders.operations import OPS
 
 _PATTERN = re.compile(rf"(\d+)({'|'.join(sorted(OPS, key=len, reverse=True))})(\d*)(?:\.(\d+))?")
 

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from planner.basis.errors import unknown
 from planner.orders import codes
-from planner.orders.codes import (
+from planner.orders.codes import Codes
+from planner.orders.operations import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -26,7 +27,6 @@ from planner.orders.codes import (
     RESHARD_FORWARD,
     UNSHARD_BACKWARD,
     UNSHARD_FORWARD,
-    Codes,
 )
 
 Sharded = Literal["optimizer", "gradients", "parameters"]
@@ -83,7 +83,7 @@ def names() -> tuple[str, ...]:
 
 def searched() -> tuple[str, ...]:
     """List those that a search tries with every schedule."""
-    return tuple(name for name, way in _REGISTRY.items() if way.searched)
+    return tuple(name for name, one in _REGISTRY.items() if one.searched)
 
 
 def get(name: str) -> Synchronisation:

@@ -86,8 +86,8 @@ def levels(cluster: Cluster, devices: tuple[Device, ...]) -> Levels:
         if len(homes) == 1:
             return Levels(own, inside, (), 1)
         here, there = list(homes.values())[:2]
-        ways = [own.path(name, there[min(i, len(there) - 1)]) for i, name in enumerate(here)]
-        slowest = {max(way, key=lambda i: own.transfer_seconds((i,), 2.0**20)) for way in ways}
-        return Levels(own, inside, ways[0], len(slowest))
+        paths = [own.path(name, there[min(i, len(there) - 1)]) for i, name in enumerate(here)]
+        slowest = {max(path, key=lambda i: own.transfer_seconds((i,), 2.0**20)) for path in paths}
+        return Levels(own, inside, paths[0], len(slowest))
 
     return memoised(cluster, ("levels", tuple(device.name for device in devices)), make)

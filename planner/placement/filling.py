@@ -17,7 +17,8 @@ from planner.basis.memo import memoised
 from planner.costs.blocks import blocks
 from planner.costs.stage_memory import stage_memory
 from planner.orders import codes, schedules, synchronisation
-from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE, Order
+from planner.orders.codes import Order
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE
 from planner.placement import partition
 from planner.programs.lowering import compute_order
 from planner.programs.savings import offload

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.orders import codes, schedules, synchronisation
-from planner.orders.codes import OPTIMIZER, REDUCE_GRAD, UNSHARD_BACKWARD, UNSHARD_FORWARD, Codes, Order
+from planner.orders.codes import Codes, Order
+from planner.orders.operations import OPTIMIZER, REDUCE_GRAD, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.orders.schedules import Shape
 from planner.programs.messages import messages
 from planner.programs.program import Program
@@ -34,9 +35,9 @@ def lower(plan: Plan, *, in_turn: InTurn = "per pair") -> Program:
 def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself.
 
-    Only the first `replicas` copies of the pipeline are unrolled, where they are all alike; all by default.
+    Only the first `replicas` of the pipeline are unrolled, where they are all alike; all by default.
     """
-    schedule, way = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
+    schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     share = _between_updates(plan)
     rows = messages(compute_order(plan, replicas), plan.edges)
     agreeing = _agreeing(plan)[: len(rows)]
@@ -44,15 +45,16 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
         rows = recompute(rows, _forgetful(plan))
         if any(agreeing):
             rows = tuple(
-                send_first(way.add(row, share)) if agrees else row for agrees, row in zip(agreeing, rows, strict=True)
+                send_first(agreed.add(row, share)) if several else row
+                for several, row in zip(agreeing, rows, strict=True)
             )
             rows = tuple(advance(row, UNSHARD_FORWARD, UNSHARD_BACKWARD) for row in rows)
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
     if schedule.trains and plan.tied:
         rows = tuple(tie(row, plan.tied) for row in rows)
-    updates = schedule.trains and not way.server
-    gathers = [way.gathers and agrees for agrees in agreeing]
+    updates = schedule.trains and not agreed.server
+    gathers = [agreed.gathers and several for several in agreeing]
     if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)
         if plan.uneven:
@@ -74,8 +76,8 @@ def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:
     return np.delete(row, np.flatnonzero(codes.has(row, REDUCE_GRAD))[turns:])
 
 
-def compute_order(plan: Plan, copies: int | None = None) -> Order:
-    """Return the computes of every device: the schedule's, once for each replica of the pipeline.
+def compute_order(plan: Plan, pipelines: int | None = None) -> Order:
+    """Return the computes of every device: the schedule's, once for each of `pipelines` replicas (default: all).
 
     A schedule without a flush goes on over several steps. Steps that end are put behind each other: where nobody waits
     for other replicas, each of them still flushes its own pipeline.
@@ -92,7 +94,7 @@ def compute_order(plan: Plan, copies: int | None = None) -> Order:
         order = tuple(codes.join(*(row + share * window for window in range(windows(plan)))) for row in order)
     if plan.uneven:
         return order
-    return tuple(row + unrolled * replica for replica in range(copies or plan.replicas) for row in order)
+    return tuple(row + unrolled * replica for replica in range(pipelines or plan.replicas) for row in order)
 
 
 def _between_updates(plan: Plan) -> int:

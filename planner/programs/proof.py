@@ -14,8 +14,17 @@ import numpy.typing as npt
 from planner.basis.compiled import kernel
 from planner.orders import codes
 from planner.orders.action import Action
-from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OP, Codes
-from planner.orders.operations import OPERATIONS, PAIR, TABLE
+from planner.orders.codes import OP, Codes
+from planner.orders.operations import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NUMBER,
+    OPERATIONS,
+    PAIR,
+    TABLE,
+)
 from planner.programs.program import Program
 from planner.programs.waits import MESSAGES, Linked, Links, disproved
 
@@ -119,7 +128,7 @@ def _prove_messages(linked: Linked, microbatches: int, *, backward: bool) -> Non
     ):
         if op == MESSAGES[1] and not backward:
             continue
-        base = int(linked.base[codes.NUMBER[op]])
+        base = int(linked.base[NUMBER[op]])
         sent = np.zeros(make.shape, bool)
         if base >= 0:
             sent[:, : linked.microbatches] = (
@@ -166,7 +175,7 @@ def _prove_reductions(linked: Linked) -> None:
                 raise disproved(linked, position, f"{linked.actions[position]} waits for ever: a holder does not join")
         elif OPERATIONS[op].group == "tied":
             own = np.flatnonzero(codes.has(linked.flat, op))
-            base = int(linked.base[codes.NUMBER[op]])
+            base = int(linked.base[NUMBER[op]])
             most = linked.parties[base : base + linked.slots(op)].reshape(linked.stages, -1).max(axis=1)
             short = linked.parties[linked.posts[own]] < most[codes.stages(linked.flat[own])]
             if short.any():
@@ -177,7 +186,7 @@ def _prove_reductions(linked: Linked) -> None:
 def stuck(linked: Linked, in_turn: InTurn) -> int:
     """Return the position of an action that waits for ever under a rule for the order of messages, or -1."""
     parties = linked.parties.copy()
-    links = Links(linked.posts, linked.waits, linked.copies, parties, linked.source, linked.target, linked.also)
+    links = Links(linked.posts, linked.waits, linked.needs, parties, linked.source, linked.target, linked.also)
     begins = linked.offsets[:-1]
     come = _Come(begins.copy(), begins.copy(), begins.copy(), np.zeros(linked.transfers, np.int8))
     return _play(
@@ -206,7 +215,7 @@ def _play(flat, offsets, ops, links, come, messages, strict):  # type: ignore[no
     A message is done when both ends have posted it and, if `strict`, it is the head of both. Parties that have not
     posted are counted down.
     """
-    posts, waits, copies, missing, source, target, also = links
+    posts, waits, needs, missing, source, target, also = links
     at, posted, head, done = come
     rows = len(offsets) - 1
     moved = True
@@ -222,7 +231,7 @@ def _play(flat, offsets, ops, links, come, messages, strict):  # type: ignore[no
                     if missing[post] == 0 and not (strict and post < messages):
                         done[post] = 1
                 posted[d] = max(posted[d], i + 1)
-                free = copies[i] < 0 or done[copies[i]]
+                free = needs[i] < 0 or done[needs[i]]
                 t = waits[i]
                 while t >= 0 and free:
                     free = done[t]

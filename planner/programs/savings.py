@@ -5,18 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.orders import codes
-from planner.orders.codes import (
-    BACKWARD,
-    BACKWARD_INPUT,
-    COMPUTES,
-    FETCH,
-    FORWARD,
-    OFFLOAD,
-    RECOMPUTE,
-    RELEASE,
-    Codes,
-    Order,
-)
+from planner.orders.codes import Codes, Order
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, COMPUTES, FETCH, FORWARD, OFFLOAD, RECOMPUTE, RELEASE
 
 
 def recompute(rows: Order, stages: Codes) -> Order:

@@ -8,30 +8,28 @@ import numpy as np
 
 from planner.basis.compiled import kernel
 from planner.orders import codes, synchronisation
-from planner.orders.codes import (
+from planner.orders.codes import OP, Codes, Order, cut
+from planner.orders.edges import Edges
+from planner.orders.operations import (
     FORWARD,
     LOAD,
     NUMBER,
-    OP,
+    OPS,
     OPTIMIZER,
     PUSH,
     REDUCE_GRAD,
     REDUCE_TIED,
     SEND_BACKWARD,
+    TABLE,
     UNSHARD_FORWARD,
-    Codes,
-    Order,
-    cut,
 )
-from planner.orders.edges import Edges
-from planner.orders.operations import TABLE
 from planner.values.plan import RowRole
 
 
 def advance(row: Codes, *wanted: str) -> Codes:
     """Post the operations `wanted` one compute earlier, so that they overlap it; those of a kind keep their order."""
     row = row.copy()
-    early = np.array([op in wanted for op in codes.OPS], np.int8)
+    early = np.array([op in wanted for op in OPS], np.int8)
     _advance(len(row), row, early, TABLE.busy)
     return row
 

@@ -20,8 +20,8 @@ from planner.basis.compiled import kernel
 from planner.basis.errors import PlanError
 from planner.orders import codes
 from planner.orders.action import Action, actions, grid
-from planner.orders.codes import MICROBATCH, NUMBER, OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import ALONE, ALWAYS, HOLDERS, OPERATIONS, OPS, PAIR, TABLE, TIED, named
+from planner.orders.codes import MICROBATCH, OP, PORT, PORTS, STAGE, STAGES
+from planner.orders.operations import ALONE, ALWAYS, HOLDERS, NUMBER, OPERATIONS, OPS, PAIR, TABLE, TIED, named
 from planner.programs.program import Program
 from planner.values.plan import replicas_of
 
@@ -42,7 +42,7 @@ class Links(NamedTuple):
 
     posts: Numbers
     waits: Numbers
-    copies: Numbers
+    needs: Numbers
     parties: Numbers
     source: Numbers
     target: Numbers
@@ -52,8 +52,8 @@ class Links(NamedTuple):
 class Linked:
     """A program's actions, flat, with what each posts to and waits for.
 
-    `flat` are the codes of all rows, `offsets` where each row begins. `posts`, `waits` and `copies` hold a transfer's
-    number, or -1: a compute waits for its message (`waits`) and for a copy or a gather (`copies`). `party` is as
+    `flat` are the codes of all rows, `offsets` where each row begins. `posts`, `waits` and `needs` hold a transfer's
+    number, or -1: a compute waits for its message (`waits`) and for a copy or a gather (`needs`). `party` is as
     `posts`, and has also what an action is a party of without posting. Whoever waits for a message also waits for the
     message `also` of it, -1 for none: those along a stage's other edges; the array is empty where no stage has several.
 
@@ -79,10 +79,10 @@ class Linked:
             raise OverflowError(f"{len(self.flat)} actions with {count} transfers are more than 32 bits can number")
         table = self.edges.table
         several = len(self.edges) and max(np.diff(table.leaves).max(), np.diff(table.reaches).max()) > 1
-        posts, waits, copies = (np.empty(len(self.flat), np.int32) for _ in range(3))
+        posts, waits, needs = (np.empty(len(self.flat), np.int32) for _ in range(3))
         source, target = (np.full(count, -1, np.int32) for _ in range(2))
         also = np.full(count if several else 0, -1, np.int32)
-        links = Links(posts, waits, copies, np.zeros(count, np.int32), source, target, also)
+        links = Links(posts, waits, needs, np.zeros(count, np.int32), source, target, also)
         turns = np.full(2 * len(OPS) * self.stages, -1, np.int64)
         collective = any(OPERATIONS[op].group == "holders" and self.base[NUMBER[op]] >= 0 for op in PLANES)
         gathered = np.full(count if collective else 0, -1, np.int32)
@@ -96,7 +96,7 @@ class Linked:
         )
         if bad >= 0:
             raise disproved(self, bad, f"{self.actions[bad]} has no edge or micro-batch to go along")
-        self.posts, self.waits, self.copies, self.parties, self.source, self.target, self.also = links
+        self.posts, self.waits, self.needs, self.parties, self.source, self.target, self.also = links
         self.party = posts
 
     def _used(self, op: str) -> bool:
@@ -149,7 +149,7 @@ class Linked:
 
     def awaited(self, position: int) -> list[int]:
         """Return all transfers that an action waits for."""
-        found = [int(self.copies[position])]
+        found = [int(self.needs[position])]
         transfer = int(self.waits[position])
         while transfer >= 0:
             found.append(transfer)
@@ -191,7 +191,7 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
     adds up shared parameters joins rows of one replica (`replicas` says of which a row is), and has its number.
     `gathered` is the transfer of every stage's and micro-batch's own gather or reduction.
     """
-    posts, waits, copies, parties, source, target, also = links
+    posts, waits, needs, parties, source, target, also = links
     half = len(turns) // 2
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
@@ -199,7 +199,7 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
             op = action >> OP
             stage = action >> STAGE & STAGES
             m = (action & MICROBATCH) - 1
-            posts[i] = waits[i] = copies[i] = -1
+            posts[i] = waits[i] = needs[i] = -1
             if stage >= stages:
                 return i
             kind = op * (stages + 1) + stage
@@ -216,7 +216,7 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
                         previous = t
             plane = ops.needs[op]
             if plane >= 0 and base[plane] >= 0 and parties[base[plane] + stage * last + m] > 0:
-                copies[i] = base[plane] + stage * last + m
+                needs[i] = base[plane] + stage * last + m
             plane = ops.posts[op]
             if plane >= 0:
                 group = ops.group[op]
@@ -256,7 +256,7 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
                 parties[own] += 1
             plane = ops.wants[op]
             if plane >= 0 and base[plane] >= 0:
-                copies[i] = max(copies[i], gathered[base[plane] + stage * last + m])
+                needs[i] = max(needs[i], gathered[base[plane] + stage * last + m])
     return -1
 
 

@@ -76,7 +76,7 @@ class Bounds:
         else:
             repeated = _least_repeated(again, *self.need(point))
         both = float(self._passes(point, (point.m,)).both[0]) + max(0.0, repeated - self.seams) / speed
-        return point.m * both * point.tensor_ways / point.devices
+        return point.m * both * point.tensor_count / point.devices
 
     def _sort(self, point: Candidate) -> tuple[object, ...]:
         """What decides about a point's work and needs."""
@@ -84,8 +84,8 @@ class Bounds:
 
     def _seen(self, point: Candidate) -> tuple[Profile, int]:
         """The model as a point's devices see it, and their threads."""
-        ways = point.tensor_ways
-        profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+        tensor_count = point.tensor_count
+        profile = _split(self.profile, self.cluster, point.devices, tensor_count) if tensor_count > 1 else self.profile
         return profile, _fastest(self.cluster, point.devices)[1]
 
     def of(self, block: Block) -> Floats:
@@ -99,8 +99,8 @@ class Bounds:
         point, ms = block.point, np.array(block.ms)
         schedule, _ = point.arranged
         passes = self._passes(point, block.ms)
-        both, n = passes.both, ms / point.copies
-        shared = ms * both * point.tensor_ways / point.devices
+        both, n = passes.both, ms / point.replica_count
+        shared = ms * both * point.tensor_count / point.devices
         if point.asynchronous:
             return shared  # micro-batches of several steps are on their way at once
         if point.how.devices == "chosen" or point.depth < 2:
@@ -121,13 +121,13 @@ class Bounds:
         shards = synchronisation.get(point._replace(synchronisation=agreed).agreed).shards
         held = self._held(point)
         parts = {"parameters": held[0], "gradients": held[1], "optimizer": 0.0 if on_host else held[2]}
-        kept = sum(size / (point.copies if part in shards else 1) for part, size in parts.items())
+        kept = sum(size / (point.replica_count if part in shards else 1) for part, size in parts.items())
         return kept / point.depth / _roomiest(self.cluster, point.devices)
 
     def _held(self, point: Candidate) -> tuple[float, float, float]:
         """Bytes of parameters, gradients and optimizer state of the model that a device sees; gradients at least."""
-        ways = point.tensor_ways
-        profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+        tensor_count = point.tensor_count
+        profile = _split(self.profile, self.cluster, point.devices, tensor_count) if tensor_count > 1 else self.profile
 
         def make() -> tuple[float, float, float]:
             layers = profile.layers
@@ -140,10 +140,12 @@ class Bounds:
     def _passes(self, point: Candidate, ms: tuple[int, ...]) -> _Passes:
         """Seconds of passes over the whole model, for each number of micro-batches."""
         speed, threads = _fastest(self.cluster, point.devices)
-        (schedule, _), ways = point.arranged, point.tensor_ways
-        key = ways, point.devices if ways > 1 else 0, speed, threads, schedule.splits, point.batch, ms
+        (schedule, _), tensor_count = point.arranged, point.tensor_count
+        key = tensor_count, point.devices if tensor_count > 1 else 0, speed, threads, schedule.splits, point.batch, ms
         if key not in self.known:
-            profile = _split(self.profile, self.cluster, point.devices, ways) if ways > 1 else self.profile
+            profile = (
+                _split(self.profile, self.cluster, point.devices, tensor_count) if tensor_count > 1 else self.profile
+            )
             tables = [layer_table(profile, point.batch // m, threads) for m in ms]
             self.known[key] = _Passes.of(tables, schedule.splits, self.seams, speed)
         return self.known[key]
@@ -217,11 +219,11 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster) -> float:
     return float(Bounds(profile, cluster).of(block)[0])
 
 
-def _split(profile: Profile, cluster: Cluster, count: int, ways: int) -> Profile:
+def _split(profile: Profile, cluster: Cluster, count: int, tensor_count: int) -> Profile:
     """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
     names = tuple(device.name for device in choose(cluster, count))
     try:
-        return tensor.split(profile, (names[:ways],), cluster.only(names))
+        return tensor.split(profile, (names[:tensor_count],), cluster.only(names))
     except PlanError:
         return profile
 
@@ -279,22 +281,22 @@ def plan_bound(placed: Placed) -> float:
     speeds = placed.cluster.speeds
     speed, _ = _fastest(placed.cluster, len(plan.device_names))
     seams = _seams(profile)
-    ways = [table.forward[MEDIAN] + table.backward[MEDIAN]]
+    sums = [table.forward[MEDIAN] + table.backward[MEDIAN]]
     if splits:
-        ways.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
+        sums.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
     ranges = placed.ranges
     share = plan.microbatches // plan.replicas
     found = 0.0
     for row in range(plan.depth):
         held = plan.stages_of[row]
         copies = placed.schedule.copies
-        work = sum(min(_part(way, ranges[s], profile) for way in ways) for s in held) / copies
-        way = table.forward[MEDIAN] if splits else ways[0]
-        before = way[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        work = sum(min(_part(one, ranges[s], profile) for one in sums) for s in held) / copies
+        leading = table.forward[MEDIAN] if splits else sums[0]
+        before = leading[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
         work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return max(found, _reducing(placed, ways, seams))
+    return max(found, _reducing(placed, sums, seams))
 
 
 def _repeated(table: LayerTable, run: range) -> float:
@@ -304,7 +306,7 @@ def _repeated(table: LayerTable, run: range) -> float:
     return float(table.forward[MEDIAN, last] - table.forward[MEDIAN, run.start] + again)
 
 
-def _reducing(placed: Placed, ways: list[Floats], seams: float) -> float:
+def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
     """Return seconds that gradients between hosts make a plan's step take at least, 0 where they make none.
 
     A stage whose replicas are on h hosts brings its gradients over h - 1 of them per pass at least, whatever the
@@ -327,7 +329,7 @@ def _reducing(placed: Placed, ways: list[Floats], seams: float) -> float:
         hosts |= own
         share = plan.microbatches // plan.replicas // placed.schedule.copies
         speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
-        least = min(_part(way, layers, placed.profile) for way in ways)
+        least = min(_part(one, layers, placed.profile) for one in sums)
         begins.append((share - 1) * max(0.0, least - seams) / speed)
     if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
         return 0.0

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.orders import codes, schedules, synchronisation
-from planner.orders.codes import BACKWARD, BACKWARD_WEIGHT, FORWARD
+from planner.orders.operations import BACKWARD, BACKWARD_WEIGHT, FORWARD
 from planner.placement import savings
 from planner.placement.filling import layers_bytes, sizes_of
 from planner.search.space import Candidate
@@ -40,11 +40,11 @@ def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
     (schedule, chunks), agreed = point.arranged, synchronisation.get(point.agreed)
     if point.how.devices == "chosen" or schedule.asynchronous or not schedule.trains or agreed.asynchronous:
         return nothing
-    shape = schedules.Shape(point.depth, point.m // point.copies, chunks)
+    shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
     # Where two copies run against each other, a stage is on two rows.
     if schedule.copies > 1 or schedules.why_not(schedule, shape) is not None or shape.stages > len(profile.layers):
         return nothing
-    holders, served = point.copies, bool(agreed.server)
+    holders, served = point.replica_count, bool(agreed.server)
     of = layers_bytes(profile)
     static = of.parameters / (holders if "parameters" in agreed.shards else 1)
     if holders > 1 and not served:

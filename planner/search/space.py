@@ -81,7 +81,7 @@ class Candidate(NamedTuple):
         return 1 if self.how.devices == "one" else self.k
 
     @property
-    def tensor_ways(self) -> int:
+    def tensor_count(self) -> int:
         """Over how many devices every stage's tensors are split."""
         return self.k if self.how.devices == "tensor" else self.tensor
 
@@ -93,7 +93,7 @@ class Candidate(NamedTuple):
         return self.k // (self.tensor * self.replicas)
 
     @property
-    def copies(self) -> int:
+    def replica_count(self) -> int:
         """How many replicas take their share of the micro-batches; one where the strategy chooses by itself."""
         return self.k // self.tensor if self.how.devices == "replicas" else self.replicas
 
@@ -110,7 +110,7 @@ class Candidate(NamedTuple):
     @property
     def agreed(self) -> str:
         """How its replicas agree; one alone has nobody to agree with."""
-        if self.how.devices == "replicas" and self.copies == 1:
+        if self.how.devices == "replicas" and self.replica_count == 1:
             return synchronisation.USUAL
         return self.how.synchronisation or self.synchronisation or synchronisation.USUAL
 
@@ -136,9 +136,9 @@ class Candidate(NamedTuple):
                 synchronisation.get(self.agreed),
                 stages=self.depth * chunks,
                 chunks=chunks,
-                tensor=self.tensor_ways,
-                replicas=self.copies,
-                share=self.m // self.copies,
+                tensor=self.tensor_count,
+                replicas=self.replica_count,
+                share=self.m // self.replica_count,
                 used=self.savings,
             )
         )
@@ -152,8 +152,8 @@ class Candidate(NamedTuple):
         schedule, agreed = schedules.get(self.how.schedule), synchronisation.get(self.agreed)
         if self.depth > 1:
             return self.shape, agreed.name
-        said = "" if self.copies == 1 else agreed.name
-        return schedule.updates, self.copies, self.tensor_ways, said, self.batch
+        said = "" if self.replica_count == 1 else agreed.name
+        return schedule.updates, self.replica_count, self.tensor_count, said, self.batch
 
     @property
     def key(self) -> str:
@@ -240,15 +240,15 @@ def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
     every = [strategies.get(name) for name in of.strategies]
     for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
         for point in _points(of, chosen, profile):
-            copies = point.copies
-            ms = tuple(m for m in of.ms if m % copies == 0 and point.batch % m == 0)
-            free = "synchronisation" in chosen.takes and copies > 1
+            replicas = point.replica_count
+            ms = tuple(m for m in of.ms if m % replicas == 0 and point.batch % m == 0)
+            free = "synchronisation" in chosen.takes and replicas > 1
             agreed = []
-            for way in of.synchronisations if free else ("",):
-                does = point._replace(synchronisation=way).does
+            for name in of.synchronisations if free else ("",):
+                does = point._replace(synchronisation=name).does
                 if does not in seen:
                     seen.add(does)
-                    agreed.append(way)
+                    agreed.append(name)
             if ms and agreed:
                 apart = point.replicas > 1 and point.depth > 1 and across(choose(cluster, point.devices))
                 yield Block(point, ms, tuple(agreed), of.mappings if apart else ("",))

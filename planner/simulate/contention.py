@@ -19,8 +19,7 @@ from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
 from planner.orders import codes
-from planner.orders.codes import PULL, PUSH
-from planner.orders.operations import OPERATIONS
+from planner.orders.operations import OPERATIONS, PULL, PUSH
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked, waits_for_ever
 from planner.simulate.network import Network, load
@@ -78,7 +77,7 @@ class Run:
         linked = self.linked = costs.linked
         self.env = simpy.Environment()
         self.seconds: list[float] = costs.seconds.tolist()
-        self.posts, self.waits, self.copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
+        self.posts, self.waits, self.needs = (a.tolist() for a in (linked.posts, linked.waits, linked.needs))
         self.also: list[int] = linked.also.tolist()
         self.missing: list[int] = linked.parties.tolist()
         self.kind_of: list[int] = costs.transfer_kind.tolist()
@@ -137,14 +136,14 @@ class Run:
     def device(self, device: int) -> Process:
         """Walk one row."""
         env, use = self.env, self.cores[device].use
-        posts, waits, copies, seconds, done = self.posts, self.waits, self.copies, self.seconds, self.done
+        posts, waits, needs, seconds, done = self.posts, self.waits, self.needs, self.seconds, self.done
         start, ready, end, also = self.start, self.ready, self.end, self.also
         foreseen, unfinished, updates = self.foreseen, self.unfinished, self.costs.updates
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
             start[i], self.at[device] = now, i
-            post, wait, copy = posts[i], waits[i], copies[i]
+            post, wait, copy = posts[i], waits[i], needs[i]
             if post >= 0:
                 self.post(post)
             if wait >= 0 and not done[wait]:

@@ -21,6 +21,7 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of
 from planner.orders import codes
+from planner.orders.operations import LOAD, OPS
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.longest_path import walk
@@ -117,7 +118,7 @@ def _keeps_up(one: _Places, other: _Places, short: Step, long: Step, later: Floa
     posting = np.flatnonzero((linked.posts >= 0) & ~first)
     by_transfer = posting[np.argsort(linked.posts[posting], kind="stable")]
     transfers = linked.posts[by_transfer]
-    for waited in (linked.waits, linked.copies):
+    for waited in (linked.waits, linked.needs):
         waiting = np.flatnonzero(waited >= 0)
         begin, stop = (np.searchsorted(transfers, waited[waiting], side) for side in ("left", "right"))
         who = np.repeat(waiting, stop - begin)
@@ -137,12 +138,12 @@ class _Places:
     """
 
     def __init__(self, linked: Linked, microbatches: int) -> None:
-        kind = linked.row * (linked.stages * len(codes.OPS)) + codes.stages(linked.flat) * len(codes.OPS)
+        kind = linked.row * (linked.stages * len(OPS)) + codes.stages(linked.flat) * len(OPS)
         self.moves = (linked.flat & codes.MICROBATCH) > 0
         self.local = np.where(self.moves, codes.microbatches(linked.flat) % microbatches, -1)
         self.name = (kind + codes.ops(linked.flat) << 32) + self.local + 1
         self.order = np.argsort(self.name)
-        self.starts = codes.has(linked.flat, codes.LOAD)
+        self.starts = codes.has(linked.flat, LOAD)
 
     def shift(self, half: int, period: int) -> Ints:
         """How many micro-batches later each action is in a longer step; what has none stands at its begin or end."""

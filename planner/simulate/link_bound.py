@@ -24,8 +24,8 @@ from planner.costs.placed import Placed
 from planner.costs.priced import Prices
 from planner.costs.prices import TransferKind
 from planner.orders import codes
-from planner.orders.codes import FETCH, OP, OPS, STAGE, STAGES
-from planner.orders.operations import named
+from planner.orders.codes import OP, STAGE, STAGES
+from planner.orders.operations import FETCH, OPS, OPTIMIZER, named
 from planner.programs.waits import Linked
 from planner.simulate.longest_path import taken, timed
 from planner.simulate.network import carried
@@ -70,7 +70,7 @@ def link_bound(
     tails, following = np.full(linked.transfers, -1.0), np.zeros(len(linked.flat) if on_host.places.size else 0)
     _tails(
         len(linked.flat),
-        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies),
+        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.needs),
         *(len(OPS), prices.shift, prices.by_number),
         *(taken(prices), transfer_kind, waiting, tails, following),
     )
@@ -112,7 +112,7 @@ def updates(placed: Placed, linked: Linked, prices: Prices) -> Updates:
     """Return a program's updates on hosts, each with those of other replicas at the same place: none on devices."""
     if not placed.plan.host_optimizer:
         return Updates(np.zeros(0, np.int64), np.zeros(0), {})
-    places = np.flatnonzero(codes.has(linked.flat, codes.OPTIMIZER))
+    places = np.flatnonzero(codes.has(linked.flat, OPTIMIZER))
     ready, seconds = timed(linked, prices)
     busy: dict[int, Floats] = defaultdict(lambda: np.zeros(len(places)))
     bandwidth = placed.cluster.bandwidths
@@ -217,13 +217,13 @@ def _common(cluster: Cluster) -> frozenset[int]:
 def _waiting(linked: Linked) -> npt.NDArray[np.int64]:
     """How many actions wait for each transfer."""
     found = np.zeros(linked.transfers, np.int64)
-    for waits in (linked.waits, linked.copies):
+    for waits in (linked.waits, linked.needs):
         found += np.bincount(waits[waits >= 0], minlength=linked.transfers)
     return found
 
 
 @kernel
-def _tails(flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind, left, tails, following):  # type: ignore[no-untyped-def]
+def _tails(flat, offsets, posts, waits, needs, ops, shift, seconds, price, kind, left, tails, following):  # type: ignore[no-untyped-def]
     """Write for how long a step goes on at least behind each transfer: rows are walked from their ends.
 
     `left` counts the actions that wait for a transfer and have not been met yet; what posts a transfer is passed when
@@ -251,9 +251,9 @@ def _tails(flat, offsets, posts, waits, copies, ops, shift, seconds, price, kind
                     if waits[i] >= 0:
                         tails[waits[i]] = max(tails[waits[i]], own)
                         left[waits[i]] -= 1
-                    if copies[i] >= 0:
-                        tails[copies[i]] = max(tails[copies[i]], own)
-                        left[copies[i]] -= 1
+                    if needs[i] >= 0:
+                        tails[needs[i]] = max(tails[needs[i]], own)
+                        left[needs[i]] -= 1
                 post = posts[i]
                 if post >= 0:
                     if left[post] > 0:

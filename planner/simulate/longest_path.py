@@ -14,7 +14,8 @@ import numpy.typing as npt
 from planner.basis.compiled import kernel
 from planner.costs.priced import Costs, Prices
 from planner.orders import codes
-from planner.orders.codes import OP, OPS, PORT, PORTS, PUSH, STAGE, STAGES
+from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
+from planner.orders.operations import OPS, PUSH
 from planner.programs.waits import Linked, Numbers, waits_for_ever
 
 Floats = npt.NDArray[np.float64]
@@ -48,7 +49,7 @@ class _Actions(NamedTuple):
     offsets: npt.NDArray[np.int64]
     posts: Numbers
     waits: Numbers
-    copies: Numbers
+    needs: Numbers
     also: Numbers
 
 
@@ -113,7 +114,7 @@ def _run(
     transfers = _Transfers(prices.transfer_kind, linked.parties.copy(), np.zeros(linked.transfers))
     stuck = _walk(
         len(linked.flat),
-        _Actions(linked.flat, linked.offsets, linked.posts, linked.waits, linked.copies, linked.also),
+        _Actions(linked.flat, linked.offsets, linked.posts, linked.waits, linked.needs, linked.also),
         _Kinds(
             taken(prices),
             np.array([kind.lane for kind in kinds], np.int64),
@@ -143,7 +144,7 @@ def _walk(actions, kinds, transfers, devices, ops, plane, seconds, ready, end): 
     `planner.costs.priced.Prices`): writing times costs as much as finding them. Devices are visited there and back,
     because forwards run down the pipeline and backwards up. Returns an action that waits for ever, or -1.
     """
-    flat, offsets, posts, waits, copies, also = actions
+    flat, offsets, posts, waits, needs, also = actions
     price, lane, busy, early, free = kinds
     kind, missing, begun = transfers
     at, posted, now, shift = devices
@@ -183,7 +184,7 @@ def _walk(actions, kinds, transfers, devices, ops, plane, seconds, ready, end): 
                             other = also[other]
                         if other >= 0:
                             break
-                copy = copies[i]
+                copy = needs[i]
                 if copy >= 0:
                     if missing[copy] > 0:
                         break

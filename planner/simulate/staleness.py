@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from planner.orders import schedules
 from planner.orders.action import parse
-from planner.orders.operations import FORWARD, OPERATIONS
+from planner.orders.operations import FORWARD, OPERATIONS, PULL, PUSH
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan, steady_windows, windows
 from planner.values.trace import COMPUTE
@@ -35,9 +35,9 @@ def _of_server(outcome: Outcome) -> Iterator[int]:
     pushes: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
     for place, event in enumerate(outcome.trace.events):  # row by row, each in its program's order
         stage, op, m = parse(event.action)[:3]
-        if op == "PULL":
+        if op == PULL:
             pulls[event.device, stage].append((event.ready, place))
-        elif op == "PUSH":
+        elif op == PUSH:
             pushes[stage].append((event.end, place, event.device, m or 0))
     for stage, every in pushes.items():
         every.sort()

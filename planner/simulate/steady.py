@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.orders import codes
-from planner.orders.codes import BACKWARD, BACKWARD_WEIGHT, FORWARD
+from planner.orders.operations import BACKWARD, BACKWARD_WEIGHT, FORWARD
 from planner.programs.waits import Linked
 from planner.values.plan import Plan, steady_windows, windows
 

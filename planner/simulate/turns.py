@@ -38,12 +38,12 @@ def foreseen(linked: Linked, kind_of: list[int], ahead: Container[int]) -> dict[
     rows that begin with the post itself foresee nothing.
     """
     found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    posts, waits, copies = (a.tolist() for a in (linked.posts, linked.waits, linked.copies))
+    posts, waits, needs = (a.tolist() for a in (linked.posts, linked.waits, linked.needs))
     for first, stop in zip(linked.offsets[:-1].tolist(), linked.offsets[1:].tolist(), strict=True):
         for post in range(first + 1, stop):
             if posts[post] >= 0 and kind_of[posts[post]] in ahead:
                 at = post - 1
-                while at > first and waits[at] < 0 and copies[at] < 0:
+                while at > first and waits[at] < 0 and needs[at] < 0:
                     at -= 1
                 found[at].append((posts[post], post))
     return found

@@ -111,8 +111,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"servers: {', '.join(sorted(strangers))}: not a device of the plan")
         if self.bucket_bytes < 0:
             raise ValueError(f"bucket_bytes: {self.bucket_bytes} is below 0, which means all at once")
-        ways = (self.recompute, self.recompute_layers, self.recompute_blocks)
-        if sum(map(bool, ways)) > 1:
+        chosen = (self.recompute, self.recompute_layers, self.recompute_blocks)
+        if sum(map(bool, chosen)) > 1:
             raise ValueError("recompute: a plan recomputes whole stages, or blocks, or layers")
         if self.batch % self.microbatches:
             raise ValueError(f"microbatches: {self.microbatches} do not divide a batch of {self.batch}")

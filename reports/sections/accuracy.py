@@ -180,8 +180,8 @@ def _losses(losses: tuple[float, ...]) -> Html:
     elif len(losses) == 1:
         title = f"The loss is {losses[0]:.4g} after one step"
     else:
-        way = "falls" if losses[-1] < losses[0] else "rises" if losses[-1] > losses[0] else "stays"
-        title = f"The loss {way} from {losses[0]:.4g} to {losses[-1]:.4g} over {count}"
+        trend = "falls" if losses[-1] < losses[0] else "rises" if losses[-1] > losses[0] else "stays"
+        title = f"The loss {trend} from {losses[0]:.4g} to {losses[-1]:.4g} over {count}"
     steps = list(range(1, len(losses) + 1))
     traces = [line("loss", steps, losses, "--accent", hovertemplate="%{y:.5g}")]
     if len(losses) <= 60:

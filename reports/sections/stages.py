@@ -7,8 +7,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from planner.basis.units import percent, seconds, size
-from planner.orders.codes import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE
-from planner.orders.operations import OPERATIONS
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPERATIONS, RECOMPUTE
 from planner.values.plan import Stage
 from planner.values.trace import Trace
 from reports.figures import signed

@@ -17,7 +17,7 @@ from executor.torch_adapter import oracle
 from executor.worker import join
 from planner.orders import schedules
 from planner.orders.action import Action
-from planner.orders.codes import OPTIMIZER
+from planner.orders.operations import OPTIMIZER
 from planner.values.plan import Plan
 
 SEED = 3

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from executor.abilities import PERFORMS, missing
-from planner.orders.codes import OPS
+from planner.orders.operations import OPS
 from planner.placement.pipeline import Question
 from planner.placement.strategies import get
 from planner.values.plan import Plan

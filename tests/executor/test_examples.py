@@ -12,7 +12,7 @@ from executor.model_file import load
 from executor.run import run
 from planner.basis.errors import PlanError
 from planner.orders.action import parse
-from planner.orders.codes import FORWARD, REDUCE_GRAD
+from planner.orders.operations import FORWARD, REDUCE_GRAD
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from planner.values.trace import COMPUTE

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from planner.basis.errors import PlanError
 from planner.orders import schedules
 from planner.orders.action import Action, actions, parse
-from planner.orders.codes import OPS, PORTS
+from planner.orders.codes import PORTS
 from planner.orders.edges import chain
+from planner.orders.operations import OPS
 from planner.orders.schedules import Shape
 from planner.programs.messages import communicate
 from planner.programs.program import SENDS, Program

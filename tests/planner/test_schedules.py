@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.orders import schedules
-from planner.orders.codes import BACKWARD, FORWARD
+from planner.orders.operations import BACKWARD, FORWARD
 from planner.orders.schedules import Shape
 from planner.programs.lowering import lower
 from planner.simulate.predict import simulate

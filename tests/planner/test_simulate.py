@@ -15,7 +15,7 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.orders import schedules
-from planner.orders.codes import REDUCE_GRAD
+from planner.orders.operations import REDUCE_GRAD
 from planner.orders.schedules import Shape
 from planner.placement import strategies
 from planner.placement.question import Question

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.orders.codes import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Codes, Order, join, run
+from planner.orders.codes import Codes, Order, join, run
+from planner.orders.operations import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from planner.orders.schedules.greedy import best
 from planner.orders.schedules.registry import Shape, schedule
 
@@ -58,10 +59,10 @@ def _block(p: int, hops: tuple[int, int, int, int], waits: tuple[int, int, int])
     """
     down = np.arange(p)
     up = down[::-1]
-    ways = [hops[0] * down]
-    for way, hop, wait in zip((up, down, up), hops[1:], waits, strict=True):
-        ways.append(ways[-1].max() + 1 + wait + hop * way)
-    taken = np.stack(ways)
+    slots = [hops[0] * down]
+    for direction, hop, wait in zip((up, down, up), hops[1:], waits, strict=True):
+        slots.append(slots[-1].max() + 1 + wait + hop * direction)
+    taken = np.stack(slots)
     left = np.array([np.setdiff1d(np.arange(_PERIOD), mine) for mine in (taken % _PERIOD).T]).T
     options = [taken[2:] + 1 + (free - taken[2:] - 1) % _PERIOD for free in (left, left[::-1])]
     weights = np.where(options[0].sum(axis=0) <= options[1].sum(axis=0), *options)

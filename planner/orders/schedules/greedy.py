@@ -13,20 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.compiled import kernel
-from planner.orders.codes import (
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    NUMBER,
-    STAGE,
-    Codes,
-    Order,
-    code,
-    has,
-    microbatches,
-    ops,
-    stages,
-)
+from planner.orders.codes import STAGE, Codes, Order, code, has, microbatches, ops, stages
+from planner.orders.operations import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, NUMBER
 from planner.orders.schedules.registry import Shape, get
 
 Seconds = npt.NDArray[np.float64]

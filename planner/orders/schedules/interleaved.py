@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.orders.codes import BACKWARD, FORWARD, STAGE, Codes, Order, code, join, run, weave
+from planner.orders.codes import STAGE, Codes, Order, code, join, run, weave
+from planner.orders.operations import BACKWARD, FORWARD
 from planner.orders.schedules.registry import Shape, schedule
 from planner.orders.schedules.straight import one_forward_one_backward
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.orders.codes import BACKWARD, FORWARD, Codes, Order, join, run, weave
+from planner.orders.codes import Codes, Order, join, run, weave
+from planner.orders.operations import BACKWARD, FORWARD
 from planner.orders.schedules.registry import Shape, schedule
 
 

@@ -6,19 +6,8 @@ for equal stages whose actions take F, B (for the input gradient) and W seconds;
 
 from __future__ import annotations
 
-from planner.orders.codes import (
-    BACKWARD,
-    BACKWARD_INPUT,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    Codes,
-    Order,
-    join,
-    microbatches,
-    run,
-    weave,
-    with_op,
-)
+from planner.orders.codes import Codes, Order, join, microbatches, run, weave, with_op
+from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from planner.orders.schedules.greedy import best
 from planner.orders.schedules.registry import Shape, schedule
 from planner.orders.schedules.zero_bubble import RULES

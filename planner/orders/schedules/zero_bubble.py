@@ -9,7 +9,8 @@ from itertools import product
 
 import numpy as np
 
-from planner.orders.codes import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, Codes, Order, run, with_op
+from planner.orders.codes import Codes, Order, run, with_op
+from planner.orders.operations import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from planner.orders.schedules.greedy import Rules, best
 from planner.orders.schedules.interleaved import rounds, turns, uneven_rounds
 from planner.orders.schedules.registry import Shape, schedule
