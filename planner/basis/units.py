@@ -40,14 +40,14 @@ def either(values: Sequence[int]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def rate(value: float) -> str:
-    """Format samples per second with three significant digits.
+def rate(value: float, unit: str = "sample") -> str:
+    """Format units per second with three significant digits.
 
-    >>> rate(1234.5), rate(3.14159)
-    ('1230 samples/s', '3.14 samples/s')
+    >>> rate(1234.5), rate(3.14159), rate(81234, "token")
+    ('1230 samples/s', '3.14 samples/s', '81200 tokens/s')
     """
     digits = f"{value:.3g}"
-    return f"{float(digits):.0f} samples/s" if value >= 100 else f"{digits} samples/s"
+    return f"{float(digits):.0f} {unit}s/s" if value >= 100 else f"{digits} {unit}s/s"
 
 
 def percent(fraction: float) -> str:

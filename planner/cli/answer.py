@@ -90,9 +90,9 @@ def as_data(
                 "devices": len(searching.plan(f).device_names),
                 "step_s": f.step_s,
                 "price_per_hour": f.price_per_hour,
-                "samples": searching.terms.samples,
-                "seconds": searching.terms.seconds(f.step_s, f.batch),
-                "cost": searching.terms.money(f.step_s, f.batch, f.price_per_hour),
+                f"{searching.space.unit}s": searching.terms.units,
+                "seconds": searching.terms.seconds(f.step_s, f.units),
+                "cost": searching.terms.money(f.step_s, f.units, f.price_per_hour),
                 "contention_simulated": f.exact,
             }
             for f in rented
@@ -139,12 +139,13 @@ def show(
 
 def price_words(searching: Search, found: Found) -> str:
     """Say how long the samples that are asked about take, and what they cost."""
-    terms, batch, bound = searching.terms, found.batch, "" if found.exact else "at least "
-    if terms.samples == searching.space.samples:
-        million = found.price_per_hour / HOUR_S * found.step_s / batch * 1e6
-        return f"{bound}{seconds(found.step_s)} a step, {bound}{million:.3g} per million samples"
-    spent, cost = terms.seconds(found.step_s, batch), terms.money(found.step_s, batch, found.price_per_hour)
-    return f"{bound}{seconds(spent)}, {bound}{cost:.3g} for {terms.samples:,} samples"
+    terms, units, bound = searching.terms, found.units, "" if found.exact else "at least "
+    unit = searching.space.unit
+    if terms.units == searching.space.units:
+        million = found.price_per_hour / HOUR_S * found.step_s / units * 1e6
+        return f"{bound}{seconds(found.step_s)} a step, {bound}{million:.3g} per million {unit}s"
+    spent, cost = terms.seconds(found.step_s, units), terms.money(found.step_s, units, found.price_per_hour)
+    return f"{bound}{seconds(spent)}, {bound}{cost:.3g} for {terms.units:,} {unit}s"
 
 
 def _impossible(searching: Search, family: Family) -> tuple[str, str]:

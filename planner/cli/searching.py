@@ -69,9 +69,7 @@ class Question(NamedTuple):
                     why="a deadline is more than 0 hours" if flag == "--deadline" else "a budget is not below 0",
                     fix=f"give a number from its range, for example {flag} 10",
                 )
-        return Terms(
-            self.epoch or of.samples, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget
-        )
+        return Terms(self.epoch or of.units, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget)
 
 
 def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (), json: bool = False) -> None:
@@ -162,13 +160,12 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    words = searching.objective.words
     with Bar(*columns, console=output.progress, transient=True) as bar:
         task = bar.add_task("searching", total=None)
 
         def told(progress: Progress) -> None:
             left = progress.remaining_s * progress.per_second
-            best = f"best {progress.best}, {words(progress.score)}" if progress.best else "nothing fits yet"
+            best = f"best {progress.best}, {searching.words(progress.score)}" if progress.best else "nothing fits yet"
             bar.update(
                 task,
                 description=f"{progress.per_second:.0f} plans/s, {best}",
@@ -199,7 +196,7 @@ def outlined(searching: Search, answer: Answer, samples: int, seed: int) -> list
     outcomes = []
     for found in answer.leaders[:SHOWN]:
         plan = searching.plan(found)
-        outcomes.append(simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed))
+        outcomes.append(simulate(searching.profile_of(plan), plan, searching.cluster, samples=samples, seed=seed))
     return outcomes
 
 
@@ -209,7 +206,6 @@ def _runnable(searching: Search, outcomes: Sequence[Outcome], budget: float, sam
 
     if any(able(outcome.plan) for outcome in outcomes):
         return []
-    again = Search(searching.profile, searching.cluster, searching.space, allowed=able)
-    found = again.run(seconds=budget).leaders
-    plans = map(again.plan, found[:1])
-    return [simulate(searching.profile, plan, searching.cluster, samples=samples, seed=seed) for plan in plans]
+    another = searching.like(allowed=able)
+    plans = map(another.plan, another.run(seconds=budget).leaders[:1])
+    return [simulate(another.profile_of(plan), plan, another.cluster, samples=samples, seed=seed) for plan in plans]

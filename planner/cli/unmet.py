@@ -23,12 +23,12 @@ def unmet(search: Search) -> PlanError | None:
     quickest, proven = _best(search, "epoch", terms._replace(deadline_s=None, budget=None))
     if quickest is None:
         return None
-    needed = terms.seconds(quickest.step_s, quickest.batch)
-    if terms.deadline_s is not None and not terms._replace(budget=None).met(quickest.step_s, quickest.batch, 0.0):
+    needed = terms.seconds(quickest.step_s, quickest.units)
+    if terms.deadline_s is not None and not terms._replace(budget=None).met(quickest.step_s, quickest.units, 0.0):
         least = f"the quickest plan{'' if proven else ' found'}, {quickest.label}, needs at least"
         return PlanError(
             what="no plan meets the deadline",
-            where=f"cluster '{search.cluster.name}', {terms.samples:,} samples",
+            where=f"cluster '{search.cluster.name}', {terms.units:,} {search.space.unit}s",
             why=f"{least} {needed / HOUR_S:.3g} hours, and the deadline is {terms.deadline_s / HOUR_S:.3g} hours",
             fix=f"give at least --deadline {_up(needed / HOUR_S)}, or a cluster with more or faster devices",
             code=NOTHING_FITS,
@@ -39,11 +39,11 @@ def unmet(search: Search) -> PlanError | None:
     cheapest, proven = _best(search, "cost", terms._replace(budget=None))
     if cheapest is None:
         return None
-    cost = terms.money(cheapest.step_s, cheapest.batch, cheapest.price_per_hour)
+    cost = terms.money(cheapest.step_s, cheapest.units, cheapest.price_per_hour)
     least = f"the cheapest plan{'' if proven else ' found'}{'' if terms.deadline_s is None else ' that is in time'}"
     return PlanError(
         what="no plan is within the budget",
-        where=f"cluster '{search.cluster.name}', {terms.samples:,} samples",
+        where=f"cluster '{search.cluster.name}', {terms.units:,} {search.space.unit}s",
         why=f"{least}, {cheapest.label}, costs at least {cost:.3g}, and the budget is {terms.budget:.3g}",
         fix=f"give at least --budget {_up(cost)}, or lower prices (--price, --host-price)",
         code=NOTHING_FITS,
@@ -53,8 +53,7 @@ def unmet(search: Search) -> PlanError | None:
 
 def _best(search: Search, objective: str, terms: Terms) -> tuple[Found | None, bool]:
     """Search the same space with other terms: the plan of the least score, and whether nothing can be better."""
-    again = Search(search.profile, search.cluster, search.space, objective=objective, terms=terms, stale=search.stale)
-    leaders = (answer := again.run(seconds=SECONDS)).leaders
+    leaders = (answer := search.like(objective=objective, terms=terms).run(seconds=SECONDS)).leaders
     return min(leaders, key=lambda found: found.score, default=None), answer.complete
 
 

@@ -159,6 +159,7 @@ def _trial(
         stages=tuple(Stage(layers=(f"{s}",), devices=_held(schedule, s, places)) for s in range(len(places) * chunks)),
         microbatches=q.m,
         batch=q.batch,
+        sequence=q.profile.sequence,
         chunks=chunks,
         tensor=q.tensor,
         synchronisation=agreed.name,

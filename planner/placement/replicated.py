@@ -124,6 +124,7 @@ def _whole(q: Question, strategy: str, schedule: str) -> Plan:
         stages=(Stage(layers=layers, devices=(q.devices[0].name,)),),
         microbatches=q.m,
         batch=q.batch,
+        sequence=q.profile.sequence,
         threads=q.devices[0].threads,
     )
 

@@ -17,7 +17,8 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     off where sharing has not been simulated, `stale` on where gradients are, `late` where the deadline or the budget is
     not met. `mechanisms` and `runnable` are what decides between plans that are as good. `squeezed`:
     memory decided where it is cut. `outlined`: it is too large by a bound, its score and `lack` are bounds, too.
-    `batch` are samples per step.
+    `batch` are samples per step, `sequence` tokens per sample where lengths are compared; `units` are what a step
+    trains on.
     """
 
     key: str
@@ -36,13 +37,19 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     price_per_hour: float = 0.0
     squeezed: bool = False
     batch: int = 1
+    sequence: int = 0
     outlined: bool = False
     why: str = ""
 
     @property
-    def sample_s(self) -> float:
-        """Seconds per sample: steps of several batches are compared by it."""
-        return self.step_s / self.batch
+    def units(self) -> int:
+        """What a step trains on: samples, or tokens where lengths are compared."""
+        return self.batch * max(1, self.sequence)
+
+    @property
+    def unit_s(self) -> float:
+        """Seconds per sample, or per token: steps of several batches and lengths are compared by it."""
+        return self.step_s / self.units
 
     @property
     def merit(self) -> Merit:
@@ -84,6 +91,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     objective: str
     batches: tuple[int, ...]
+    sequences: tuple[int, ...]
     leaders: tuple[Found, ...]
     front: tuple[Found, ...]
     nearest: tuple[Found, ...]
@@ -115,9 +123,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pareto(found: Iterable[Found]) -> list[Found]:
-    """Keep the plans that no other beats in both time per sample and peak memory."""
+    """Keep the plans that no other beats in both time per sample, or token, and peak memory."""
     front: list[Found] = []
-    for one in sorted(found, key=lambda f: (f.sample_s, f.peak_bytes)):
+    for one in sorted(found, key=lambda f: (f.unit_s, f.peak_bytes)):
         if not front or one.peak_bytes < front[-1].peak_bytes:
             front.append(one)
     return front

@@ -52,10 +52,10 @@ class Merit(NamedTuple):
 
 
 def merit(outcome: Outcome, *, runnable: bool) -> Merit:
-    """Return what a choice by throughput looks at, in seconds per sample."""
-    low, high = (seconds / outcome.plan.batch for seconds in outcome.interval_s)
+    """Return what a choice by throughput looks at, in seconds per sample, or per token of it."""
+    low, high = (seconds / outcome.plan.units for seconds in outcome.interval_s)
     return Merit(
-        score=outcome.step_s / outcome.plan.batch,
+        score=outcome.step_s / outcome.plan.units,
         low=low,
         high=high,
         mechanisms=len(mechanisms(outcome.plan)),

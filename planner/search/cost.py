@@ -20,26 +20,27 @@ Amount: TypeAlias = Any
 class Terms(NamedTuple):
     """What a person asks of a plan beside its objective.
 
-    `samples` are those of an epoch, or of all the training; within `deadline_s` seconds they must be done, for at most
-    `budget` in the currency of the cluster's prices. Without them nothing is ruled out.
+    `units` are the samples of an epoch, or of all the training, or its tokens where lengths are compared; within
+    `deadline_s` seconds they must be done, for at most `budget` in the currency of the cluster's prices. Without them
+    nothing is ruled out. The methods are given the units of a step.
     """
 
-    samples: int
+    units: int
     deadline_s: float | None = None
     budget: float | None = None
 
-    def seconds(self, step_s: Amount, batch: int) -> Amount:
-        """Seconds for all samples; the last step is a whole one."""
-        return step_s * -(-self.samples // batch)
+    def seconds(self, step_s: Amount, units: int) -> Amount:
+        """Seconds for all of them; the last step is a whole one."""
+        return step_s * -(-self.units // units)
 
-    def money(self, step_s: Amount, batch: int, price_per_hour: float) -> Amount:
-        """Price of all samples."""
-        return price_per_hour * self.seconds(step_s, batch) / HOUR_S
+    def money(self, step_s: Amount, units: int, price_per_hour: float) -> Amount:
+        """Price of all of them."""
+        return price_per_hour * self.seconds(step_s, units) / HOUR_S
 
-    def met(self, step_s: Amount, batch: int, price_per_hour: float) -> Amount:
+    def met(self, step_s: Amount, units: int, price_per_hour: float) -> Amount:
         """Whether a plan is done in time, and within the budget; with lower bounds of steps, whether each may be."""
-        in_time = self.deadline_s is None or self.seconds(step_s, batch) <= self.deadline_s * (1 + ROUNDING)
-        affordable = self.budget is None or self.money(step_s, batch, price_per_hour) <= self.budget * (1 + ROUNDING)
+        in_time = self.deadline_s is None or self.seconds(step_s, units) <= self.deadline_s * (1 + ROUNDING)
+        affordable = self.budget is None or self.money(step_s, units, price_per_hour) <= self.budget * (1 + ROUNDING)
         return in_time & affordable
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, seconds, size
 from planner.costs.placed import Placed
-from planner.search import objective as objectives
 from planner.search.answer import Answer, Found
 from planner.search.choice import choose
 from planner.search.search import Search, shares
@@ -56,6 +55,7 @@ def explain(
         text += _memory(search, best, larger, everything)
         text += _microbatches(search, best, everything)
         text += _batches(search, best, everything)
+        text += _lengths(search, best, everything)
     return text
 
 
@@ -113,14 +113,15 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
     devices = len(plan.device_names)
     worst = max(range(len(outcome.peak)), key=lambda d: outcome.peak[d].total / outcome.capacity_bytes[d])
     held = size(outcome.peak[worst].total)
-    words = objectives.get(answer.objective).words(search.score(plan, outcome.step_s, outcome.peak_bytes))
+    words = search.words(search.score(plan, outcome.step_s, outcome.peak_bytes))
     on = "1 device" if devices == 1 else f"{devices} devices"
     checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, the others cannot be better"
     if not answer.complete:
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
     if not found.exact and outcome.idle is not None:
         checked += "; what its devices share has not been simulated"
-    step = f"{seconds(outcome.step_s)} per step of {plan.batch} samples on {on}"
+    samples = f"{plan.batch} samples" + (f" of {plan.sequence} tokens" if search.space.unit == "token" else "")
+    step = f"{seconds(outcome.step_s)} per step of {samples} on {on}"
     memory = f"{outcome.trace.devices[worst]} holds most, {held} of {size(outcome.capacity_bytes[worst])}"
     if outcome.peak_actions[worst]:
         memory += f" during {outcome.peak_actions[worst]}"
@@ -160,7 +161,6 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
     rivals = [best, *_of_each_strategy(f for f in known if f.lack <= 1 and f.strategy != best.strategy)[:8]]
     if len(rivals) == 1:
         return []
-    words = search.objective.words
 
     def winner(factor: float) -> tuple[Found, float]:
         changed = with_bandwidth(search.cluster, factor)
@@ -181,7 +181,7 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
             found, score = winner(factor)
             if found.strategy != best.strategy:
                 times = max(factor, 1 / factor)
-                return f"With links {times:g} times {change}, {found.label} would win: {words(score)}."
+                return f"With links {times:g} times {change}, {found.label} would win: {search.words(score)}."
         others = f"the best of {len(rivals) - 1} other kinds"
         return f"With links {FACTORS[-1]:g} times {change}, it would still win against {others}."
 
@@ -190,7 +190,7 @@ def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
 
 def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
     """Seconds per step, with what is shared as far as that can be simulated while somebody waits."""
-    placed = Placed(search.profile, plan, cluster)
+    placed = Placed(search.profile_of(plan), plan, cluster)
     if shares(placed) and actions(plan) <= QUICK_ACTIONS:
         return simulated_step(placed)
     return evaluate(placed).step_s
@@ -230,13 +230,25 @@ def _microbatches(search: Search, best: Found, known: list[Found]) -> list[str]:
 
 def _batches(search: Search, best: Found, known: list[Found]) -> list[str]:
     """The best of each other batch."""
-    first: dict[int, Found] = {}
-    for found in sorted((f for f in known if f.lack <= 1), key=lambda f: (f.score, not f.exact, f.key)):
-        if found.batch != best.batch:
-            first.setdefault(found.batch, found)
-    settled = [_settled(search, first[batch]) for batch in sorted(first)]
+    settled = _best_of_other(search, best, known, lambda f: f.batch)
     others = [f"of {found.batch} samples {found.label} is {_behind(best, found)}" for found in settled]
     return [f"With other batches: {', '.join(others)}."] if others else []
+
+
+def _lengths(search: Search, best: Found, known: list[Found]) -> list[str]:
+    """The best of each other sequence length."""
+    settled = _best_of_other(search, best, known, lambda f: f.sequence)
+    others = [f"of {found.sequence} tokens {found.label} is {_behind(best, found)}" for found in settled]
+    return [f"With other sequences: {', '.join(others)}."] if others else []
+
+
+def _best_of_other(search: Search, best: Found, known: list[Found], what: Callable[[Found], int]) -> list[Found]:
+    """The best plan that fits for every value that the best plan does not have, each with its own time."""
+    first: dict[int, Found] = {}
+    for found in sorted((f for f in known if f.lack <= 1), key=lambda f: (f.score, not f.exact, f.key)):
+        if what(found) != what(best):
+            first.setdefault(what(found), found)
+    return [_settled(search, first[value]) for value in sorted(first)]
 
 
 def _of_each_strategy(found: Iterable[Found]) -> list[Found]:

@@ -14,7 +14,7 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[
 
     Hosts are rented whole, so a cluster has few prices: for each, one search finds the plan that is best in time, and
     proves it unless `seconds` for all of them end first. The terms of `search` hold for all. A plan's money is
-    `search.terms.money(found.step_s, found.batch, found.price_per_hour)`. Without prices there is no front.
+    `search.terms.money(found.step_s, found.units, found.price_per_hour)`. Without prices there is no front.
     """
     if not priced(search.cluster):
         return (), True
@@ -24,16 +24,7 @@ def cost_front(search: Search, *, seconds: float = float("inf")) -> tuple[tuple[
     best: list[Found] = []
     proved = True
     for ks in sizes.values():
-        own = Search(
-            search.profile,
-            search.cluster,
-            search.space._replace(ks=tuple(ks)),
-            objective="epoch",
-            terms=search.terms,
-            stale=search.stale,
-            able=search.able,
-            allowed=search.allowed,
-        )
+        own = search.like(space=search.space._replace(ks=tuple(ks)), objective="epoch")
         answer = own.run(seconds=seconds / len(sizes))
         best += answer.leaders[:1]
         proved = proved and answer.complete

@@ -14,16 +14,19 @@ from planner.values.cluster import Cluster
 class Reckoned(NamedTuple):
     """What an objective may look at: seconds of a step, peak bytes of the worst device, price per hour of the hosts.
 
-    A lower bound of a score has lower bounds of them.
+    `units` are what a step trains on: samples, or tokens where lengths are compared. A lower bound of a score has lower
+    bounds of them.
     """
 
     step_s: Amount
     peak_bytes: float
     price_per_hour: float
-    batch: int
+    units: int
 
 
 Score = Callable[[Reckoned, Terms], Amount]
+Words = Callable[[float, str], str]
+"""Says a score; the second argument is the unit that is trained on, as sample."""
 
 
 class Objective(NamedTuple):
@@ -34,7 +37,7 @@ class Objective(NamedTuple):
 
     name: str
     score: Score
-    words: Callable[[float], str]
+    words: Words
     priced: bool = False
     timed: bool = True
 
@@ -42,9 +45,7 @@ class Objective(NamedTuple):
 _REGISTRY: dict[str, Objective] = {}
 
 
-def objective(
-    name: str, words: Callable[[float], str], *, priced: bool = False, timed: bool = True
-) -> Callable[[Score], Score]:
+def objective(name: str, words: Words, *, priced: bool = False, timed: bool = True) -> Callable[[Score], Score]:
     """Register a score that does not fall when step time, peak or price rise."""
 
     def register(score: Score) -> Score:
@@ -66,28 +67,28 @@ def get(name: str) -> Objective:
     return _REGISTRY[name]
 
 
-@objective("throughput", lambda score: rate(1 / score))
+@objective("throughput", lambda score, unit: rate(1 / score, unit))
 def throughput(of: Reckoned, terms: Terms) -> Amount:
-    """Seconds per sample."""
-    return of.step_s / of.batch
+    """Seconds per sample, or per token."""
+    return of.step_s / of.units
 
 
-@objective("epoch", lambda score: f"{seconds(score)} per epoch")
+@objective("epoch", lambda score, unit: f"{seconds(score)} per epoch")
 def epoch_time(of: Reckoned, terms: Terms) -> Amount:
-    """Seconds per epoch of so many samples; the last step of an epoch is a whole one."""
-    return terms.seconds(of.step_s, of.batch)
+    """Seconds per epoch of so many samples, or tokens; the last step of an epoch is a whole one."""
+    return terms.seconds(of.step_s, of.units)
 
 
-@objective("memory", lambda score: f"{size(score)} on the worst device", timed=False)
+@objective("memory", lambda score, unit: f"{size(score)} on the worst device", timed=False)
 def memory(of: Reckoned, terms: Terms) -> Amount:
     """Peak bytes of the worst device; between equals the quicker one, by less than a byte."""
     return of.peak_bytes + of.step_s / (1e6 + of.step_s)
 
 
-@objective("cost", lambda score: f"{score:.3g} per million samples", priced=True)
+@objective("cost", lambda score, unit: f"{score:.3g} per million {unit}s", priced=True)
 def cost(of: Reckoned, terms: Terms) -> Amount:
-    """Price of a million samples; hosts are rented whole."""
-    return of.price_per_hour / HOUR_S * of.step_s / of.batch * 1e6
+    """Price of a million samples, or tokens; hosts are rented whole."""
+    return of.price_per_hour / HOUR_S * of.step_s / of.units * 1e6
 
 
 def check(chosen: Objective, terms: Terms, cluster: Cluster) -> None:

@@ -68,6 +68,7 @@ class Search:
         cluster: Cluster,
         space: Space,
         *,
+        lengths: Iterable[Profile] = (),
         objective: str = "throughput",
         terms: Terms | None = None,
         stale: bool = False,
@@ -75,24 +76,26 @@ class Search:
         able: Callable[[Plan], bool] = lambda plan: True,
         allowed: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
-        """Plans that are not `allowed` are not looked at, and not kept with the state.
+        """`lengths` are profiles of the same model for the several sequence lengths of a space, one of each.
 
+        Plans that are not `allowed` are not looked at, and not kept with the state.
         Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
         """
         self.able, self.allowed = able, allowed
         self.profile, self.cluster, self.space = profile, cluster, space
-        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.samples), stale
+        self.lengths = {one.sequence: one for one in lengths}
+        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.units), stale
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
         self.blocks = list(blocks(space, profile, cluster))
         self.large: list[tuple[float, int, int]] = []
         """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
-        self.bounds = Bounds(profile, cluster)
+        self.bounds = {length: Bounds(self.lengths.get(length, profile), cluster) for length in space.sequences}
         self.larger: list[tuple[float, str]] = []
         """Candidates that were put aside, as no plan of theirs fits: how much they lack at least, a heap."""
         self.aside = set[Candidate]()
         self.order = self._ordered()
-        self.slowing = slowing(profile, cluster)
+        self.slowing = frozenset.intersection(*(slowing(one.profile, cluster) for one in self.bounds.values()))
         self.savings = _by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
         self.made: dict[str, Placed] = {}
@@ -115,20 +118,20 @@ class Search:
 
     def _ordered(self) -> _Order:
         """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
-        bounds = self.bounds
         on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
         scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for number, block in enumerate(self.blocks):
             if block.point.asynchronous and not self.stale:
                 continue
+            bounds = self.bounds[block.point.sequence]
             lack = min(bounds.lack(block, agreed, on_host=on_host) for agreed in block.agreed)
             if lack > 1:
                 self.large += [(lack, number, m) for m in range(len(block.ms))]
                 continue
             price = least_price_per_hour(self.cluster, block.point.devices)
-            bound, batch = bounds.of(block), block.point.batch
-            score = self.objective.score(Reckoned(bound, 0.0, price, batch), self.terms)
-            scores.append(np.where(self.terms.met(bound, batch, price), score, np.inf))
+            bound, units = bounds.of(block), block.point.units
+            score = self.objective.score(Reckoned(bound, 0.0, price, units), self.terms)
+            scores.append(np.where(self.terms.met(bound, units, price), score, np.inf))
             where.append(np.full(len(bound), number, np.int32))
             which.append(np.arange(len(bound), dtype=np.int32))
         self.large.sort(reverse=True)
@@ -230,7 +233,7 @@ class Search:
             try:
                 placed = self._placed(candidate)
                 own = self.score(placed.plan, plan_bound(placed), 0.0)
-                recut = squeezed(question(candidate, self.profile, self.cluster), placed)
+                recut = self._squeezed(candidate, placed)
             except PlanError as error:
                 self._impossible(candidate, f"{error.what}: {error.why}")
                 continue
@@ -241,8 +244,9 @@ class Search:
 
     def _cannot_fit(self, candidate: Candidate) -> bool:
         """Put a candidate aside of which no plan fits, however it is cut."""
-        lack = self.bounds.need(candidate).lack * (1 - 1e-9)
-        if "recompute-layers" in candidate.savings and self.bounds.repeating(candidate) < float("inf"):
+        bounds = self.bounds[candidate.sequence]
+        lack = bounds.need(candidate).lack * (1 - 1e-9)
+        if "recompute-layers" in candidate.savings and bounds.repeating(candidate) < float("inf"):
             return False
         if lack <= 1 or candidate.key in self.state.done:
             return False
@@ -263,16 +267,20 @@ class Search:
     def _repeating(self, candidate: Candidate) -> float:
         """Return the least score of a candidate's plan, by the forwards that its savings repeat."""
         price = least_price_per_hour(self.cluster, candidate.devices)
-        seconds = self.bounds.repeating(candidate)
-        return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.batch), self.terms))
+        seconds = self.bounds[candidate.sequence].repeating(candidate)
+        return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.units), self.terms))
 
     def _placed(self, candidate: Candidate) -> Placed:
         """Make a candidate's plan; the last few are kept, as they are often asked for again at once."""
         if candidate.key not in self.made:
-            self.made[candidate.key] = Placed(self.profile, self._plan(candidate), self.cluster)
+            self.made[candidate.key] = Placed(self.profile_of(candidate), self._plan(candidate), self.cluster)
             while len(self.made) > MADE:
                 self.made.pop(next(iter(self.made)))
         return self.made[candidate.key]
+
+    def _squeezed(self, candidate: Candidate, placed: Placed) -> bool:
+        """Whether memory decided where a candidate's plan is cut."""
+        return squeezed(question(candidate, self.profile_of(candidate), self.cluster), placed)
 
     def _push(self, score: float, item: Candidate | Found) -> None:
         """Put a candidate, or one that has been looked at, in the queue: of equals the one that saves least first."""
@@ -352,7 +360,7 @@ class Search:
     def _too_late(self, found: Found) -> None:
         self.families[found.family]["late"] += 1
         self.reasons.setdefault(found.family, "it does not meet the deadline or the budget")
-        self.late = _least(self.late, found, lambda f: (f.sample_s, f.key))
+        self.late = _least(self.late, found, lambda f: (f.unit_s, f.key))
 
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
@@ -409,7 +417,8 @@ class Search:
             full=full,
             exact=not shares(placed),
             batch=plan.batch,
-            squeezed=squeezed(question(candidate, self.profile, self.cluster), placed),
+            sequence=candidate.sequence,
+            squeezed=self._squeezed(candidate, placed),
         )
 
     def _too_large(self, candidate: Candidate, placed: Placed, score: float) -> Found:
@@ -421,18 +430,26 @@ class Search:
             stale=asynchronous(placed.plan),
             score=score,
             batch=candidate.batch,
+            sequence=candidate.sequence,
             lack=plan_lack(placed),
-            squeezed=squeezed(question(candidate, self.profile, self.cluster), placed),
+            squeezed=self._squeezed(candidate, placed),
             outlined=True,
         )
 
     def score(self, plan: Plan, step_s: float, peak: float) -> float:
         """Return the objective's score of a plan with this step time and peak; less is better."""
         price = price_per_hour(self.cluster, plan.device_names)
-        return float(self.objective.score(Reckoned(step_s, peak, price, plan.batch), self.terms))
+        return float(self.objective.score(Reckoned(step_s, peak, price, self._units(plan)), self.terms))
+
+    def words(self, score: float) -> str:
+        """Say a score."""
+        return self.objective.words(score, self.space.unit)
+
+    def _units(self, plan: Plan) -> int:
+        return plan.units if self.space.unit == "token" else plan.batch
 
     def _late(self, plan: Plan, step_s: float) -> bool:
-        return not self.terms.met(step_s, plan.batch, price_per_hour(self.cluster, plan.device_names))
+        return not self.terms.met(step_s, self._units(plan), price_per_hour(self.cluster, plan.device_names))
 
     def exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
@@ -445,6 +462,31 @@ class Search:
         late = self._late(plan, step_s)
         return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True, late=late)
 
+    def like(
+        self,
+        *,
+        space: Space | None = None,
+        objective: str = "",
+        terms: Terms | None = None,
+        allowed: Callable[[Plan], bool] | None = None,
+    ) -> Search:
+        """Return a search that has not begun, of the same but for what is given."""
+        return Search(
+            self.profile,
+            self.cluster,
+            space or self.space,
+            lengths=self.lengths.values(),
+            objective=objective or self.objective.name,
+            terms=terms or self.terms,
+            stale=self.stale,
+            able=self.able,
+            allowed=allowed or self.allowed,
+        )
+
+    def profile_of(self, one: Candidate | Plan) -> Profile:
+        """Return the profile of a candidate's, or a plan's, sequence length."""
+        return self.lengths.get(one.sequence, self.profile)
+
     def plan(self, found: Found) -> Plan:
         """Make the plan of a candidate that has been found."""
         return self._placed(Candidate.parse(found.key)).plan
@@ -452,8 +494,9 @@ class Search:
     def _plan(self, candidate: Candidate) -> Plan:
         """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
         marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
+        marks += [f"s{candidate.sequence}"] if candidate.sequence else []
         marks += [candidate.mapping] if candidate.mapping in self.space.mappings[1:] else []
-        plan = make(candidate, self.profile, self.cluster)
+        plan = make(candidate, self.profile_of(candidate), self.cluster)
         return msgspec.structs.replace(plan, mark="-".join(marks)) if marks else plan
 
     def progress(self) -> Progress:
@@ -502,6 +545,7 @@ class Search:
         return Answer(
             objective=self.objective.name,
             batches=self.space.batches,
+            sequences=self.space.sequences,
             leaders=tuple(leaders if chosen is None else [chosen, *(f for f in leaders if f.key != chosen.key)]),
             front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),

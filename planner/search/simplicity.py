@@ -75,7 +75,8 @@ def identity(plan: Plan) -> tuple[object, ...]:
     agreed = () if alone else (plan.synchronisation, plan.servers, plan.bucket_bytes)
     saved = tuple(getattr(plan, name.replace("-", "_"), None) for name in savings.names())
     order = _order(plan.schedule, plan)
-    return order, plan.stages, plan.chunks, plan.microbatches, plan.batch, plan.tensor, plan.threads, agreed, saved
+    share = plan.microbatches, plan.batch, plan.sequence
+    return order, plan.stages, plan.chunks, *share, plan.tensor, plan.threads, agreed, saved
 
 
 def _order(name: str, plan: Plan) -> str:

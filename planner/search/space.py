@@ -1,4 +1,4 @@
-"""The space of plans that a search ranks: every strategy, K, batch, M, replicas, tensor split, chunks, saving, mapping.
+"""The space of plans that a search ranks: strategies, K, M, batches, lengths, replicas, splits, chunks, savings.
 
 A candidate is a point of it. There are hundreds of thousands, so they come in blocks, and each has a bound that costs
 nothing (`planner.search.bounds`): making a plan costs milliseconds.
@@ -30,7 +30,8 @@ SMALL = 16
 class Space(NamedTuple):
     """What is tried: strategies by name, K, M, replicas, tensor splits, chunks, synchronisations, sets of savings.
 
-    `batches` are samples per step. `mappings` are tried where they differ: pipelines with replicas on several hosts.
+    `batches` are samples per step, `sequences` tokens per sample: 0 for what the profile has, several where there is a
+    profile of each. `mappings` are tried where they differ: pipelines with replicas on several hosts.
     """
 
     strategies: tuple[str, ...]
@@ -43,11 +44,17 @@ class Space(NamedTuple):
     savings: tuple[tuple[str, ...], ...]
     batches: tuple[int, ...]
     mappings: tuple[Mapping, ...] = MAPPINGS
+    sequences: tuple[int, ...] = (0,)
 
     @property
-    def samples(self) -> int:
-        """Samples of which every batch takes a whole number of steps."""
-        return math.lcm(*self.batches)
+    def unit(self) -> str:
+        """What plans are compared by the seconds of: samples, or tokens where samples are of several lengths."""
+        return "token" if len(self.sequences) > 1 else "sample"
+
+    @property
+    def units(self) -> int:
+        """Samples, or tokens, of which every batch takes a whole number of steps."""
+        return math.lcm(*(batch * max(1, tokens) for batch in self.batches for tokens in self.sequences))
 
 
 class Candidate(NamedTuple):
@@ -63,6 +70,12 @@ class Candidate(NamedTuple):
     savings: tuple[str, ...]
     batch: int
     mapping: Mapping = ""
+    sequence: int = 0
+
+    @property
+    def units(self) -> int:
+        """What a step trains on: samples, or tokens where lengths are compared."""
+        return self.batch * max(1, self.sequence)
 
     @property
     def family(self) -> str:
@@ -153,12 +166,12 @@ class Candidate(NamedTuple):
         if self.depth > 1:
             return self.shape, agreed.name
         said = "" if self.replica_count == 1 else agreed.name
-        return schedule.updates, self.replica_count, self.tensor_count, said, self.batch
+        return schedule.updates, self.replica_count, self.tensor_count, said, self.batch, self.sequence
 
     @property
     def key(self) -> str:
         """The same point under the same name in every search; `parse` reads it."""
-        numbers = self.k, self.m, self.batch, self.replicas, self.chunks, self.tensor
+        numbers = self.k, self.m, self.batch, self.sequence, self.replicas, self.chunks, self.tensor
         return "|".join(map(str, (self.strategy, *numbers, self.mapping, self.synchronisation, "+".join(self.savings))))
 
     @classmethod
@@ -169,9 +182,9 @@ class Candidate(NamedTuple):
         ('recompute',)
         """
         strategy, *numbers, mapping, agreed, chosen = key.split("|")
-        k, m, batch, replicas, chunks, split = map(int, numbers)
+        k, m, batch, sequence, replicas, chunks, split = map(int, numbers)
         savings = tuple(chosen.split("+")) if chosen else ()
-        return cls(strategy, k, m, replicas, chunks, split, agreed, savings, batch, _mapping(mapping))
+        return cls(strategy, k, m, replicas, chunks, split, agreed, savings, batch, _mapping(mapping), sequence)
 
 
 def _mapping(name: str) -> Mapping:
@@ -255,18 +268,18 @@ def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
 
 
 def _points(of: Space, chosen: Strategy, profile: Profile) -> Iterator[Candidate]:
-    """Yield every batch, K, tensor split, replicas and chunks that a strategy can have."""
+    """Yield every length, batch, K, tensor split, replicas and chunks that a strategy can have."""
     whole = sum(len(layer.times) > 0 for layer in profile.layers)
     schedule = schedules.get(chosen.schedule)
     ks = of.ks if "k" in chosen.takes else (min(of.ks),)
     tensors = of.tensors if "tensor" in chosen.takes else (1,)
     copies = of.replicas if "replicas" in chosen.takes else (1,)
     chunks = _chunks(chosen, schedule, of)
-    for batch, k, ways, replicas in itertools.product(of.batches, ks, tensors, copies):
+    for sequence, batch, k, ways, replicas in itertools.product(of.sequences, of.batches, ks, tensors, copies):
         if k % (ways * replicas):
             continue
         for v in chunks:
-            point = Candidate(chosen.name, k, 0, replicas, v, ways, "", (), batch)
+            point = Candidate(chosen.name, k, 0, replicas, v, ways, "", (), batch, sequence=sequence)
             if point.depth * max(1, v) <= whole:
                 yield point
 

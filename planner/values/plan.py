@@ -48,7 +48,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How one step is trained.
 
     `microbatches` (M) counts the whole step: with R replicas each takes M / R of them. `batch` is samples per step,
-    so a micro-batch has `batch / microbatches`. `threads` are each device's.
+    so a micro-batch has `batch / microbatches`. `sequence` is how many tokens a sample has, where samples are sequences
+    of tokens, 0 elsewhere. `threads` are each device's.
 
     `chunks` (v) is the number of stages per device, `tensor` the number of devices over which each stage's tensors are
     split. `synchronisation` says how replicas agree on parameters (`planner.orders.synchronisation`); `servers` are the
@@ -76,6 +77,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stages: tuple[Stage, ...]
     microbatches: int
     batch: int
+    sequence: int = 0
     chunks: int = 1
     tensor: int = 1
     synchronisation: str = USUAL
@@ -96,6 +98,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("stages: every stage needs layers and devices")
         if min(self.microbatches, self.batch, self.threads, self.chunks, self.tensor) < 1:
             raise ValueError("microbatches, batch, threads, chunks and tensor must be positive")
+        if self.sequence < 0:
+            raise ValueError(f"sequence: {self.sequence} is below 0, which means that samples are no sequences")
         if len(self.stages) % self.chunks:
             raise ValueError(f"chunks: {len(self.stages)} stages cannot be dealt {self.chunks} to each device")
         if any(len(stage.devices) % (self.tensor * self._schedule.copies) for stage in self.stages):
@@ -217,6 +221,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def samples(self) -> int:
         """Samples per micro-batch."""
         return self.batch // self.microbatches
+
+    @property
+    def units(self) -> int:
+        """What a step trains on: tokens where samples are sequences of them, else samples."""
+        return self.batch * max(1, self.sequence)
 
     @property
     def recomputes(self) -> bool:

@@ -157,8 +157,15 @@ class WholeStep(msgspec.Struct, frozen=True, kw_only=True):
     layers_optimizer_s: float
 
 
+SCHEMA = 3
+"""Of a profile's file: since 3 it says the length of its sequences."""
+
+
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
-    """What a profile is valid for. A difference in any field makes it stale."""
+    """What a profile is valid for. A difference in any field makes it stale.
+
+    `sequence` is the number of tokens of a sample; 0 where samples are no sequences.
+    """
 
     model: str
     source_sha256: str
@@ -167,7 +174,8 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     torch: str
     python: str
-    schema: int = 2
+    sequence: int = 0
+    schema: int = SCHEMA
 
     def differences(self, other: ProfileKey) -> list[str]:
         """List the fields that differ, as `name: mine -> theirs`."""
@@ -238,6 +246,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                 raise ValueError(f"layers[{index}] '{layer.name}': it reads no value")
             if index < len(self.layers) - 1 and index not in read:
                 raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a sample, of which all times and bytes are; 0 where samples are no sequences."""
+        return self.key.sequence
 
     @property
     def device_kind(self) -> str:
@@ -312,7 +325,10 @@ def decode(data: bytes, where: str) -> Profile:
     Raises `PlanError` (exit 4) that names the field when the file is damaged or from another version.
     """
     try:
-        return msgspec.json.decode(data, type=Profile)
+        profile = msgspec.json.decode(data, type=Profile)
+        if profile.key.schema != SCHEMA:
+            raise ValueError(f"key.schema: it is {profile.key.schema}, and this version writes and reads {SCHEMA}")
+        return profile
     except (msgspec.DecodeError, ValueError) as error:
         raise PlanError(
             what="the profile cannot be read",

@@ -87,8 +87,8 @@ def clusters(draw: st.DrawFn, most: int = 4) -> Cluster:
 
 
 @st.composite
-def profiles(draw: st.DrawFn) -> Profile:
-    count = draw(st.integers(1, 5))
+def profiles(draw: st.DrawFn, layers: int = 0) -> Profile:
+    count = layers or draw(st.integers(1, 5))
 
     def each(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.lists(values, min_size=count, max_size=count))
@@ -149,18 +149,26 @@ class Tried(NamedTuple):
 
 
 def everything(
-    costs: Profile, cluster: Cluster, of: Space, objective: str, stale: bool = False, terms: Terms = TERMS
+    costs: Profile,
+    cluster: Cluster,
+    of: Space,
+    objective: str,
+    stale: bool = False,
+    terms: Terms = TERMS,
+    *,
+    tokens: bool = False,
 ) -> list[Tried]:
-    """All plans that fit and may be the best."""
+    """All plans that fit and may be the best; scores are per sample, or per token."""
     found = []
     for _, plan in made(costs, cluster, of):
         held, fits = peaks(costs, plan, cluster)
         if fits and (stale or not asynchronous(plan)):
             step = simulated_step(Placed(costs, plan, cluster))
             price = price_per_hour(cluster, plan.device_names)
-            if not terms.met(step, plan.batch, price):
+            units = plan.units if tokens else plan.batch
+            if not terms.met(step, units, price):
                 continue
-            score = objective_of(objective).score(Reckoned(step, max(held), price, plan.batch), terms)
+            score = objective_of(objective).score(Reckoned(step, max(held), price, units), terms)
             own = Merit(score, score, score, len(mechanisms(plan)), True, max(held))
             found.append(Tried(score, own, str(plan)))
     return found
@@ -496,7 +504,7 @@ def test_plans_of_several_batches_have_names_of_their_own() -> None:
     assert {f.batch for f in done} == {8, 32}
     assert len({f.label for f in done}) == len(done)
     best = answer.leaders[0]
-    assert best.score == pytest.approx(best.sample_s)
+    assert best.score == pytest.approx(best.unit_s)
     text = explain(search, answer, simulate(costs, search.plan(best), cluster))
     assert any(sentence.startswith("With other batches: of ") for sentence in text)
 
