@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -20,17 +20,18 @@ import numpy.typing as npt
 
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
-from planner.orders import schedules
-from planner.placement import savings, strategies
+from planner.placement import savings
 from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
-from planner.search.answer import Answer, Family, Found, Progress, State, pareto
+from planner.search.answer import Answer, Found, Progress, State, pareto
 from planner.search.bounds import Bounds, plan_bound, plan_lack
 from planner.search.choice import TIE, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
+from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
 from planner.search.objective import Reckoned
 from planner.search.simplicity import identity, mechanisms
 from planner.search.space import Candidate, Space, blocks, make, question
+from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Cluster
@@ -96,15 +97,12 @@ class Search:
         self.aside = set[Candidate]()
         self.order = self._ordered()
         self.slowing = frozenset.intersection(*(slowing(one.profile, cluster) for one in self.bounds.values()))
-        self.savings = _by_least(space.savings)
+        self.savings = by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
         self.made: dict[str, Placed] = {}
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
-        self.families: dict[str, Counter[str]] = defaultdict(Counter)
-        self.reasons: dict[str, str] = {}
-        self.examples: dict[str, str] = {}
-        self._count()
+        self.tally = Tally(self.blocks, space.savings, stale=stale)
         self.queue: list[tuple[float, int, str, Candidate | Found]] = []
         self.leaders: list[Found] = []
         self.tied: list[Found] = []
@@ -138,17 +136,6 @@ class Search:
         every = np.concatenate(scores)
         order = np.argsort(every, kind="stable")
         return _Order(every[order], np.concatenate(where)[order], np.concatenate(which)[order])
-
-    def _count(self) -> None:
-        """Count every family's points; those whose gradients are stale do not compete unless they may."""
-        for block in self.blocks:
-            for candidate in block.at(0, self.space.savings):
-                family = candidate.family
-                self.families[family]["points"] += len(block.ms)
-                if block.point.asynchronous and not self.stale:
-                    self.families[family]["stale"] += len(block.ms)
-                    self.reasons[family] = "its gradients are stale; --stale lets it compete"
-        self.points = sum(counts["points"] for counts in self.families.values())
 
     @property
     def best(self) -> float:
@@ -253,13 +240,13 @@ class Search:
         if candidate not in self.aside:
             self.aside.add(candidate)
             heapq.heappush(self.larger, (lack, candidate.key))
-            self.families[candidate.family].update(("too large", "outlined"))
+            self.tally.aside(candidate)
         return True
 
     def _look_aside(self) -> None:
         """Look at the candidate that lacks least of those that were put aside, as nothing fits."""
         candidate = Candidate.parse(heapq.heappop(self.larger)[1])
-        self.families[candidate.family].subtract(("too large", "outlined"))
+        self.tally.aside(candidate, back=True)
         found = self._evaluate(candidate)
         if found is not None:
             self._note(candidate, found)
@@ -290,10 +277,7 @@ class Search:
     def _impossible(self, candidate: Candidate, why: str) -> None:
         """Rule out a candidate, and all that save more than it."""
         for saved in (candidate.savings, *self.savings.get(candidate.savings, ())):
-            family = candidate._replace(savings=saved).family
-            self.families[family]["impossible"] += 1
-            self.examples.setdefault(family, candidate._replace(savings=saved).key)
-            self.reasons.setdefault(family, why)
+            self.tally.impossible(candidate._replace(savings=saved), why)
 
     def _look(self, candidate: Candidate, bound: float) -> None:
         """Put one candidate through the fast interpreter, and those that save more than it in the queue."""
@@ -311,17 +295,15 @@ class Search:
 
     def _note(self, candidate: Candidate, found: Found) -> bool:
         """Keep what was found of a candidate; return whether it is possible."""
-        counts = self.families[candidate.family]
         if not found.outlined:
             self.state.done[candidate.key] = found
         self.evaluated += 1
         if not found.label:
             self._impossible(candidate, found.why)
             return False
-        counts["evaluated"] += 1
+        self.tally.evaluated(found)
         self.known[candidate.bare].append((frozenset(candidate.savings), found))
         if found.lack > 1:
-            counts["too large"] += 1
             if not found.outlined:
                 self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
         elif found.late:
@@ -358,32 +340,13 @@ class Search:
         self.tied = [f for f in (*self.tied, exact) if f.score <= self.reach]
 
     def _too_late(self, found: Found) -> None:
-        self.families[found.family]["late"] += 1
-        self.reasons.setdefault(found.family, "it does not meet the deadline or the budget")
+        self.tally.late(found)
         self.late = _least(self.late, found, lambda f: (f.unit_s, f.key))
 
     def _dominated(self, candidate: Candidate) -> bool:
-        """Whether the same plan with fewer savings says enough: it fits, or is too slow already.
-
-        Savings that only add work or waits can make a plan smaller, never quicker. But what is repeated need not be
-        swapped; of a plan without flush the steady state is a mean over few steps, which moves by more than some
-        savings cost; where memory decided about the cut, one that saves is cut better; and a schedule that orders by
-        seconds arranges what it repeats differently.
-        """
-        if not self.objective.timed or orders_by_seconds(candidate):
-            return False
-        mine = frozenset(candidate.savings)
-        return any(
-            less < mine
-            and mine - less <= self.slowing
-            and not (
-                any(savings.get(name).swaps for name in less) and any(savings.get(name).repeats for name in mine - less)
-            )
-            and (found.lack <= 1 or found.score >= self.reach)
-            and not (found.stale and self.stale)
-            and not found.squeezed
-            for less, found in self.known[candidate.bare]
-        )
+        """Whether the same plan with fewer savings says enough (`planner.search.dominance`)."""
+        known = self.known[candidate.bare]
+        return self.objective.timed and dominated(candidate, known, self.slowing, self.reach, stale=self.stale)
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
@@ -515,25 +478,6 @@ class Search:
 
     def answer(self) -> Answer:
         """What has been found so far."""
-        unopened = Counter[str]()
-        for number, count in Counter(number for _, number, _ in self.large).items():
-            for candidate in self.blocks[number].at(0, self.space.savings):
-                unopened[candidate.family] += count
-        families = [
-            Family(
-                name=name,
-                points=c["points"],
-                evaluated=c["evaluated"],
-                fitting=c["evaluated"] + c["outlined"] - c["too large"],
-                slower=c["points"] - c["evaluated"] - c["impossible"] - c["stale"] - c["outlined"] - unopened[name],
-                too_large=c["too large"] + unopened[name],
-                impossible=c["impossible"],
-                stale=c["stale"],
-                why=self.reasons.get(name, ""),
-                example=self.examples.get(name, ""),
-            )
-            for name, c in sorted(self.families.items())
-        ]
         fitting = (
             f
             for f in self.state.done.values()
@@ -550,41 +494,13 @@ class Search:
             front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
             nearest=tuple(self.nearest[:3]),
             late=tuple(self.late[:3]),
-            families=tuple(families),
-            points=self.points,
+            families=self.tally.families(number for _, number, _ in self.large),
+            points=self.tally.points,
             evaluated=self.evaluated,
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
         )
-
-
-def _by_least(savings: tuple[tuple[str, ...], ...]) -> dict[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Sets of savings that contain no other of them, each with the sets that are tried after it: more than it, once."""
-    least = [own for own in savings if not any(set(other) < set(own) for other in savings)]
-    first = {own: next(one for one in least if set(one) <= set(own)) for own in savings}
-    return {one: tuple(own for own in savings if first[own] == one and own != one) for one in least}
-
-
-def orders_by_seconds(candidate: Candidate) -> bool:
-    """Whether a candidate's schedule orders by seconds: then more work may come out quicker, if by little."""
-    return schedules.get(strategies.get(candidate.strategy).schedule).measured
-
-
-def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
-    """Return the savings that cannot make any plan quicker here.
-
-    All add actions or waits; only an update on the host could be quicker than the device's own, where some layer's is.
-    """
-    rate = max((host.memory_bytes_per_s for host in cluster.hosts), default=0.0)
-    speed = min((device.speed for device in cluster.devices), default=1.0)
-    every = frozenset(savings.names())
-    for layer in profile.layers:
-        moved = 2 * layer.parameter_bytes + layer.gradient_bytes + 2 * layer.optimizer_bytes
-        own = max(times.optimizer.median_s for times in layer.times) / speed
-        if own > moved / rate:
-            return every - {"host-optimizer"}
-    return every
 
 
 def shares(placed: Placed) -> bool:

@@ -22,10 +22,11 @@ from planner.search.answer import Answer, Found, State, pareto
 from planner.search.bounds import Bounds, bound, plan_bound, plan_lack
 from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
+from planner.search.dominance import orders_by_seconds, slowing
 from planner.search.explain import _memory, cheapest_change, explain
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
-from planner.search.search import Search, orders_by_seconds, slowing
+from planner.search.search import Search
 from planner.search.simplicity import mechanisms
 from planner.search.space import Candidate, Space, candidates, make, space
 from planner.search.space import question as asked_of
