@@ -246,7 +246,7 @@ class MemoryModel:
 
 @kernel
 def _fresh(flat, offsets, ops, gradients, held, fresh):  # type: ignore[no-untyped-def]
-    """Mark the backwards that allocate their stage's gradients: the first of a device, and after each update."""
+    """Mark the backwards that allocate their stage's gradients: a device's first, and after what renews them."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
             op = flat[i] >> OP
@@ -255,7 +255,7 @@ def _fresh(flat, offsets, ops, gradients, held, fresh):  # type: ignore[no-untyp
                 if held[stage] != d + 1 and gradients[stage] > 0:
                     fresh[i] = 1
                 held[stage] = d + 1
-            elif ops.uses[op]:
+            elif ops.renews[op]:
                 held[stage] = 0
     return 0
 
@@ -316,7 +316,7 @@ def _peaks(actions, size_of, static, ops, last, back, released, held, peaks, lev
                     most = live + inside_first[kind]
                     live += gradients[stage]
                 held[stage] = d + 1
-            elif ops.uses[op]:
+            elif ops.renews[op]:
                 held[stage] = 0
             live += change[kind]
             most = max(most, live)

@@ -18,7 +18,7 @@ from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
 from planner.orders import codes
 from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import OPS, OPTIMIZER, REDUCE_GRAD
+from planner.orders.operations import OPS, OPTIMIZER, REDUCTIONS
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -55,7 +55,7 @@ class Costs:
 
         What the simulator then still gets wrong is the schedule and communication model alone.
         """
-        reducing = codes.has(self.linked.flat, REDUCE_GRAD)
+        reducing = codes.has(self.linked.flat, *REDUCTIONS)
         seconds = [
             seconds if reduces else trace.work[row].get(action, seconds)
             for action, row, seconds, reduces in zip(
@@ -69,7 +69,7 @@ class Costs:
         """Median seconds of each operation per stage, as "1B"; the devices of a stage are alike."""
         first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
         found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
-        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op == REDUCE_GRAD}
+        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op in REDUCTIONS}
 
     @property
     def certain(self) -> bool:

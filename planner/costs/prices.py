@@ -15,17 +15,16 @@ from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at,
 from planner.costs.stage_memory import of_stage
 from planner.orders.edges import Edges
 from planner.orders.operations import (
-    BACKWARD,
     FETCH,
-    FORWARD,
     LOAD,
     OFFLOAD,
     OPERATIONS,
     OPTIMIZER,
     PULL,
     PUSH,
-    REDUCE_GRAD,
+    REDUCE_ASYNC,
     REDUCE_TIED,
+    REDUCTIONS,
     UNSHARD_FORWARD,
 )
 from planner.programs.waits import MESSAGES
@@ -92,6 +91,8 @@ class PriceList:
         if OPERATIONS[op].side:
             size = self.message_bytes(OPERATIONS[op].posts, self.edges.number(op, stage, port))
             return np.full(len(QUANTILES), self.cluster.post_seconds(size))
+        if op == REDUCE_ASYNC and not self.overlaps:  # what is sent beside computing needs the cores that compute
+            return np.full(len(QUANTILES), self._reduced(op, stage).busy)
         seconds = self.stages[stage].spread(op, device)
         if op == OPTIMIZER:
             if "optimizer" in self.agreed.shards:
@@ -130,24 +131,31 @@ class PriceList:
         return self.transfer(kind.op, kind.stage if kind.edge < 0 else kind.edge, source, target)
 
     def _collective(self, op: str, stage: int) -> TransferKind:
-        if op == REDUCE_GRAD:
-            passes = collectives.HALF if self.agreed.shards else collectives.ALL_REDUCE
-            choice = self._among(self.holders[stage], passes)
-            sizes, ready, end = self._buckets(stage)
-            each = [choice.seconds(size) for size in sizes]
-            busy, seconds = sum(each), collectives.tail(ready, each, end)
-            if self.overlaps and self.placed.schedule.updates == "microbatch":
-                seconds = min(seconds, max(0.0, busy - self._computing(stage)))
-        else:
-            choice = self._among(self.holders[stage], collectives.HALF)
-            sizes, needed = self._gathered(stage, forward=op == UNSHARD_FORWARD)
-            each = [choice.seconds(size) for size in sizes]
-            busy, seconds = sum(each), collectives.lead(needed, each)
-        size = sum(sizes)
-        early = busy - seconds if op == REDUCE_GRAD else 0.0
+        if op in REDUCTIONS:
+            found = self._reduced(op, stage)
+            beside = op == REDUCE_ASYNC and not self.overlaps
+            return found._replace(seconds=0.0, busy=0.0, early=0.0, flows=()) if beside else found
+        sizes, needed = self._gathered(stage, forward=op == UNSHARD_FORWARD)
+        choice = self._among(self.holders[stage], collectives.HALF)
+        each = [choice.seconds(size) for size in sizes]
+        return self._in_turn(op, stage, choice, sizes, collectives.lead(needed, each))
+
+    def _reduced(self, op: str, stage: int) -> TransferKind:
+        """A reduction of a stage's gradients, most of which may lie before its post: buckets fill in the backward."""
+        choice = self._among(self.holders[stage], collectives.HALF if self.agreed.shards else collectives.ALL_REDUCE)
+        sizes, ready, end = self._buckets(stage)
+        seconds = collectives.tail(ready, [choice.seconds(size) for size in sizes], end)
+        found = self._in_turn(op, stage, choice, sizes, seconds)
+        return found._replace(early=found.busy - seconds)
+
+    def _in_turn(
+        self, op: str, stage: int, choice: collectives.Choice, sizes: list[float], seconds: float
+    ) -> TransferKind:
+        """A collective that the stage's first holder does in turn with its others."""
+        size, busy = sum(sizes), sum(choice.seconds(each) for each in sizes)
         lane = 3 * self.holders[stage][0] if choice.groups else -1
         flows = choice.flows(size, calls=len(sizes))
-        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy, early)
+        return TransferKind(op, stage, -1, -1, size, seconds, 0.0, flows, lane, busy)
 
     def _added_up(self, stage: int, source: int) -> TransferKind:
         """An all-reduce of shared parameters' gradients among one replica's rows: those whose stages have them."""
@@ -158,16 +166,6 @@ class PriceList:
         choice, size = self._among(rows, collectives.ALL_REDUCE), self.tied_bytes(group)
         seconds, lane = choice.seconds(size), 3 * rows[0] if choice.groups else -1
         return TransferKind(REDUCE_TIED, stage, source, source, size, seconds, 0.0, choice.flows(size), lane, seconds)
-
-    def _computing(self, stage: int) -> float:
-        """Seconds that a micro-batch's forward and backward take on a stage's quickest holder.
-
-        Without a flush, a reduction per micro-batch hides behind those of the next one, so that a stage of m replicas
-        takes the larger of its computing and its reduction for m micro-batches (PipeDream, arXiv 1806.03377, section
-        3.2); a price has no later, so it hides behind those before it.
-        """
-        device = max((self.devices[row] for row in self.holders[stage]), key=lambda device: device.speed)
-        return float(sum(self.stages[stage].spread(op, device)[MEDIAN] for op in (FORWARD, BACKWARD)))
 
     def _among(self, rows: tuple[int, ...], passes: int) -> collectives.Choice:
         """What these rows can do together: of devices that split tensors each with its like, all at the same time."""

@@ -21,6 +21,7 @@ OFFLOAD, RELEASE, FETCH = "OFFLOAD", "RELEASE", "FETCH"
 UNSHARD_FORWARD, RESHARD_FORWARD = "UNSHARD_F", "RESHARD_F"
 UNSHARD_BACKWARD, RESHARD_BACKWARD = "UNSHARD_B", "RESHARD_B"
 REDUCE_GRAD, REDUCE_TIED = "REDUCE_GRAD", "REDUCE_TIED"
+REDUCE_ASYNC = "REDUCE_ASYNC"
 PULL, PUSH = "PULL", "PUSH"
 OPTIMIZER = "OPTIMIZER"
 LOAD = "LOAD"
@@ -68,10 +69,11 @@ class Operation(NamedTuple):
     Transfers are named by one of their operations. `posts` is the transfer it is a party of, `end` which end of a
     message, `side` which edges of its stage a message takes, `group` who else joins. `awaits` tells whether it waits
     for that transfer itself: always, or when it has no micro-batch. Besides, it waits for the messages `takes`, the
-    copy `needs` and the gather `wants` of its stage and micro-batch, where they exist. `makes` is the operation that
-    sends on what it makes.
+    copy `needs` and the gather or reduction `wants` of its stage and micro-batch, where they exist. `makes` is the
+    operation that sends on what it makes.
 
-    `gradients` tells whether it adds to its stage's gradients or uses them up.
+    `gradients` tells whether it adds to its stage's gradients, hands them to a reduction that goes on beside computing
+    (the next backward then begins others), or uses them up.
     """
 
     name: str
@@ -90,7 +92,7 @@ class Operation(NamedTuple):
     needs: str = ""
     wants: str = ""
     makes: str = ""
-    gradients: Literal["", "adds", "uses"] = ""
+    gradients: Literal["", "adds", "hands over", "uses"] = ""
 
     @property
     def colour(self) -> str:
@@ -154,12 +156,16 @@ OPERATIONS: dict[str, Operation] = {
             awaits="always",
         ),
         Operation(
+            REDUCE_ASYNC, "reducing gradients beside computing", "collective", "REDUCE", "link", posts=REDUCE_ASYNC,
+            group="holders", gradients="hands over",
+        ),
+        Operation(
             REDUCE_TIED, "adding up gradients of shared parameters", "collective", "TIED", posts=REDUCE_TIED,
             group="tied", awaits="always",
         ),
         Operation(PULL, "pulling parameters", "served", posts=PULL, group="server", awaits="always"),
         Operation(PUSH, "pushing gradients", "served", posts=PUSH, group="server", awaits="always", gradients="uses"),
-        Operation(OPTIMIZER, "the optimizer", "update", "OPT", gradients="uses"),
+        Operation(OPTIMIZER, "the optimizer", "update", "OPT", wants=REDUCE_ASYNC, gradients="uses"),
         Operation(LOAD, "loading the batch", "input"),
     )
 }  # fmt: skip
@@ -169,6 +175,9 @@ OPS = tuple(OPERATIONS)
 NUMBER = {op: number for number, op in enumerate(OPS)}
 COMPUTES = tuple(op for op, operation in OPERATIONS.items() if operation.computes)
 """What a schedule may contain; everything else is added by `planner.programs.lowering`."""
+
+REDUCTIONS = tuple(op for op, o in OPERATIONS.items() if o.group == "holders" and (o.awaits == "always" or o.gradients))
+"""What reduces a stage's gradients among its holders; all of them join, each time."""
 
 SYNCHRONISING = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("holders", "tied", "server"))
 """What a device does to agree with others on gradients and parameters: it computes nothing while it waits for that."""
@@ -185,7 +194,8 @@ class Table(NamedTuple):
 
     `group` is one of PAIR to HOST (0: none), `source` and `target` whether it is that end of a message, `leaving`
     whether a message takes the edges that leave its stage. `awaits` is ALWAYS where it waits for its own transfer,
-    ALONE where it does so without a micro-batch. `adds` and `uses` speak of gradients.
+    ALONE where it does so without a micro-batch. `adds` marks what adds to gradients, `renews` that behind which
+    the next of these begins others.
     """
 
     posts: Numbers
@@ -201,7 +211,7 @@ class Table(NamedTuple):
     computes: Numbers
     busy: Numbers
     adds: Numbers
-    uses: Numbers
+    renews: Numbers
 
 
 def _table() -> Table:
@@ -227,7 +237,7 @@ def _table() -> Table:
         computes=marks([o.computes for o in every]),
         busy=marks([o.busy for o in every]),
         adds=marks([o.gradients == "adds" for o in every]),
-        uses=marks([o.gradients == "uses" for o in every]),
+        renews=marks([o.gradients in ("hands over", "uses") for o in every]),
     )
 
 

@@ -94,7 +94,9 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     checkpoints = _checkpoints(profile, plan)
     static = layers.parameters * (1 / part("parameters") + own.versions - 1) + layers.buffers
     if trains:
-        static = static + layers.gradients / (part("gradients") if keeps else 1)
+        # What is reduced beside computing stays while the next backward makes its own.
+        times = 2 if holders > 1 and schedule.updates == "microbatch" and not served else 1
+        static = static + times * layers.gradients / (part("gradients") if keeps else 1)
         if not (served or plan.host_optimizer):
             static = static + layers.optimizer / part("optimizer")
     if plan.recompute:

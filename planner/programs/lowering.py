@@ -6,13 +6,13 @@ import numpy as np
 
 from planner.orders import codes, schedules, synchronisation
 from planner.orders.codes import Codes, Order
-from planner.orders.operations import OPTIMIZER, REDUCE_GRAD, UNSHARD_BACKWARD, UNSHARD_FORWARD
+from planner.orders.operations import OPTIMIZER, REDUCTIONS, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.orders.schedules import Shape
 from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.proof import InTurn, prove
 from planner.programs.savings import offload, recompute
-from planner.programs.updates import advance, frame, gather, optimize, send_first, tie
+from planner.programs.updates import advance, frame, gather, optimize, reduce_beside, send_first, tie
 from planner.values.plan import Plan, asynchronous, windows
 
 ONCE = 1 << 32
@@ -48,6 +48,10 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
                 send_first(agreed.add(row, share)) if several else row
                 for several, row in zip(agreeing, rows, strict=True)
             )
+            if schedule.updates == "microbatch" and not agreed.server:
+                rows = tuple(
+                    reduce_beside(row) if several else row for several, row in zip(agreeing, rows, strict=True)
+                )
             rows = tuple(advance(row, UNSHARD_FORWARD, UNSHARD_BACKWARD) for row in rows)
     if plan.offload and schedule.trains:
         rows = tuple(offload(row) for row in rows)
@@ -73,7 +77,7 @@ def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:
     updates behind these reductions stay, and use the gradients up.
     """
     turns = plan.microbatches * windows(plan) // len(plan.holders[stage])
-    return np.delete(row, np.flatnonzero(codes.has(row, REDUCE_GRAD))[turns:])
+    return np.delete(row, np.flatnonzero(codes.has(row, *REDUCTIONS))[turns:])
 
 
 def compute_order(plan: Plan, pipelines: int | None = None) -> Order:

@@ -23,6 +23,7 @@ from planner.orders.operations import (
     NUMBER,
     OPERATIONS,
     PAIR,
+    REDUCTIONS,
     TABLE,
 )
 from planner.programs.program import Program
@@ -167,12 +168,17 @@ def _prove_reductions(linked: Linked) -> None:
     """Whoever holds a stage joins all reductions of its gradients; shared ones are added up alike in all replicas."""
     holders = np.array([len(rows) for rows in linked.program.holders])
     for op, _ in linked.planes:
-        if OPERATIONS[op].group == "holders" and OPERATIONS[op].awaits == "always":
+        if op in REDUCTIONS:
             own = np.flatnonzero(codes.has(linked.flat, op))
             short = linked.parties[linked.posts[own]] < holders[codes.stages(linked.flat[own])]
             if short.any():
                 position = int(own[short][0])
                 raise disproved(linked, position, f"{linked.actions[position]} waits for ever: a holder does not join")
+            awaited = [linked.row[of >= 0] * linked.transfers + of[of >= 0] for of in (linked.waits, linked.needs)]
+            unused = ~np.isin(linked.row[own] * linked.transfers + linked.posts[own], np.concatenate(awaited))
+            if unused.any():
+                position = int(own[unused][0])
+                raise disproved(linked, position, f"nothing waits for {linked.actions[position]}")
         elif OPERATIONS[op].group == "tied":
             own = np.flatnonzero(codes.has(linked.flat, op))
             base = int(linked.base[NUMBER[op]])

@@ -11,12 +11,15 @@ from planner.orders import codes, synchronisation
 from planner.orders.codes import OP, Codes, Order, cut
 from planner.orders.edges import Edges
 from planner.orders.operations import (
+    BACKWARD,
+    BACKWARD_WEIGHT,
     FORWARD,
     LOAD,
     NUMBER,
     OPS,
     OPTIMIZER,
     PUSH,
+    REDUCE_ASYNC,
     REDUCE_GRAD,
     REDUCE_TIED,
     SEND_BACKWARD,
@@ -81,8 +84,29 @@ def _send_first(row, held, send, busy):  # type: ignore[no-untyped-def]
     return 0
 
 
+def reduce_beside(row: Codes) -> Codes:
+    """Reduce each backward's gradients beside what the device computes next, instead of waiting for that."""
+    row = row[~codes.has(row, REDUCE_GRAD)]
+    return codes.insert(row, codes.has(row, BACKWARD, BACKWARD_WEIGHT), REDUCE_ASYNC, behind=True)
+
+
 def optimize(row: Codes, share: int) -> Codes:
-    """Update every stage's parameters as often as an asynchronous plan does: every `share` micro-batches."""
+    """Update every stage's parameters as often as an asynchronous plan does: every `share` micro-batches.
+
+    Of gradients that are reduced beside computing (of a row with one stage) each update stands behind the next
+    backward: replicas that take micro-batches in turn come to a reduction one after the other, and with all of a turn
+    to meet they need not wait for each other. Nothing that others wait for stands behind it.
+
+    >>> from planner.orders.action import actions
+    >>> from planner.orders.schedules import Shape, arrange
+    >>> print(*actions(optimize(reduce_beside(arrange("1f1b", Shape(2, 3))[1]), 1)))
+    1F0 1B0 1REDUCE_ASYNC0 1F1 1B1 1REDUCE_ASYNC1 1OPTIMIZER0 1F2 1B2 1REDUCE_ASYNC2 1OPTIMIZER1 1OPTIMIZER2
+    """
+    beside = np.flatnonzero(codes.has(row, REDUCE_ASYNC))
+    if len(beside):
+        busy = np.flatnonzero(TABLE.busy[codes.ops(row)])
+        before = np.append(busy, len(row))[np.searchsorted(busy, beside)]
+        return np.insert(row, np.append(before[1:], before[-1]), codes.with_op(row[beside], OPTIMIZER))
     behind = codes.has(row, REDUCE_GRAD)
     if not behind.any():
         behind = synchronisation.last_backward(row, share)
@@ -108,7 +132,8 @@ def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
 def gather(row: Codes) -> Codes:
     """Gather updated shards behind the optimizer, for the stage's next forward, which waits for them.
 
-    Of several updates in front of one forward, the last one's; behind the last forward nobody needs them.
+    Of several updates in front of one forward, the last one's; behind the last forward nobody needs them. A reduction
+    that goes on beside computing begins behind the gather, which a forward waits for.
     """
     updates, forwards = (np.flatnonzero(codes.has(row, op)) for op in (OPTIMIZER, FORWARD))
     at, added = [updates[:0]], [row[:0]]
@@ -118,7 +143,9 @@ def gather(row: Codes) -> Codes:
         used = (turn < len(following)) & np.append(turn[1:] != turn[:-1], True)
         at.append(own[used] + 1)
         added.append(codes.with_op(row[following[turn[used]]], UNSHARD_FORWARD))
-    return np.insert(row, np.concatenate(at), np.concatenate(added))
+    row = np.insert(row, np.concatenate(at), np.concatenate(added))
+    _send_first(len(row), row, NUMBER[REDUCE_ASYNC], NUMBER[UNSHARD_FORWARD], TABLE.busy)
+    return row
 
 
 def frame(rows: Order, roles: Sequence[RowRole], edges: Edges, behind: Sequence[tuple[str, ...]]) -> Order:

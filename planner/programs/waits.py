@@ -255,7 +255,7 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
                 posts[i] = own
                 parties[own] += 1
             plane = ops.wants[op]
-            if plane >= 0 and base[plane] >= 0:
+            if plane >= 0 and base[plane] >= 0 and m >= 0:
                 needs[i] = max(needs[i], gathered[base[plane] + stage * last + m])
     return -1
 

@@ -20,7 +20,8 @@ def staleness(outcome: Outcome) -> float:
 
     In a pipeline, the updates of the micro-batch's stage before its own that are not in the version that its gradient
     is computed with (`Schedule.reads`): PipeDream's stage s of p lacks p - 1 - s, with vertical sync p - 1 (Harlap et
-    al., arXiv 1806.03377, section 3.3), PipeDream-2BW's 1 (arXiv 2006.09503). With a parameter server, the other
+    al., arXiv 1806.03377, section 3.3), PipeDream-2BW's 1 (arXiv 2006.09503); one more where replicas reduce beside the
+    next backward. With a parameter server, the other
     workers' pushes between the begin of a worker's pull and its own push: K - 1 for K equal workers (Dutta et al.,
     arXiv 1803.01113). What happens at the same moment happens in the program's order, row by row: a worker's pull
     sees its own push before it, and not those of the rows behind.
@@ -54,7 +55,7 @@ def _of_pipeline(outcome: Outcome) -> Iterator[int]:
     reads = schedules.get(plan.schedule).reads
     forwards: dict[tuple[int, int], tuple[float, int]] = {}
     updates: dict[tuple[int, int], list[float]] = defaultdict(list)
-    backwards: list[tuple[float, int, int, int]] = []
+    backwards: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
     for event in outcome.trace.events:
         if event.lane != COMPUTE:
             continue
@@ -62,21 +63,25 @@ def _of_pipeline(outcome: Outcome) -> Iterator[int]:
         if op == FORWARD:
             forwards[stage, m or 0] = event.ready, event.device
         elif OPERATIONS[op].gradients == "adds":
-            backwards.append((event.end, event.device, stage, m or 0))
+            backwards[event.device, stage].append((event.end, m or 0))
         elif OPERATIONS[op].gradients == "uses":
             updates[event.device, stage].append(event.ready)
-    for end, device, stage, m in backwards:
-        if not steady(plan, m):
-            continue
-        if reads == "window before":
-            yield 1
-            continue
-        home = 0 if reads == "input stage" else stage
-        read, reader = forwards[home, m]
-        known = bisect.bisect_right(updates[reader, home], read)
-        # A stage of r holders updates once for every r micro-batches.
-        known = known * len(plan.holders[home]) // len(plan.holders[stage])
-        yield bisect.bisect_left(updates[device, stage], end) - known
+    for (device, stage), every in backwards.items():
+        each = len(every) // len(updates[device, stage]) if updates[device, stage] else 0  # backwards for one update
+        for turn, (_, m) in enumerate(sorted(every)):
+            if not steady(plan, m):
+                continue
+            if reads == "window before" or not each:
+                yield int(reads == "window before")
+                continue
+            home = 0 if reads == "input stage" else stage
+            read, reader = forwards[home, m]
+            known = bisect.bisect_right(updates[reader, home], read)
+            if home != stage:
+                # A stage of r holders updates once for every r micro-batches, and takes what it has.
+                known = known * len(plan.holders[home]) // len(plan.holders[stage])
+                known = min(known, bisect.bisect_right(updates[device, stage], forwards[stage, m][0]))
+            yield turn // each - known
 
 
 def steady(plan: Plan, microbatch: int) -> bool:

@@ -352,8 +352,14 @@ def windows(plan: Plan) -> int:
     """
     if not asynchronous(plan):
         return 1
-    spread = bool(synchronisation.get(plan.synchronisation).server)
-    return steady_windows(plan) + 2 * (math.ceil(plan.depth / plan.microbatches) + spread)
+    schedule, spread = schedules.get(plan.schedule), bool(synchronisation.get(plan.synchronisation).server)
+    # As many micro-batches as there are stages fill a pipeline; of replicas that take turns as many as there are, and a
+    # turn besides until all of them have updated.
+    turn = plan.replicas if plan.uneven else int(plan.replicas > 1)
+    filling = (len(plan.groups) if plan.uneven else plan.depth) + (turn if schedule.updates == "microbatch" else 0)
+    alone = plan.uneven or not schedule.asynchronous
+    share = plan.microbatches if alone else plan.microbatches // plan.replicas
+    return steady_windows(plan) + 2 * (math.ceil(filling / share) + spread)
 
 
 def steady_windows(plan: Plan) -> int:

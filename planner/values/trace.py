@@ -91,26 +91,29 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def synchronising(self) -> tuple[float, ...]:
         """Seconds in which each device agreed with others instead of computing: what of that nothing hides.
 
-        It reduces, pulls or pushes (from when the last device has come to that), or waits for gathered parameters: for
-        what ends when a gather on its link ends.
+        It reduces, pulls or pushes (from when the last device has come to that), or waits for what goes on beside its
+        computing, a gather or a reduction: for what ends when one on its link ends, as long as any is there.
         """
-        gathered: dict[int, list[float]] = defaultdict(list)
+        beside: dict[int, list[tuple[float, float]]] = defaultdict(list)
         come: dict[str, float] = {}
         for event in self.events:
             if event.op in SYNCHRONISING and event.lane == LINK:
-                gathered[event.device].append(event.end)
+                beside[event.device].append((event.start, event.end))
             elif event.op in SYNCHRONISING:
                 come[event.action] = max(come.get(event.action, 0.0), event.start)
-        for ends in gathered.values():
-            ends.sort()
+        near = 1e-9 * self.end
+        together = {device: _together(every, near) for device, every in beside.items()}
         spent = [0.0] * len(self.devices)
         for event in self.events:
             if event.lane != COMPUTE:
                 continue
             if event.op in SYNCHRONISING:
                 spent[event.device] += event.end - min(event.ready, max(event.start, come[event.action]))
-            elif event.ready > event.start and _has(gathered[event.device], event.ready, 1e-9 * self.end):
-                spent[event.device] += event.ready - event.start
+            elif event.ready > event.start and event.device in together:
+                ends, begins = together[event.device]
+                at = bisect.bisect_left(ends, event.ready - near)
+                if at < len(ends) and ends[at] <= event.ready + near:
+                    spent[event.device] += event.ready - max(event.start, begins[at])
         return tuple(spent)
 
     @cached_property
@@ -170,7 +173,16 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return pd.DataFrame([msgspec.structs.astuple(event) for event in self.events], columns=list(columns))
 
 
-def _has(times: list[float], time: float, tolerance: float) -> bool:
-    """Whether one of the times, in ascending order, is this one."""
-    at = bisect.bisect_left(times, time - tolerance)
-    return at < len(times) and times[at] <= time + tolerance
+def _together(spans: list[tuple[float, float]], near: float) -> tuple[list[float], list[float]]:
+    """Return the ends of spans in ascending order, and since when there has been one of them without a gap."""
+    ends: list[float] = []
+    begins: list[float] = []
+    for begin, end in sorted(spans, key=lambda span: span[1]):
+        since = begin
+        at = len(ends) - 1
+        while at >= 0 and ends[at] >= begin - near:
+            since = min(since, begins[at])
+            at -= 1
+        ends.append(end)
+        begins.append(since)
+    return ends, begins

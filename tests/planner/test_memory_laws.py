@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from planner.basis.errors import PlanError
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
-from planner.orders import schedules, synchronisation
-from planner.orders.action import actions
+from planner.orders import synchronisation
 from planner.orders.schedules import Shape
-from planner.programs.lowering import compute_order, lower, unroll
+from planner.programs.lowering import lower, unroll
 from planner.programs.waits import Linked
 from planner.values.plan import Plan, Stage, windows
 from planner.values.profile import Profile
@@ -39,7 +38,7 @@ def costs_of(stages: int, sizes: list[int]) -> Profile:
 def plan_of(name: str, shape: Shape, replicas: int, agreed: str, saved: dict[str, object]) -> Plan | None:
     """The plan, or None where these do not go together."""
     served = synchronisation.get(agreed).server
-    if agreed != "all-reduce" and (replicas == 1 or schedules.get(name).asynchronous):
+    if agreed != "all-reduce" and replicas == 1:
         return None
     rows = shape.devices * replicas
     servers = ("h",) if served == "host" else tuple(f"d{i}" for i in range(rows)) if served else ()
@@ -149,49 +148,60 @@ def of_replicas(schedule: str, replicas: tuple[int, ...], m: int) -> Plan:
 
 
 @pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical"])
-@pytest.mark.parametrize("replicas", [(1, 7), (7, 1), (3, 1), (1, 3), (2, 3), (3, 2, 1), (1, 3, 2), (2, 1, 4), (1, 2)])
+@pytest.mark.parametrize(
+    "replicas", [(1, 7), (7, 1), (3, 1), (1, 3), (2, 3), (3, 2, 1), (1, 3, 2), (2, 1, 4), (1, 2), (3, 1, 1, 3)]
+)
 def test_uneven_stages_keep_a_version_for_every_update_between(schedule: str, replicas: tuple[int, ...]) -> None:
-    """What a row's own order asks for: every version from that of the oldest micro-batch in flight to the newest.
+    """What a row's own order asks for: every version from that of its oldest micro-batch to the newest.
 
-    A replica updates behind every backward: (1, 7) has 8 micro-batches in flight at stage 0, so 7 versions beside the
-    newest. With vertical sync a micro-batch's backward needs the version of its forward at the input stage; so many
-    turns later as the micro-batches that the input stage takes in between make at the stage.
+    A micro-batch's backward needs the version of its forward: (1, 7) has 8 micro-batches in flight at stage 0, so 7
+    versions beside the newest. With vertical sync it needs that of its forward at the input stage, as far as its own
+    stage had that when it came; a stage's versions are one for each turn of its replicas.
     """
     plan = of_replicas(schedule, replicas, 24)
-    costs = profile([1.0] * len(replicas), message_bytes=10)
-    model = model_of(costs, plan)
+    model = model_of(profile([1.0] * len(replicas), message_bytes=10), plan)
     versions = model.static[:, KINDS.index("versions")] / 1000.0
-    at_input = 0
-    for row, stage in zip(compute_order(plan), [s for s, r in enumerate(replicas) for _ in range(r)], strict=True):
-        read: dict[int, int] = {}
-        updates = most = 0
-        for a in actions(row):
+    rows, stage_of = lower(plan).rows, [s for s, r in enumerate(replicas) for _ in range(r)]
+    read: dict[tuple[int, int], int] = {}
+    for row in rows:
+        for i, a in enumerate(row):
             if a.op == "F":
-                read[a.microbatch or 0] = updates
-            else:
-                most = max(most, updates - read.pop(a.microbatch or 0))
-                updates += 1
-        at_input = at_input or (most + 1) * replicas[0]
-        expected = most if schedule == "pipedream" else -(-at_input // replicas[stage]) - 1
-        assert plan.versions(stage) == expected + 1
-        assert versions[plan.holders[stage][0]] == expected
+                read[a.stage, a.microbatch or 0] = sum(before.op == "OPTIMIZER" for before in row[:i])
+    most = [0] * len(replicas)
+    for row, stage in zip(rows, stage_of, strict=True):
+        home = stage if schedule == "pipedream" else 0
+        mine = [a.microbatch or 0 for a in row if a.op == "B"]
+        needed = {m: read[home, m] * replicas[home] // replicas[stage] for m in mine}
+        updates = done = 0
+        for a in row:
+            updates, done = updates + (a.op == "OPTIMIZER"), done + (a.op == "B")
+            if a.op == "F":
+                needed[a.microbatch or 0] = min(needed[a.microbatch or 0], updates)
+            if a.op == "OPTIMIZER" and done < len(mine):
+                most[stage] = max(most[stage], updates - needed[mine[done]])
+    assert [plan.versions(stage) - 1 for stage in range(len(replicas))] == most
+    assert [versions[own[0]] for own in plan.holders] == most
     assert of_replicas("pipedream", (1, 7), 24).versions(0) == 8
 
 
 @pytest.mark.parametrize("replicas", [(3, 1), (1, 3), (8, 1), (2, 3), (3, 2, 1), (6, 2, 2, 6)])
 @pytest.mark.parametrize("m", [1, 2, 4, 6, 7, 16])
 def test_uneven_stages_free_the_gradients_of_an_incomplete_turn(replicas: tuple[int, ...], m: int) -> None:
-    """Each backward's gradients are used by an update, those that no whole turn of replicas reduces, too."""
+    """Each backward's gradients are used by an update, those that no whole turn of replicas reduces, too.
+
+    What is reduced beside the next backward is there together with what that one makes.
+    """
     plan = of_replicas("pipedream", replicas, m)
     model = model_of(profile([1.0] * len(replicas), message_bytes=10), plan)
     kind = KINDS.index("gradients")
     for row, of in zip(lower(plan).rows, curve(model), strict=True):
         ops = [a.op for a in row]
+        both = min(ops.count("B"), 2) if "REDUCE_ASYNC" in ops else 1
         assert of[-1] == of[0]
-        assert max(point[kind] for point in of) == (1000 if "B" in ops else 0)
+        assert max(point[kind] for point in of) == 1000 * both
         assert ops.count("B") == ops.count("OPTIMIZER")
     for own in plan.holders:
-        reduced = {[a.op for a in lower(plan).rows[row]].count("REDUCE_GRAD") for row in own}
+        reduced = {[a.op for a in lower(plan).rows[row]].count("REDUCE_ASYNC") for row in own}
         assert reduced == {m * windows(plan) // len(own) if len(own) > 1 else 0}
 
 

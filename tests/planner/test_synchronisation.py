@@ -146,11 +146,15 @@ def test_replicated_pipelines_are_proved(schedule: str, way: str) -> None:
 
 
 def test_shards_are_gathered_for_the_next_forward() -> None:
-    """Without a flush too, a forward waits for the parameters that its update has changed."""
+    """Without a flush too, a forward waits for the parameters that its update has changed.
+
+    The update stands behind the next backward, and the gather before that one's own reduction.
+    """
     costs = profile([1.0] * 2)
     plan = spread("pipedream", costs, 4, 8, replicas=2, synchronisation="zero-1")
-    row = [str(action) for action in lower(plan).rows[1] if action.op in ("F", "OPTIMIZER", "UNSHARD_F")]
-    assert row[:7] == ["1F0", "1OPTIMIZER0", "1UNSHARD_F1", "1F1", "1OPTIMIZER1", "1UNSHARD_F2", "1F2"]
+    row = [str(action) for action in lower(plan).rows[1] if not action.op.startswith(("SEND", "RECV", "LOAD"))]
+    assert row[:5] == ["1F0", "1B0", "1REDUCE_ASYNC0", "1F1", "1B1"]
+    assert row[5:9] == ["1OPTIMIZER0", "1UNSHARD_F2", "1REDUCE_ASYNC1", "1F2"]
     slow, quick = (simulated_step(Placed(costs, plan, devices(4, bandwidth=b))) for b in (1000.0, 1e15))
     # Per micro-batch, of which each replica has four, a gather of half a second; the reduce-scatter hides.
     assert slow - quick == pytest.approx(4 * 0.5)
@@ -338,9 +342,12 @@ def test_a_stage_of_two_devices(schedule: str) -> None:
     if schedule == "gpipe":  # F0 and F1 on two devices, F2 and F3 behind them; the last stage is 4 x (1 + 1) busy
         assert quick.step_s == pytest.approx(2 + 4 + 4 + 2)
         assert slow.step_s == pytest.approx(quick.step_s + 1.0)
-    reduced = [e for e in slow.trace.events if e.op == "REDUCE_GRAD"]
+    reduced = [e for e in slow.trace.events if e.op.startswith("REDUCE") and e.work > 0]
     assert {e.device for e in reduced} == {0, 1}
-    assert {e.end - e.ready for e in reduced} == ({0.0} if schedule == "pipedream" else {1.0})
+    assert {e.end - e.ready for e in reduced} == {1.0}
+    assert {(e.op, e.lane) for e in reduced} == {
+        ("REDUCE_ASYNC", "link") if schedule == "pipedream" else ("REDUCE_GRAD", "compute")
+    }
 
 
 @pytest.mark.parametrize(
@@ -393,18 +400,132 @@ def test_without_a_flush_links_bound_a_step(schedule: str) -> None:
     assert evaluate(placed).step_s <= simulated_step(placed) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical"])
+# Stages of PipeDream whose replicas take micro-batches in turn (1F1B-RR) and reduce beside computing.
+
+
+def taking_turns(replicas: tuple[int, ...], m: int, schedule: str = "pipedream") -> Plan:
+    """A layer per stage; stages stand behind each other on d0, d1, ..."""
+    names = iter(range(sum(replicas)))
+    stages = tuple(
+        Stage(layers=(f"layer{s}",), devices=tuple(f"d{next(names)}" for _ in range(r))) for s, r in enumerate(replicas)
+    )
+    return Plan(strategy="own", schedule=schedule, stages=stages, microbatches=m, batch=m)
+
+
+@pytest.mark.parametrize("m", [8, 12])
+@pytest.mark.parametrize(
+    ("replicas", "passes", "reduction", "expected"),
+    [
+        # The first stage takes 2 s per micro-batch, the three replicas of the second 6 s for three of them. They come
+        # to a turn's reduction 2 s after each other, and the first of them updates behind its next backward, 6 s after
+        # its last one: for 2 s the reduction hides altogether.
+        ((1, 3), (1.0, 3.0), 0.0, 2.0),
+        ((1, 3), (1.0, 3.0), 2.0, 2.0),
+        # Longer ones delay turn k + 2 of the first replica (6 s), whose gradient lets the first stage go on with one
+        # backward and forward for each of two replicas (4 s), of which the last one (6 s) ends turn k + 3: three turns
+        # of three micro-batches take D + 16 s.
+        ((1, 3), (1.0, 3.0), 5.0, (5.0 + 16.0) / 9),
+        # From 8 s on, one reduction follows the other.
+        ((1, 3), (1.0, 3.0), 8.0, 8.0 / 3),
+        ((1, 3), (1.0, 3.0), 12.0, 4.0),
+        # Both stages take 4 s per micro-batch: 8 s for two, and 12 s for three. Each waits for its own reduction only.
+        ((2, 3), (4.0, 6.0), 0.0, 4.0),
+        ((2, 3), (4.0, 6.0), 4.0, 4.0),
+        ((2, 3), (4.0, 6.0), 30.0, 30.0 / 2),
+        # A stage alone: no messages tie its replicas together, so that D hides for the whole turn of 4 s.
+        ((2, 1), (2.0, 0.5), 3.9, 2.0),
+        ((2, 1), (2.0, 0.5), 5.0, 2.5),
+    ],
+)
+def test_replicas_that_take_turns_do_not_wait_for_each_other(
+    replicas: tuple[int, ...], passes: tuple[float, ...], reduction: float, expected: float, m: int
+) -> None:
+    """Seconds per micro-batch; a reduction of turn k is waited for behind the backward of turn k + 1.
+
+    `passes` are each stage's forward, and as much backward. A ring of r devices takes 2 (r - 1) / r of its bytes' time:
+    the bandwidth is such that every reduction takes `reduction` seconds, messages nothing.
+    """
+    plan = taking_turns(replicas, m)
+    bytes_ = [1200 * r // (2 * (r - 1)) if r > 1 else 0 for r in replicas]
+    costs = profile(passes, bytes_=bytes_)
+    placed = Placed(costs, plan, devices(sum(replicas), bandwidth=1200 / reduction if reduction else 1e15))
+    assert evaluate(placed).step_s == pytest.approx(m * expected, rel=0.02)
+    assert simulated_step(placed) == pytest.approx(m * expected, rel=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=4).filter(lambda r: len(set(r)) > 1 and sum(r) <= 8),
+    st.integers(1, 16),
+    st.sampled_from(["pipedream", "pipedream-vertical"]),
+)
+def test_what_takes_turns_passes_the_order_of_pairs(replicas: list[int], m: int, schedule: str) -> None:
+    """Each reduction is joined by all and waited for by an update; both interpreters agree."""
+    plan = taking_turns(tuple(replicas), m, schedule)
+    program = lower(plan)
+    assert sum(a.op == "OPTIMIZER" for row in program.rows for a in row) == len(replicas) * m * windows(plan)
+    placed = Placed(profile([1.0, 3.0, 2.0, 1.5][: len(replicas)]), plan, devices(sum(replicas), bandwidth=1e3))
+    assert evaluate(placed).step_s == pytest.approx(simulated_step(placed))
+
+
+def test_a_reduction_that_nothing_waits_for_is_found() -> None:
+    rows = lower(taking_turns((1, 2), 4)).rows
+    last = next(a for a in reversed(rows[1]) if a.op == "REDUCE_ASYNC")
+    rows = tuple(tuple(a for a in row if a[:2] != (1, "OPTIMIZER") or a[2] != last.microbatch) for row in rows)
+    with pytest.raises(PlanError, match=f"nothing waits for {last}"):
+        prove(Program.of(rows), 4 * windows(taking_turns((1, 2), 4)))
+
+
+@pytest.mark.parametrize(("replicas", "lags"), [((2, 1), (2, 0)), ((3, 1), (2, 0)), ((1, 3), (3, 1)), ((2, 3), (3, 1))])
+@pytest.mark.parametrize("m", [4, 5, 7, 12])
+def test_staleness_of_replicas(replicas: tuple[int, ...], lags: tuple[int, ...], m: int) -> None:
+    """A stage's own updates that a gradient lacks: those of the other micro-batches in flight.
+
+    One more where the replicas' updates stand behind the next backward. It does not depend on M.
+    """
+    costs = profile([2.0, 0.5])
+    outcome = simulate(costs, taking_turns(replicas, m), devices(sum(replicas), bandwidth=1e3))
+    assert staleness(outcome) == pytest.approx(sum(lags) / 2)
+
+
 @pytest.mark.parametrize("r", [2, 3])
-def test_staleness_with_replicas_does_not_depend_on_m(schedule: str, r: int) -> None:
-    """A stage of r devices updates once for every r micro-batches; versions are counted in its own updates."""
-    first = Stage(layers=("layer0",), devices=tuple(f"d{i}" for i in range(r)))
-    stages = (first, Stage(layers=("layer1",), devices=("d3",)))
-    found = []
-    for m in (4, 5, 7, 12):
-        plan = Plan(strategy="uneven", schedule=schedule, stages=stages, microbatches=m, batch=m)
-        found.append(staleness(simulate(profile([2.0, 0.5]), plan, devices(4, bandwidth=1e3))))
-    assert max(found) - min(found) < 0.1
-    assert 0 < max(found) < 2 * r, "no more than there are micro-batches on their way"
+@pytest.mark.parametrize("m", [4, 5, 7, 12])
+def test_staleness_of_replicas_that_use_the_input_stage_s_version(r: int, m: int) -> None:
+    """The input stage lacks 2 of its own updates; these are 2 r micro-batches, and up to r - 1 of its own turn.
+
+    The other stage updates with every micro-batch, so it lacks so many: between 2 r and 3 r - 1, each as often.
+    """
+    outcome = simulate(profile([2.0, 0.5]), taking_turns((r, 1), m, "pipedream-vertical"), devices(r + 1))
+    assert staleness(outcome) == pytest.approx((2 + 2 * r + (r - 1) / 2) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(("schedule", "p"), [("pipedream", 1), ("pipedream", 3), ("pipedream-vertical", 3)])
+def test_staleness_of_whole_pipelines(schedule: str, p: int) -> None:
+    """Replicas of a whole pipeline reduce beside computing, too: one update more than without them."""
+    costs = profile([1.0] * p)
+    alone = simulate(costs, spread(schedule, costs, p, 6), devices(p))
+    several = simulate(costs, spread(schedule, costs, 2 * p, 12, replicas=2), devices(2 * p))
+    assert staleness(several) == pytest.approx(staleness(alone) + 1)
+
+
+def test_waiting_for_a_reduction_beside_computing_is_synchronising() -> None:
+    """Reductions of 6 s, computing of 4 s for each: two of three devices wait for a third of the time."""
+    costs, plan = profile([2.0, 0.5], bytes_=[1000, 0]), taking_turns((2, 1), 48)
+    slow, quick = (simulate(costs, plan, devices(3, bandwidth=b)) for b in (1000 / 6, 1000 / 0.1))
+    assert slow.synchronising == pytest.approx(2 / 3 * 2 / 6, rel=0.05)
+    assert slow.bubble == pytest.approx(1 / 3 * 4 / 6, rel=0.05)
+    assert quick.synchronising == pytest.approx(0.0, abs=0.005)
+
+
+def test_waiting_for_a_replica_that_has_not_come_is_no_synchronising() -> None:
+    """A slow replica posts its reduction late: until then the others wait for it, not for the network."""
+    plan = taking_turns((2, 1), 24)
+    cluster = devices(3, bandwidth=1000 / 0.1)
+    slower = msgspec.structs.replace(cluster.devices[1], speed=0.25)
+    cluster = msgspec.structs.replace(cluster, devices=(cluster.devices[0], slower, cluster.devices[2]))
+    outcome = simulate(profile([2.0, 0.5], bytes_=[1000, 0]), plan, cluster)
+    assert outcome.step_s == pytest.approx(12 * (4 * 4 + 0.05), rel=0.02)
+    assert outcome.synchronising < 0.01
 
 
 # Values and parameters that cross stages.
@@ -596,13 +717,14 @@ REPLICATED = [(name, r) for name in schedules.names() if schedules.get(name).tra
 
 def reductions(row: Row, stage: int) -> list[list[str]]:
     """The backwards of a stage's row between two reductions, update by update."""
+    beside = any(a.op == "REDUCE_ASYNC" for a in row)
     updates: list[list[str]] = [[]]
     for action in row:
         if action.stage != stage:
             continue
-        if action.op in ("B", "W", "REDUCE_GRAD"):
-            updates[-1].append(action.op)
-        elif action.op == "OPTIMIZER":
+        if action.op in ("B", "W", "REDUCE_GRAD", "REDUCE_ASYNC"):
+            updates[-1].append(action.op.replace("ASYNC", "GRAD"))
+        if action.op == ("REDUCE_ASYNC" if beside else "OPTIMIZER"):
             updates.append([])
     return [update for update in updates if update]
 

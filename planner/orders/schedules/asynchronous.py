@@ -6,6 +6,9 @@ the plan's and `planner.programs.lowering`'s matter.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from planner.orders.codes import Order
 from planner.orders.schedules.registry import Shape, schedule
 from planner.orders.schedules.straight import in_flight, one_forward_one_backward
@@ -17,24 +20,31 @@ def pipedream(shape: Shape) -> Order:
 
     Weight stashing: a micro-batch's backward uses the parameters of its forward. A replica updates after every own
     backward, so between the two lie as many updates as it has other micro-batches in flight: with the newest it keeps
-    as many versions as micro-batches, p - s at stage s of p.
+    as many versions as micro-batches, p - s at stage s of p. Where replicas average a turn's gradients beside the next
+    one's computing, every update comes a backward later: its gradient is one update staler, its versions are as many.
     """
     return one_forward_one_backward(shape)
 
 
-@schedule(
-    "pipedream-vertical",
-    updates="microbatch",
-    versions=lambda stage, replicas: -(-in_flight(0, replicas) * replicas[0] // replicas[stage]),
-    reads="input stage",
-    uneven=True,
-)
+def _seen_by_input(stage: int, replicas: Sequence[int]) -> int:
+    """Versions that a stage keeps whose micro-batches use those that the input stage saw.
+
+    Its own are counted in updates, one for each turn of its replicas, behind the next backward where there are several.
+    The oldest that a micro-batch needs is that from before all that the input stage has in flight, and before its own
+    turn there.
+    """
+    first, own = replicas[0], replicas[stage]
+    late = in_flight(0, replicas) - (first == 1)  # turns of the input stage
+    behind = late * first + first - math.gcd(first, own)
+    return max(1, -(-behind // own) + (own == 1))
+
+
+@schedule("pipedream-vertical", updates="microbatch", versions=_seen_by_input, reads="input stage", uneven=True)
 def pipedream_vertical(shape: Shape) -> Order:
     """PipeDream with vertical sync: all stages use the version that the input stage saw.
 
     A micro-batch takes p - s more updates to come back to stage s than to leave stage 0, and s updates to get there,
-    so every stage keeps p versions (Harlap et al., arXiv 1806.03377, section 3.3). In general it keeps what the input
-    stage's replicas have in flight together, over its own replicas: it updates once per turn of these.
+    so every stage keeps p versions (Harlap et al., arXiv 1806.03377, section 3.3).
     """
     return one_forward_one_backward(shape)
 
