@@ -58,13 +58,25 @@ def test_what_is_sent_is_received(plan: Plan) -> None:
 
 @given(plans())
 def test_gradients_are_reduced_once_per_update(plan: Plan) -> None:
-    """Of a stage with several holders each reduces between two updates: once, or once per backward where it shards."""
+    """Of a stage with several holders each reduces between two updates: once, or once per backward where it shards.
+
+    What is reduced beside computing is that of one backward, and used up by the update of the same micro-batch.
+    """
     way = synchronisation.get(plan.synchronisation)
     assume(schedules.get(plan.schedule).trains and not way.server)
     program = lower(plan)
     for stage, holders in enumerate(plan.holders):
         for row in holders:
             backwards = reduced = 0
+            own = [a for a in program.rows[row] if a.stage == stage]
+            beside = [a.microbatch for a in own if a.op == "REDUCE_ASYNC"]
+            if beside:
+                assert beside == [a.microbatch for a in own if a.op in ("B", "W")]
+                assert beside == [a.microbatch for a in own if a.op == "OPTIMIZER"]
+                posts, updates = ([i for i, a in enumerate(own) if a.op == op] for op in ("REDUCE_ASYNC", "OPTIMIZER"))
+                assert len(holders) > 1
+                assert all(post < update for post, update in zip(posts, updates, strict=True))
+                continue
             for action in program.rows[row]:
                 if action.stage != stage:
                     continue
