@@ -12,13 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from planner.basis.compiled import kernel
+from planner.basis.compiled import NATURAL, kernel
 from planner.orders import codes
-from planner.orders.codes import MICROBATCH, OP, STAGE, STAGES, Codes, Order, cut, flatten
+from planner.orders.codes import MICROBATCH, OP, STAGE, STAGES, Codes, Order, flatten
 from planner.orders.edges import Edges
 from planner.orders.operations import TABLE
 
 Numbers = npt.NDArray[np.int32]
+Places = npt.NDArray[np.float64]
 
 
 def communicate(rows: Order, edges: Edges) -> Order:
@@ -34,7 +35,7 @@ def communicate(rows: Order, edges: Edges) -> Order:
     0F0      0SEND_F0 0RECV_B0 0B0
     1RECV_F0 1F0      1B0      1SEND_B0
     """
-    return _play(rows, edges)[0] if len(edges) else rows
+    return _played(rows, edges, early=False)
 
 
 def messages(rows: Order, edges: Edges) -> Order:
@@ -50,221 +51,201 @@ def messages(rows: Order, edges: Edges) -> Order:
     0F0      0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1
     1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
     """
-    if not len(edges):
-        return rows
-    rows, posted = _play(rows, edges)
-    flat, offsets = flatten(rows)
-    if len(flat) == len(posted.message):  # otherwise something waits for ever: the proof shows it
-        _prefetch(len(flat), flat, offsets, TABLE, posted)
-    return cut(flat, offsets)
-
-
-class Posted(NamedTuple):
-    """The messages of a program, numbered in the order in which they are first posted.
-
-    `message` is the number of every action's message, -1 for none. Of each message: its `place` in the order that all
-    devices agree on, the rows `source` and `target`, and where its send and its receive stand.
-    """
-
-    message: Numbers
-    place: npt.NDArray[np.float64]
-    source: Numbers
-    target: Numbers
-    send: Numbers
-    receive: Numbers
-
-
-def _play(rows: Order, edges: Edges) -> tuple[Order, Posted]:
-    """Return the rows with their messages, and the messages."""
-    flat, offsets = flatten(rows)
-    last = codes.extent(flat).microbatches
-    home = np.full(edges.stages * last, -1, np.int64)
-    _find_homes(len(flat), flat, offsets, TABLE, last, home)
-    starts = np.zeros(len(offsets), np.int64)
-    _count(len(flat), flat, offsets, edges.kinds, edges.stages + 1, last, home, starts)
-    np.cumsum(starts, out=starts)
-    out, ends = np.empty(starts[-1], np.int64), starts[:-1].copy()
-    played = Played(
-        made=np.zeros(2 * edges.stages * last, np.int8),
-        at=offsets[:-1].copy(),
-        phase=np.zeros(len(rows), np.int64),
-        out=out,
-        ends=ends,
-    )
-    most = (len(out) - len(flat)) // 2
-    source, target, send, receive = (np.empty(most, np.int32) for _ in range(4))
-    message = np.full(len(out), -1, np.int32)
-    posted = Posted(message, np.arange(1.0, most + 1.0), source, target, send, receive)
-    _communicate(len(flat), flat, offsets, TABLE, edges.kinds, edges.stages + 1, last, home, played, posted)
-    return tuple(out[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=False)), posted
+    return _played(rows, edges, early=True)
 
 
 class Played(NamedTuple):
     """How far the rows have been played.
 
-    `made` marks values, then gradients, of every stage and micro-batch. Of every row: `at`, its next compute; `phase`,
-    in which it posts its messages of this round; `ends`, up to where its part of `out` is written.
+    `made` marks values, then gradients, of every stage and micro-batch. Of every row: `at`, its next compute; `turn`,
+    in which it posts its messages of this round, and `target`, the row that takes the first of them; `begins` and
+    `ends`, between which its part of `out` is written, and `compute`, where the latest compute stands in it.
+
+    Messages have places in the order that all devices agree on, ascending in every row. Of every row `latest` is that
+    of its latest message, `before` of the latest one in front of the latest compute; `behind` has, from where the row
+    begins, those of the messages behind that compute.
     """
 
     made: npt.NDArray[np.int8]
     at: Codes
-    phase: Codes
-    out: Codes
+    turn: Codes
+    target: Codes
+    begins: Codes
     ends: Codes
+    compute: Codes
+    out: Codes
+    latest: Places
+    before: Places
+    behind: Places
+
+
+def _played(rows: Order, edges: Edges, *, early: bool) -> Order:
+    """Return the rows with their messages."""
+    if not len(edges):
+        return rows
+    flat, offsets = flatten(rows)
+    width = codes.extent(flat).microbatches + 1
+    home = np.full(edges.stages * width, -1, np.int32)
+    _find_homes(len(flat), flat, offsets, TABLE.computes, width, home)
+    starts = np.zeros(len(offsets), np.int64)
+    _count(len(flat), flat, offsets, edges.kinds, edges.stages + 1, width, home, starts)
+    np.cumsum(starts, out=starts)
+    played = Played(
+        made=np.zeros(2 * edges.stages * width, np.int8),
+        at=offsets[:-1].copy(),
+        turn=np.zeros(len(rows), np.int64),
+        target=np.zeros(len(rows), np.int64),
+        begins=starts[:-1],
+        ends=starts[:-1].copy(),
+        compute=starts[:-1] - 1,
+        out=np.empty(starts[-1], np.int64),
+        latest=np.zeros(len(rows)),
+        before=np.zeros(len(rows)),
+        behind=np.empty(starts[-1]),
+    )
+    _play(len(flat), flat, offsets, TABLE, edges.kinds, edges.stages + 1, width, home, played, int(early))
+    ends = zip(starts.tolist(), played.ends.tolist(), strict=False)
+    return tuple(played.out[begin:end] for begin, end in ends)
 
 
 @kernel
-def _find_homes(flat, offsets, ops, last, home):  # type: ignore[no-untyped-def]
+def _find_homes(flat, offsets, computes, width, home):  # type: ignore[no-untyped-def]
+    """Find the row that computes each stage's micro-batch: stage by stage, none first, `width` of each."""
     for d in range(len(offsets) - 1):
         for i in range(offsets[d], offsets[d + 1]):
-            if ops.computes[flat[i] >> OP]:
-                home[(flat[i] >> STAGE & STAGES) * last + (flat[i] & MICROBATCH) - 1] = d
+            action = flat[i & NATURAL]
+            if computes[(action >> OP) & NATURAL]:
+                home[((action >> STAGE & STAGES) * width + (action & MICROBATCH)) & NATURAL] = d
     return 0
 
 
 @kernel
-def _count(flat, offsets, kinds, width, last, home, lengths):  # type: ignore[no-untyped-def]
+def _count(flat, offsets, kinds, stages, width, home, lengths):  # type: ignore[no-untyped-def]
     """Count, one place further, what every row will hold."""
     for d in range(len(offsets) - 1):
         more = 0
         for i in range(offsets[d], offsets[d + 1]):
-            kind = (flat[i] >> OP) * width + (flat[i] >> STAGE & STAGES)
+            action = flat[i & NATURAL]
+            kind = ((action >> OP) * stages + (action >> STAGE & STAGES)) & NATURAL
             for k in range(kinds.makes[kind], kinds.makes[kind + 1]):
-                target = home[kinds.receiver[k] * last + (flat[i] & MICROBATCH) - 1]
+                target = home[(kinds.receiver[k & NATURAL] * width + (action & MICROBATCH)) & NATURAL]
                 if target >= 0 and target != d:
                     more += 1
-                    lengths[target + 1] += 1
+                    lengths[(target + 1) & NATURAL] += 1
         lengths[d + 1] += offsets[d + 1] - offsets[d] + more
     return 0
 
 
-_IDLE, _SILENT, _PHASES = -1, 4, 4
-"""Phases of a round: messages to the next row, to the one before, further on, further back; none, or not ready."""
+_TURNS, _SILENT = 4, 4
+"""Turns of a round: messages to the next row, to the one before, further on, further back; none, or not ready."""
 
 
 @kernel
-def _communicate(flat, offsets, ops, kinds, width, last, home, played, posted):  # type: ignore[no-untyped-def]
-    """Play the rows in rounds; `home` is the row of a stage's micro-batch."""
-    made, at, phase, out, ends = played.made, played.at, played.phase, played.out, played.ends
+def _play(flat, offsets, ops, kinds, stages, width, home, played, early):  # type: ignore[no-untyped-def]
+    """Play the rows in rounds; `home` is the row of a stage's micro-batch.
+
+    If `early`, each receive moves up over at most one compute, and over messages behind which no sender has to wait.
+    One that goes before others gets a place before theirs, but behind that of the message before it on its sender's
+    side. Messages are posted in the order of their places at first: what stands before a send has then found its own.
+    """
+    made, at, turn, target, begins, ends, compute, out, latest, before, behind = played
     rows = len(offsets) - 1
     gradients = len(made) // 2
-    own = -1
+    posted = 0.0
     moved = True
     while moved:
         moved = False
-        for d in range(rows):
-            phase[d] = _IDLE
-            if at[d] == offsets[d + 1]:
+        wanted = 0
+        for row in range(rows):
+            d = row & NATURAL
+            turn[d] = _SILENT
+            i = at[d] & NATURAL
+            if i == offsets[d + 1]:
                 continue
-            action = flat[at[d]]
-            kind = (action >> OP) * width + (action >> STAGE & STAGES)
-            m = (action & MICROBATCH) - 1
+            action = flat[i]
+            kind = ((action >> OP) * stages + (action >> STAGE & STAGES)) & NATURAL
+            m = action & MICROBATCH
             ready = True
             for k in range(kinds.takes[kind], kinds.takes[kind + 1]):
-                if not made[kinds.slot[k] * last + m]:
+                if not made[(kinds.slot[k & NATURAL] * width + m) & NATURAL]:
                     ready = False
             if not ready:
                 continue
             moved = True
-            out[ends[d]] = action
-            ends[d] += 1
-            phase[d] = _SILENT
-            first = kinds.makes[kind]
+            at[d] = i + 1
+            here = ends[d] & NATURAL
+            ends[d] = here + 1
+            out[here] = action
+            compute[d] = here
+            before[d] = latest[d]
+            first = kinds.makes[kind] & NATURAL
             if first < kinds.makes[kind + 1]:
-                target = home[kinds.receiver[first] * last + m]
-                phase[d] = 0
-                if target >= 0 and target != d:
-                    phase[d] = (0 if target == d + 1 or target == d - 1 else 2) + (1 if target < d else 0)
-        wanted = 0
-        for d in range(rows):
-            if phase[d] == _IDLE:
+                to = home[(kinds.receiver[first] * width + m) & NATURAL]
+                mine = 0
+                if to >= 0 and to != d:
+                    mine = (0 if to == d + 1 or to == d - 1 else 2) + (1 if to < d else 0)
+                turn[d] = mine
+                target[d] = to
+                wanted |= 1 << mine
+        for now in range(_TURNS):
+            if not wanted >> now & 1:
                 continue
-            action = flat[at[d]]
-            at[d] += 1
-            if phase[d] < _PHASES:
-                wanted |= 1 << phase[d]
-                forward = ops.leaving[ops.makes[action >> OP]]
-                made[(0 if forward else gradients) + (action >> STAGE & STAGES) * last + (action & MICROBATCH) - 1] = 1
-        for turn in range(_PHASES):
-            if not wanted >> turn & 1:
-                continue
-            for each in range(rows):
-                d = each if turn % 2 == 0 else rows - 1 - each
-                if phase[d] != turn:
+            for row in range(rows):
+                d = (row if now % 2 == 0 else rows - 1 - row) & NATURAL
+                if turn[d] != now:
                     continue
-                action = flat[at[d] - 1]
-                kind = (action >> OP) * width + (action >> STAGE & STAGES)
-                m = (action & MICROBATCH) - 1
-                for k in range(kinds.makes[kind], kinds.makes[kind + 1]):
-                    target = home[kinds.receiver[k] * last + m]
-                    if target < 0 or target == d:
+                action = flat[(at[d] - 1) & NATURAL]
+                op = (action >> OP) & NATURAL
+                stage = action >> STAGE & STAGES
+                m = action & MICROBATCH
+                forward = ops.leaving[ops.makes[op] & NATURAL]
+                made[((0 if forward else gradients) + stage * width + m) & NATURAL] = 1
+                kind = (op * stages + stage) & NATURAL
+                first = kinds.makes[kind]
+                for each in range(first, kinds.makes[kind + 1]):
+                    k = each & NATURAL
+                    to = target[d] if k == first else home[(kinds.receiver[k] * width + m) & NATURAL]
+                    if to < 0 or to == d:
                         continue
-                    own += 1
-                    here, there = ends[d], ends[target]
-                    out[here] = kinds.send[k] | (m + 1)
-                    out[there] = kinds.receive[k] | (m + 1)
-                    ends[d] += 1
-                    ends[target] += 1
-                    posted.message[here] = own
-                    posted.message[there] = own
-                    posted.source[own] = d
-                    posted.target[own] = target
-                    posted.send[own] = here
-                    posted.receive[own] = there
+                    to &= NATURAL
+                    posted += 1.0
+                    place = posted
+                    there = ends[to] & NATURAL
+                    ends[to] = there + 1
+                    front = compute[to]
+                    own = begins[to] - front - 1
+                    passed = there
+                    if early and front >= begins[to]:
+                        low = latest[d]
+                        high = posted
+                        while passed > front + 1 and behind[(own + passed - 1) & NATURAL] > low:
+                            passed -= 1
+                            high = behind[(own + passed) & NATURAL]
+                        middle = (max(low, before[to]) + high) / 2
+                        if passed > front + 1 or not max(low, before[to]) < middle < high:
+                            passed = there  # its sender would have to wait, or no number between them is left
+                        else:
+                            passed = front
+                            if high < posted:
+                                place = middle
+                    if passed < there:
+                        for j in range(there, passed, -1):
+                            out[j & NATURAL] = out[(j - 1) & NATURAL]
+                        before[to] = place
+                        compute[to] = front + 1
+                    else:
+                        behind[(own + there) & NATURAL] = place
+                    if place == posted:
+                        latest[to] = place
+                    out[passed & NATURAL] = kinds.receive[k] | m
+                    here = ends[d] & NATURAL
+                    ends[d] = here + 1
+                    out[here] = kinds.send[k] | m
+                    behind[(begins[d] + here - compute[d] - 1) & NATURAL] = place
+                    latest[d] = place
     for d in range(rows):  # what waits for ever is left as it is: the proof shows the cell
         while at[d] < offsets[d + 1]:
             out[ends[d]] = flat[at[d]]
             ends[d] += 1
             at[d] += 1
-    return 0
-
-
-@kernel
-def _prefetch(flat, offsets, ops, posted):  # type: ignore[no-untyped-def]
-    """Move receives, in place, over at most one compute, and over messages behind which no sender has to wait.
-
-    In every row the messages' places ascend, so that one order of all messages fits every row. A receive that goes
-    before others gets a place before theirs, but behind that of the message before it on its sender's side. Messages
-    are looked at in their order: what stands before a send has then found its place.
-    """
-    message, place = posted.message, posted.place
-    for own in range(len(place)):
-        begin = offsets[posted.source[own]]
-        before = posted.send[own] - 1
-        while before >= begin and message[before] < 0:
-            before -= 1
-        low = place[message[before]] if before >= begin else 0.0
-        high = place[own]
-        begin = offsets[posted.target[own]]
-        to = at = posted.receive[own]
-        computes = 0
-        while to > begin and computes < 1:
-            if message[to - 1] >= 0:
-                if place[message[to - 1]] <= low:
-                    break
-                high = place[message[to - 1]]
-            computes += ops.busy[flat[to - 1] >> OP]
-            to -= 1
-        before = to - 1
-        while before >= begin and message[before] < 0:
-            before -= 1
-        if before >= begin:
-            low = max(low, place[message[before]])
-        middle = (low + high) / 2
-        if computes == 0 or not low < middle < high:
-            continue  # nothing to overlap, or no number between them is left
-        if high < place[own]:
-            place[own] = middle
-        action = flat[at]
-        for j in range(at, to, -1):
-            flat[j] = flat[j - 1]
-            message[j] = message[j - 1]
-            if message[j] >= 0:
-                if ops.source[flat[j] >> OP]:
-                    posted.send[message[j]] = j
-                else:
-                    posted.receive[message[j]] = j
-        flat[to] = action
-        message[to] = own
-        posted.receive[own] = to
     return 0
