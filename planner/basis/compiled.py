@@ -17,8 +17,8 @@ WORTH_COMPILING = 40_000
 """Loop rounds above which compiled code pays: below, Python needs less time than loading numba."""
 
 NATURAL = (1 << 62) - 1
-"""`i & NATURAL` is i, and says so to the compiler: otherwise each index takes a third more time, to count a negative one
-from the end as Python does. A negative index must not come here."""
+"""`i & NATURAL` is i, and tells the compiler so, which else makes every index ready to count from the end: a third of a
+tight loop's time. A negative index must never come here."""
 
 
 def kernel(function: Callable[..., int]) -> Callable[..., int]:

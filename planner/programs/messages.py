@@ -54,12 +54,23 @@ def messages(rows: Order, edges: Edges) -> Order:
     return _played(rows, edges, early=True)
 
 
+_TAKEN, _TAKES, _TAKES_END, _RECEIVER, _MAKES, _MAKES_END, _MADE, _WIDTH = 0, 1, 2, 3, 4, 5, 6, 8
+"""What the loops ask of a kind of action, side by side: where the one value that it takes is marked (or none, or
+several: then from `_TAKES` to `_TAKES_END`), who receives the first message that it makes (or none) and which messages
+these are, where it is marked that they are made."""
+_NONE, _SEVERAL = -1, -2
+
+_AT, _STOP, _BEGIN, _END, _COMPUTE, _TURN, _TARGET = 0, 1, 2, 3, 4, 5, 6
+"""How far a row has been played, side by side, too: its next compute and the end of its computes; where its part of the
+result begins and ends, and where its latest compute stands there; the turn of the round in which it posts messages, and
+the row that takes the first of them."""
+
+
 class Played(NamedTuple):
     """How far the rows have been played.
 
-    `made` marks values, then gradients, of every stage and micro-batch. Of every row: `at`, its next compute; `turn`,
-    in which it posts its messages of this round, and `target`, the row that takes the first of them; `begins` and
-    `ends`, between which its part of `out` is written, and `compute`, where the latest compute stands in it.
+    `made` marks values, then gradients, of every stage and micro-batch; `rows` has `_WIDTH` numbers of each row, from
+    `_AT` to `_TARGET`; `out` is the result.
 
     Messages have places in the order that all devices agree on, ascending in every row. Of every row `latest` is that
     of its latest message, `before` of the latest one in front of the latest compute; `behind` has, from where the row
@@ -67,12 +78,7 @@ class Played(NamedTuple):
     """
 
     made: npt.NDArray[np.int8]
-    at: Codes
-    turn: Codes
-    target: Codes
-    begins: Codes
-    ends: Codes
-    compute: Codes
+    rows: Codes
     out: Codes
     latest: Places
     before: Places
@@ -88,24 +94,40 @@ def _played(rows: Order, edges: Edges, *, early: bool) -> Order:
     home = np.full(edges.stages * width, -1, np.int32)
     _find_homes(len(flat), flat, offsets, TABLE.computes, width, home)
     starts = np.zeros(len(offsets), np.int64)
-    _count(len(flat), flat, offsets, edges.kinds, edges.stages + 1, width, home, starts)
+    what = _what(edges)
+    _count(len(flat), flat, offsets, edges.kinds, what, edges.stages + 1, width, home, starts)
     np.cumsum(starts, out=starts)
+    state = np.zeros((len(rows), _WIDTH), np.int64)
+    state[:, _AT], state[:, _STOP] = offsets[:-1], offsets[1:]
+    state[:, _BEGIN] = state[:, _END] = starts[:-1]
+    state[:, _COMPUTE] = starts[:-1] - 1
     played = Played(
         made=np.zeros(2 * edges.stages * width, np.int8),
-        at=offsets[:-1].copy(),
-        turn=np.zeros(len(rows), np.int64),
-        target=np.zeros(len(rows), np.int64),
-        begins=starts[:-1],
-        ends=starts[:-1].copy(),
-        compute=starts[:-1] - 1,
+        rows=state.reshape(-1),
         out=np.empty(starts[-1], np.int64),
         latest=np.zeros(len(rows)),
         before=np.zeros(len(rows)),
         behind=np.empty(starts[-1]),
     )
-    _play(len(flat), flat, offsets, TABLE, edges.kinds, edges.stages + 1, width, home, played, int(early))
-    ends = zip(starts.tolist(), played.ends.tolist(), strict=False)
+    _play(len(flat), flat, edges.kinds, what, edges.stages + 1, width, home, played, int(early))
+    ends = zip(starts.tolist(), played.rows[_END::_WIDTH].tolist(), strict=False)
     return tuple(played.out[begin:end] for begin, end in ends)
+
+
+def _what(edges: Edges) -> Codes:
+    """Return what each kind of action takes and makes: `_WIDTH` numbers from `_TAKEN` to `_MADE`."""
+    takes, makes = edges.kinds.takes, edges.kinds.makes
+    what = np.zeros((len(takes) - 1, _WIDTH), np.int64)
+    what[:, _TAKES], what[:, _TAKES_END] = takes[:-1], takes[1:]
+    what[:, _MAKES], what[:, _MAKES_END] = makes[:-1], makes[1:]
+    taken, sent = np.diff(takes), np.diff(makes) > 0
+    what[:, _TAKEN] = np.where(taken == 0, _NONE, _SEVERAL)
+    what[taken == 1, _TAKEN] = edges.kinds.slot[takes[:-1][taken == 1]]
+    what[:, _RECEIVER] = _NONE
+    what[sent, _RECEIVER] = edges.kinds.receiver[makes[:-1][sent]]
+    op, stage = np.divmod(np.arange(len(what)), edges.stages + 1)
+    what[:, _MADE] = stage + np.where(TABLE.leaving[TABLE.makes[op]] > 0, 0, edges.stages)
+    return what.reshape(-1)
 
 
 @kernel
@@ -120,18 +142,26 @@ def _find_homes(flat, offsets, computes, width, home):  # type: ignore[no-untype
 
 
 @kernel
-def _count(flat, offsets, kinds, stages, width, home, lengths):  # type: ignore[no-untyped-def]
+def _count(flat, offsets, kinds, what, stages, width, home, lengths):  # type: ignore[no-untyped-def]
     """Count, one place further, what every row will hold."""
     for d in range(len(offsets) - 1):
         more = 0
         for i in range(offsets[d], offsets[d + 1]):
             action = flat[i & NATURAL]
-            kind = ((action >> OP) * stages + (action >> STAGE & STAGES)) & NATURAL
-            for k in range(kinds.makes[kind], kinds.makes[kind + 1]):
-                target = home[(kinds.receiver[k & NATURAL] * width + (action & MICROBATCH)) & NATURAL]
-                if target >= 0 and target != d:
+            kind = (((action >> OP) * stages + (action >> STAGE & STAGES)) * _WIDTH) & NATURAL
+            m = action & MICROBATCH
+            receiver = what[kind + _RECEIVER]
+            if receiver < 0:
+                continue
+            to = home[(receiver * width + m) & NATURAL]
+            if to >= 0 and to != d:
+                more += 1
+                lengths[(to + 1) & NATURAL] += 1
+            for k in range(what[kind + _MAKES] + 1, what[kind + _MAKES_END]):
+                to = home[(kinds.receiver[k & NATURAL] * width + m) & NATURAL]
+                if to >= 0 and to != d:
                     more += 1
-                    lengths[(target + 1) & NATURAL] += 1
+                    lengths[(to + 1) & NATURAL] += 1
         lengths[d + 1] += offsets[d + 1] - offsets[d] + more
     return 0
 
@@ -141,111 +171,115 @@ _TURNS, _SILENT = 4, 4
 
 
 @kernel
-def _play(flat, offsets, ops, kinds, stages, width, home, played, early):  # type: ignore[no-untyped-def]
+def _play(flat, kinds, what, stages, width, home, played, early):  # type: ignore[no-untyped-def]
     """Play the rows in rounds; `home` is the row of a stage's micro-batch.
 
     If `early`, each receive moves up over at most one compute, and over messages behind which no sender has to wait.
     One that goes before others gets a place before theirs, but behind that of the message before it on its sender's
     side. Messages are posted in the order of their places at first: what stands before a send has then found its own.
     """
-    made, at, turn, target, begins, ends, compute, out, latest, before, behind = played
-    rows = len(offsets) - 1
-    gradients = len(made) // 2
+    made, rows, out, latest, before, behind = played
+    count = len(latest)
     posted = 0.0
     moved = True
     while moved:
         moved = False
         wanted = 0
-        for row in range(rows):
-            d = row & NATURAL
-            turn[d] = _SILENT
-            i = at[d] & NATURAL
-            if i == offsets[d + 1]:
+        for row in range(count):
+            d = (row * _WIDTH) & NATURAL
+            rows[d + _TURN] = _SILENT
+            i = rows[d + _AT] & NATURAL
+            if i == rows[d + _STOP]:
                 continue
             action = flat[i]
-            kind = ((action >> OP) * stages + (action >> STAGE & STAGES)) & NATURAL
+            kind = (((action >> OP) * stages + (action >> STAGE & STAGES)) * _WIDTH) & NATURAL
             m = action & MICROBATCH
+            taken = what[kind + _TAKEN]
             ready = True
-            for k in range(kinds.takes[kind], kinds.takes[kind + 1]):
-                if not made[(kinds.slot[k & NATURAL] * width + m) & NATURAL]:
-                    ready = False
+            if taken >= 0:
+                ready = made[(taken * width + m) & NATURAL] != 0
+            elif taken == _SEVERAL:
+                for k in range(what[kind + _TAKES], what[kind + _TAKES_END]):
+                    if not made[(kinds.slot[k & NATURAL] * width + m) & NATURAL]:
+                        ready = False
             if not ready:
                 continue
             moved = True
-            at[d] = i + 1
-            here = ends[d] & NATURAL
-            ends[d] = here + 1
+            rows[d + _AT] = i + 1
+            here = rows[d + _END] & NATURAL
+            rows[d + _END] = here + 1
             out[here] = action
-            compute[d] = here
-            before[d] = latest[d]
-            first = kinds.makes[kind] & NATURAL
-            if first < kinds.makes[kind + 1]:
-                to = home[(kinds.receiver[first] * width + m) & NATURAL]
-                mine = 0
-                if to >= 0 and to != d:
-                    mine = (0 if to == d + 1 or to == d - 1 else 2) + (1 if to < d else 0)
-                turn[d] = mine
-                target[d] = to
-                wanted |= 1 << mine
-        for now in range(_TURNS):
-            if not wanted >> now & 1:
+            rows[d + _COMPUTE] = here
+            before[row & NATURAL] = latest[row & NATURAL]
+            receiver = what[kind + _RECEIVER]
+            if receiver >= 0:
+                to = home[(receiver * width + m) & NATURAL]
+                turn = 0
+                if to >= 0 and to != row:
+                    turn = (0 if to == row + 1 or to == row - 1 else 2) + (1 if to < row else 0)
+                rows[d + _TURN] = turn
+                rows[d + _TARGET] = to
+                wanted |= 1 << turn
+        for turn in range(_TURNS):
+            if not wanted >> turn & 1:
                 continue
-            for row in range(rows):
-                d = (row if now % 2 == 0 else rows - 1 - row) & NATURAL
-                if turn[d] != now:
+            for each in range(count):
+                row = (each if turn % 2 == 0 else count - 1 - each) & NATURAL
+                d = row * _WIDTH & NATURAL
+                if rows[d + _TURN] != turn:
                     continue
-                action = flat[(at[d] - 1) & NATURAL]
-                op = (action >> OP) & NATURAL
-                stage = action >> STAGE & STAGES
+                action = flat[(rows[d + _AT] - 1) & NATURAL]
+                kind = (((action >> OP) * stages + (action >> STAGE & STAGES)) * _WIDTH) & NATURAL
                 m = action & MICROBATCH
-                forward = ops.leaving[ops.makes[op] & NATURAL]
-                made[((0 if forward else gradients) + stage * width + m) & NATURAL] = 1
-                kind = (op * stages + stage) & NATURAL
-                first = kinds.makes[kind]
-                for each in range(first, kinds.makes[kind + 1]):
-                    k = each & NATURAL
-                    to = target[d] if k == first else home[(kinds.receiver[k] * width + m) & NATURAL]
-                    if to < 0 or to == d:
+                made[(what[kind + _MADE] * width + m) & NATURAL] = 1
+                first = what[kind + _MAKES]
+                for each_made in range(first, what[kind + _MAKES_END]):
+                    k = each_made & NATURAL
+                    to = rows[d + _TARGET] if k == first else home[(kinds.receiver[k] * width + m) & NATURAL]
+                    if to < 0 or to == row:
                         continue
                     to &= NATURAL
+                    t = to * _WIDTH & NATURAL
                     posted += 1.0
                     place = posted
-                    there = ends[to] & NATURAL
-                    ends[to] = there + 1
-                    front = compute[to]
-                    own = begins[to] - front - 1
+                    there = rows[t + _END] & NATURAL
+                    rows[t + _END] = there + 1
+                    front = rows[t + _COMPUTE]
+                    own = rows[t + _BEGIN] - front - 1
                     passed = there
-                    if early and front >= begins[to]:
-                        low = latest[d]
+                    if early and front >= rows[t + _BEGIN]:
+                        low = latest[row]
                         high = posted
                         while passed > front + 1 and behind[(own + passed - 1) & NATURAL] > low:
                             passed -= 1
                             high = behind[(own + passed) & NATURAL]
-                        middle = (max(low, before[to]) + high) / 2
-                        if passed > front + 1 or not max(low, before[to]) < middle < high:
+                        low = max(low, before[to])
+                        middle = (low + high) / 2
+                        if passed > front + 1 or not low < middle < high:
                             passed = there  # its sender would have to wait, or no number between them is left
                         else:
                             passed = front
                             if high < posted:
                                 place = middle
                     if passed < there:
-                        for j in range(there, passed, -1):
+                        j = there
+                        while j > passed:
                             out[j & NATURAL] = out[(j - 1) & NATURAL]
+                            j -= 1
                         before[to] = place
-                        compute[to] = front + 1
+                        rows[t + _COMPUTE] = front + 1
                     else:
                         behind[(own + there) & NATURAL] = place
                     if place == posted:
                         latest[to] = place
                     out[passed & NATURAL] = kinds.receive[k] | m
-                    here = ends[d] & NATURAL
-                    ends[d] = here + 1
+                    here = rows[d + _END] & NATURAL
+                    rows[d + _END] = here + 1
                     out[here] = kinds.send[k] | m
-                    behind[(begins[d] + here - compute[d] - 1) & NATURAL] = place
-                    latest[d] = place
-    for d in range(rows):  # what waits for ever is left as it is: the proof shows the cell
-        while at[d] < offsets[d + 1]:
-            out[ends[d]] = flat[at[d]]
-            ends[d] += 1
-            at[d] += 1
+                    behind[(rows[d + _BEGIN] + here - rows[d + _COMPUTE] - 1) & NATURAL] = place
+                    latest[row] = place
+    for d in range(0, len(rows), _WIDTH):  # what waits for ever is left as it is: the proof shows the cell
+        for i in range(rows[d + _AT], rows[d + _STOP]):
+            out[rows[d + _END]] = flat[i]
+            rows[d + _END] += 1
     return 0

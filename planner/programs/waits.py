@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from planner.basis.compiled import kernel
+from planner.basis.compiled import NATURAL, kernel
 from planner.basis.errors import PlanError
 from planner.orders import codes
 from planner.orders.action import Action, actions, grid
@@ -47,6 +47,15 @@ class Links(NamedTuple):
     source: Numbers
     target: Numbers
     also: Numbers
+
+
+class _Planes(NamedTuple):
+    """Of every operation the first numbers of the transfers that it takes, needs, posts to and wants; -1 for none."""
+
+    takes: Ints
+    needs: Ints
+    posts: Ints
+    wants: Ints
 
 
 class Linked:
@@ -91,13 +100,18 @@ class Linked:
         replicas = np.array(replicas_of(program.holders, self.devices) if tied else (), np.int64)
         bad = _link(
             len(self.flat),
-            *(self.flat, self.offsets, TABLE, self.edges.kinds, self.edges.stages, self.microbatches, self.base),
+            *(self.flat, self.offsets, TABLE, self._planes(), self.edges.kinds, self.edges.stages, self.microbatches),
             *(turns, gathered, replicas, links),
         )
         if bad >= 0:
             raise disproved(self, bad, f"{self.actions[bad]} has no edge or micro-batch to go along")
         self.posts, self.waits, self.needs, self.parties, self.source, self.target, self.also = links
         self.party = posts
+
+    def _planes(self) -> _Planes:
+        """Return where the planes begin that an operation has to do with."""
+        base = np.append(self.base, -1)  # that of no plane
+        return _Planes(base[TABLE.takes], base[TABLE.needs], base[TABLE.posts], base[TABLE.wants])
 
     def _used(self, op: str) -> bool:
         parties = (o for o, operation in OPERATIONS.items() if operation.posts == op)
@@ -184,7 +198,7 @@ class Linked:
 
 
 @kernel
-def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replicas, links):  # type: ignore[no-untyped-def]
+def _link(flat, offsets, ops, planes, kinds, stages, last, turns, gathered, replicas, links):  # type: ignore[no-untyped-def]
     """One pass over all rows. Returns an action that names what is not there, or -1.
 
     The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last. What
@@ -194,69 +208,75 @@ def _link(flat, offsets, ops, kinds, stages, last, base, turns, gathered, replic
     posts, waits, needs, parties, source, target, also = links
     half = len(turns) // 2
     for d in range(len(offsets) - 1):
-        for i in range(offsets[d], offsets[d + 1]):
+        for position in range(offsets[d], offsets[d + 1]):
+            i = position & NATURAL
             action = flat[i]
-            op = action >> OP
+            op = (action >> OP) & NATURAL
             stage = action >> STAGE & STAGES
             m = (action & MICROBATCH) - 1
-            posts[i] = waits[i] = needs[i] = -1
             if stage >= stages:
                 return i
-            kind = op * (stages + 1) + stage
-            plane = ops.takes[op]
-            if plane >= 0 and base[plane] >= 0:
-                previous = -1
+            kind = (op * (stages + 1) + stage) & NATURAL
+            group = ops.group[op]
+            if group == PAIR:  # a message waits for nothing
+                k = kinds.ports[kind] + (action >> PORT & PORTS)
+                if m < 0 or k >= kinds.ports[kind + 1]:
+                    return i
+                own = (planes.posts[op] + kinds.ported[k & NATURAL] * last + m) & NATURAL
+                if ops.source[op]:
+                    source[own] = d
+                else:
+                    target[own] = d
+                parties[own] += 1
+                posts[i] = own
+                waits[i] = needs[i] = -1
+                continue
+            post = wait = need = previous = -1
+            plane = planes.takes[op]
+            if plane >= 0 and m >= 0:
                 for k in range(kinds.takes[kind], kinds.takes[kind + 1]):
-                    t = base[plane] + kinds.taken[k] * last + m
+                    t = (plane + kinds.taken[k & NATURAL] * last + m) & NATURAL
                     if target[t] == d:
                         if previous < 0:
-                            waits[i] = t
+                            wait = t
                         else:
                             also[previous] = t
                         previous = t
-            plane = ops.needs[op]
-            if plane >= 0 and base[plane] >= 0 and parties[base[plane] + stage * last + m] > 0:
-                needs[i] = base[plane] + stage * last + m
-            plane = ops.posts[op]
+            slot = stage * last + m
+            plane = planes.needs[op]
+            if plane >= 0 and parties[plane + slot] > 0:
+                need = plane + slot
+            plane = planes.posts[op]
             if plane >= 0:
-                group = ops.group[op]
-                if group == PAIR:
-                    k = kinds.ports[kind] + (action >> PORT & PORTS)
-                    if m < 0 or k >= kinds.ports[kind + 1]:
+                post = plane + stage * last
+                if group == HOLDERS:
+                    turn = op * stages + stage
+                    if turns[half + turn] != d:
+                        turns[half + turn] = d
+                        turns[turn] = 0
+                    post += turns[turn]
+                    turns[turn] += 1
+                    if m >= 0:
+                        gathered[plane + slot] = post
+                elif group == TIED:
+                    if replicas[d] >= last:
                         return i
-                    own = base[plane] + kinds.ported[k] * last + m
-                    if ops.source[op]:
-                        source[own] = d
-                    else:
-                        target[own] = d
+                    post += replicas[d]
                 else:
-                    own = base[plane] + stage * last
-                    if group == HOLDERS:
-                        turn = op * stages + stage
-                        if turns[half + turn] != d:
-                            turns[half + turn] = d
-                            turns[turn] = 0
-                        own += turns[turn]
-                        turns[turn] += 1
-                        if m >= 0:
-                            gathered[base[plane] + stage * last + m] = own
-                    elif group == TIED:
-                        if replicas[d] >= last:
-                            return i
-                        own += replicas[d]
-                    else:
-                        if m < 0:
-                            return i
-                        own += m
-                    source[own] = d
-                    target[own] = d
-                    if ops.awaits[op] == ALWAYS or (ops.awaits[op] == ALONE and m < 0):
-                        waits[i] = own
-                posts[i] = own
-                parties[own] += 1
-            plane = ops.wants[op]
-            if plane >= 0 and base[plane] >= 0 and m >= 0:
-                needs[i] = max(needs[i], gathered[base[plane] + stage * last + m])
+                    if m < 0:
+                        return i
+                    post += m
+                source[post] = d
+                target[post] = d
+                if ops.awaits[op] == ALWAYS or (ops.awaits[op] == ALONE and m < 0):
+                    wait = post
+                parties[post] += 1
+            plane = planes.wants[op]
+            if plane >= 0 and m >= 0:
+                need = max(need, gathered[plane + slot])
+            posts[i] = post
+            waits[i] = wait
+            needs[i] = need
     return -1
 
 
