@@ -132,7 +132,7 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     return np.where(np.tri(last + 1, dtype=bool), np.inf, table)
 
 
-class _Layers(NamedTuple):
+class LayersBytes(NamedTuple):
     """Bytes of all layers that do not depend on the micro-batch."""
 
     parameters: Table
@@ -161,7 +161,7 @@ class _Checkpoints(NamedTuple):
     read: NDArray[np.bool_]
 
 
-def layers_bytes(profile: Profile) -> _Layers:
+def layers_bytes(profile: Profile) -> LayersBytes:
     """Return what layers need whatever the micro-batch, as arrays, kept with the profile."""
     import numpy as np
 
@@ -169,7 +169,7 @@ def layers_bytes(profile: Profile) -> _Layers:
     return memoised(
         profile,
         "layers' bytes",
-        lambda: _Layers(*(np.array([float(getattr(one, field)) for one in profile.layers]) for field in fields)),
+        lambda: LayersBytes(*(np.array([float(getattr(one, field)) for one in profile.layers]) for field in fields)),
     )
 
 

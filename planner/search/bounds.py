@@ -14,13 +14,15 @@ from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import static_bytes
-from planner.orders import synchronisation
+from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
+from planner.placement import savings
 from planner.placement.devices import choose
-from planner.placement.filling import flight
+from planner.placement.filling import flight, layers_bytes, sizes_of
 from planner.placement.freeing import worth_a_checkpoint
-from planner.search.room import Need, need
+from planner.search.room import Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate
+from planner.search.weighing import Rows, Work, least_seconds
 from planner.values.cluster import Cluster
 from planner.values.plan import asynchronous
 from planner.values.profile import Profile
@@ -47,36 +49,111 @@ class Bounds:
             self.needs[key] = need(point, profile, point.batch // point.m, room)
         return self.needs[key]
 
-    def repeating(self, point: Candidate) -> float:
-        """Return seconds that no plan at a point can beat that repeats the forwards that its savings say, 0 if none.
+    def takes(self, point: Candidate) -> float:
+        """Return seconds that no plan at a point can beat that fits and saves what the point says, infinite if none.
 
-        Where whole stages or blocks are recomputed, the devices compute that besides; a layer's repetition takes at
-        least the less of its forward and of what its own checkpoint repeats. Of single layers, those that free most
-        for their time, until the plan can fit; infinite where it cannot.
+        Computing, what is repeated, updates and copies to the host are weighed against memory
+        (`planner.search.weighing`). A layer's repetition takes at least the less of its forward and of what its own
+        checkpoint repeats.
         """
-        wanted = {"recompute", "recompute-blocks", "recompute-layers"} & set(point.savings)
-        if not wanted or point.how.devices == "chosen":
+        if point.how.devices == "chosen":
             return 0.0
-        key = "repeating", *self._sort(point), point.agreed, frozenset(point.savings)
+        key = "takes", *self._sort(point), point.agreed, frozenset(point.savings)
         if key not in self.seconds:
-            self.seconds[key] = self._repeating(point, wanted)
+            self.seconds[key] = self._takes(point)
         return self.seconds[key]
 
-    def _repeating(self, point: Candidate, wanted: set[str]) -> float:
-        profile, threads = self._seen(point)
-        speed, _ = _fastest(self.cluster, point.devices)
-        samples = point.batch // point.m
+    def _takes(self, point: Candidate) -> float:
+        profile, _ = self._seen(point)
+        schedule, chunks = point.arranged
+        n = point.m / point.replica_count
+        passes = self._passes(point, (point.m,))
+        steady = point.asynchronous or not schedule.trains
+        work = self._work(point, profile, updates=not steady)
+        begin = n * float(passes.both[0]) / point.depth
+        chosen = "recompute-layers" in point.savings
+        shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
+        fills = not steady and shape.stages <= len(profile.layers)
+        if not fills or schedules.why_not(schedule, shape) is not None:  # steps without a flush fill once
+            seconds = work.seconds if chosen else work.seconds + work.again
+            return max(begin, (float((seconds * work.number).sum()) - work.quicker) / point.depth)
+        here, many = homes(schedule.name, shape)
+        swaps = np.zeros(here.shape)
+        if "offload" in point.savings and not schedule.measured and not point.repeats:
+            swaps = swapped(schedule.name, shape)
+        chained = schedule.placement == "straight"
+        rows = Rows(here / schedule.copies, here, many, swaps, chained, self.led(profile, point))
+        work = work if chosen else work._replace(seconds=work.seconds + work.again)
+        return least_seconds(work, rows, chosen=chosen, begin=begin)
+
+    def led(self, profile: Profile, point: Candidate) -> Floats:
+        """Return seconds of the forwards before each row's first: a stage has a layer at least."""
+        speed, threads = _fastest(self.cluster, point.devices)
+        forward = layer_table(profile, point.batch // point.m, threads).forward[MEDIAN]
+        first = np.arange(point.depth)
+        if point.arranged[0].copies > 1:
+            first = np.minimum(first, first[::-1])
+        found: Floats = np.maximum(0.0, forward[first] - self.seams) / speed
+        return found
+
+    def _work(self, point: Candidate, profile: Profile, *, updates: bool) -> Work:
+        """What the layers of a model take and need at a point, layers that are alike together."""
+        speed, threads = _fastest(self.cluster, point.devices)
+        schedule, agreed = point.arranged[0], synchronisation.get(point.agreed)
+        samples, n = point.batch // point.m, point.m / point.replica_count
+        holders = point.replica_count * schedule.copies
         table = layer_table(profile, samples, threads)
-        again = np.minimum(np.diff(table.forward[MEDIAN])[:-1], np.diff(table.recompute[MEDIAN])[:-1])
-        if "recompute" in wanted:
-            repeated = float(again.sum())
-        elif "recompute-blocks" in wanted:
-            blocks = worth_a_checkpoint(self.profile, samples)
-            repeated = sum(float(again[block.start : block.stop].sum()) for block in blocks)
-        else:
-            repeated = _least_repeated(again, *self.need(point))
-        both = float(self._passes(point, (point.m,)).both[0]) + max(0.0, repeated - self.seams) / speed
-        return point.m * both * point.tensor_count / point.devices
+        forward, back = (np.diff(one[MEDIAN]) for one in (table.forward, table.backward))
+        if schedule.splits:
+            halves = np.diff(table.backward_input[MEDIAN]) + np.diff(table.backward_weight[MEDIAN])
+            back = np.minimum(back, halves)
+        both = forward + back
+        both[-2] += both[-1]  # the loss is the last stage's
+        again = np.minimum(forward, np.diff(table.recompute[MEDIAN]))[:-1]
+        repeated = {"recompute", "recompute-layers"} & set(point.savings)
+        if not repeated:
+            own = np.zeros(len(again))
+            for block in worth_a_checkpoint(self.profile, samples) if "recompute-blocks" in point.savings else ():
+                own[block.start : block.stop] = again[block.start : block.stop]
+            again = own
+        update = np.zeros(len(again))
+        if updates and not agreed.server:
+            shards = holders if "optimizer" in agreed.shards else 1
+            update = schedule.copies * self._updating(point, profile, threads, speed) / shards
+        of, sizes = layers_bytes(profile), sizes_of(profile, samples)
+        keeps = not point.repeats or "recompute-layers" in point.savings
+        saved = sizes.saved - sizes.output if keeps else np.zeros(len(again))
+        swaps = "offload" in point.savings
+        rate = _copying(self.cluster, point.devices) if swaps else 1.0
+        leading = forward[:-1]
+        if (
+            schedule.placement == "straight"
+            and not schedule.splits
+            and both[:-1].sum() - forward.sum() > 2 * update.sum() / point.depth
+        ):
+            # Behind a row's last backward come those of the stages before it; its own update may be meanwhile.
+            leading, update = both[:-1], np.zeros(len(again))
+        static = held(of, point.agreed, holders, on_host=savings.states_on_host(point.savings))
+        room = _roomiest(self.cluster, point.devices)
+        seconds, repeating = n * both[:-1] / speed + update, n * again / speed
+        kept = np.zeros(len(again)) if swaps else saved / room
+        copied = saved / rate if swaps else np.zeros(len(again))
+        columns = np.array([seconds, repeating, leading / speed, static / room, kept, copied])
+        unique, count = np.unique(columns, axis=1, return_counts=True)
+        return Work(count.astype(float), *unique, quicker=n * self.seams / speed)  # type: ignore[misc]
+
+    def _updating(self, point: Candidate, profile: Profile, threads: int, speed: float) -> Floats:
+        """Seconds of updating each layer, on its device or where its host's memory is the quickest."""
+        if not savings.states_on_host(point.savings):
+            table = layer_table(profile, 1, threads)
+            whole = [w for w in profile.whole if w.layers_optimizer_s > 0]
+            scale = whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0
+            found: Floats = scale * np.diff(table.optimizer[MEDIAN])[: len(profile.layers)] / speed
+            return found
+        of = layers_bytes(profile)
+        moved = 2 * of.parameters + of.gradients + 2 * of.optimizer
+        copied = (of.gradients + of.parameters) / _copying(self.cluster, point.devices)
+        return moved / max(host.memory_bytes_per_s for host in self.cluster.hosts) + copied
 
     def _sort(self, point: Candidate) -> tuple[object, ...]:
         """What decides about a point's work and needs."""
@@ -149,17 +226,6 @@ class Bounds:
             tables = [layer_table(profile, point.batch // m, threads) for m in ms]
             self.known[key] = _Passes.of(tables, schedule.splits, self.seams, speed)
         return self.known[key]
-
-
-def _least_repeated(seconds: Floats, lack: float, freed: Floats) -> float:
-    """Return the seconds of the layers that bring `lack` down to 1 in the least time, parts of layers allowed."""
-    missing, total = lack - 1, 0.0
-    for layer in np.argsort(seconds / np.maximum(freed, 1e-300)).tolist():
-        if missing <= 0:
-            break
-        part = min(1.0, missing / freed[layer]) if freed[layer] > 0 else 1.0
-        missing, total = missing - part * freed[layer], total + part * float(seconds[layer])
-    return total if missing <= 1e-9 else float("inf")
 
 
 class _Passes(NamedTuple):
@@ -256,6 +322,24 @@ def _roomiest(cluster: Cluster, count: int) -> float:
     return memoised(
         cluster, ("roomiest", count), lambda: float(max(device.memory_bytes for device in choose(cluster, count)))
     )
+
+
+def _copying(cluster: Cluster, count: int) -> float:
+    """Most bytes/s that one of the devices that a plan takes copies to its host's memory, or back."""
+
+    def make() -> float:
+        rates = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
+        found = set()
+        for device in choose(cluster, count):
+            try:
+                links = [cluster.link_of(number) for number in cluster.routes.to_host(device.name)]
+            except PlanError:  # its plan will say so
+                return float("inf")
+            own = [link.bandwidth_bytes_per_s for link in links if not link.points]
+            found.add(min([*own, rates[cluster.routes.host_of[device.name]]]))
+        return max(found)
+
+    return memoised(cluster, ("copying", count), make)
 
 
 def _seams(profile: Profile) -> float:

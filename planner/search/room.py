@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.orders import codes, schedules, synchronisation
-from planner.orders.operations import BACKWARD, BACKWARD_WEIGHT, FORWARD
+from planner.orders.operations import BACKWARD, BACKWARD_WEIGHT, FORWARD, OFFLOAD
 from planner.placement import savings
-from planner.placement.filling import layers_bytes, sizes_of
+from planner.placement.filling import LayersBytes, layers_bytes, sizes_of
+from planner.programs.savings import offload
 from planner.search.space import Candidate
 from planner.values.profile import Profile
 
@@ -41,38 +42,59 @@ def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
     if point.how.devices == "chosen" or schedule.asynchronous or not schedule.trains or agreed.asynchronous:
         return nothing
     shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
-    # Where two copies run against each other, a stage is on two rows.
-    if schedule.copies > 1 or schedules.why_not(schedule, shape) is not None or shape.stages > len(profile.layers):
+    if schedules.why_not(schedule, shape) is not None or shape.stages > len(profile.layers):
         return nothing
-    holders, served = point.replica_count, bool(agreed.server)
+    holders = point.replica_count * schedule.copies
     of = layers_bytes(profile)
-    static = of.parameters / (holders if "parameters" in agreed.shards else 1)
-    if holders > 1 and not served:
-        static = static + of.gradients / (holders if "gradients" in agreed.shards else 1)
-    if not served and not savings.states_on_host(point.savings):
-        static = static + of.optimizer / (holders if "optimizer" in agreed.shards else 1)
+    static = held(of, point.agreed, holders, on_host=savings.states_on_host(point.savings))
     sizes = sizes_of(profile, samples)
     keeps = not {"offload", "recompute", "recompute-blocks"} & set(point.savings)
     kept = sizes.saved - sizes.output if keeps else np.zeros(len(static))
-    row, many = most(schedule.name, shape)
-    every = static.sum() + many * kept.sum()
-    weights = 1 / np.array([max(1.0, every[row == r].mean()) for r in range(point.depth)])
-    own = weights[row]
-    whole = (own[:, None] * (static + many[:, None] * kept)).min(axis=0)
-    bare = own.min() * static
+    here, many = homes(schedule.name, shape)
+    every = here * static.sum() + many * kept.sum()
+    weights = here.sum(axis=0) / np.maximum(here.sum(axis=0), every.sum(axis=0))
+    whole = (np.outer(here @ weights, static) + np.outer(many @ weights, kept)).min(axis=0)
+    bare = (here @ weights).min() * static
     scale = weights.sum() * room
     return Need(float(whole.sum()) / scale, (whole - bare) / scale)
 
 
+def held(of: LayersBytes, agreed: str, holders: int, *, on_host: bool) -> Floats:
+    """Return each layer's bytes that one of its holders always has, at the least."""
+    way = synchronisation.get(agreed)
+    static: Floats = of.parameters / (holders if "parameters" in way.shards else 1)
+    if holders > 1 and not way.server:
+        static = static + of.gradients / (holders if "gradients" in way.shards else 1)
+    if not way.server and not on_host:
+        static = static + of.optimizer / (holders if "optimizer" in way.shards else 1)
+    return static
+
+
+class Homes(NamedTuple):
+    """How stages are on rows, as arrays (stages, rows): which, and each one's micro-batches when its row has most."""
+
+    here: Floats
+    many: Floats
+
+
 @functools.lru_cache(maxsize=4096)
-def most(schedule: str, shape: schedules.Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return every stage's row, and its micro-batches at the moment at which that row has most of all its stages."""
-    rows, many = np.zeros(shape.stages, np.int64), np.zeros(shape.stages, np.int64)
-    order = schedules.arrange(schedule, shape)
-    for number, row in enumerate(order):
+def homes(schedule: str, shape: schedules.Shape) -> Homes:
+    """Return where a schedule has its stages, and how full each row is of them at its fullest moment."""
+    here, many = np.zeros((shape.stages, shape.devices)), np.zeros((shape.stages, shape.devices))
+    for number, row in enumerate(schedules.arrange(schedule, shape)):
         change = codes.has(row, FORWARD).astype(int) - codes.has(row, BACKWARD, BACKWARD_WEIGHT)
         until = int(np.cumsum(change).argmax()) + 1
-        for stage in np.unique(codes.stages(row)).tolist():
-            rows[stage] = number
-            many[stage] = int(change[:until][codes.stages(row)[:until] == stage].sum())
-    return rows, many
+        stages = codes.stages(row)
+        here[np.unique(stages), number] = 1.0
+        many[:, number] = np.bincount(stages[:until], change[:until], minlength=shape.stages)
+    return Homes(here, many)
+
+
+@functools.lru_cache(maxsize=4096)
+def swapped(schedule: str, shape: schedules.Shape) -> Floats:
+    """Return how many micro-batches each row copies to its host and back of each stage, where all are offloaded."""
+    found = np.zeros((shape.stages, shape.devices))
+    for number, row in enumerate(schedules.arrange(schedule, shape)):
+        away = offload(row)
+        found[:, number] = np.bincount(codes.stages(away[codes.has(away, OFFLOAD)]), minlength=shape.stages)
+    return found

@@ -209,12 +209,11 @@ class Search:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
         every = list(block.at(block.ms[m], tuple(self.savings)))
-        least = {one: max(bound, self._repeating(one)) for one in every}
-        hoped = [candidate for candidate in every if not self._hopeless(least[candidate], candidate)]
-        if not hoped:
-            return
-        for candidate in hoped:
-            if self._cannot_fit(candidate):
+        for candidate in every:
+            if self._hopeless(bound, candidate):
+                continue
+            least = max(bound, self._takes(candidate))
+            if self._cannot_fit(candidate) or self._hopeless(least, candidate):
                 self._save(candidate, bound)
                 continue
             try:
@@ -227,15 +226,15 @@ class Search:
             if recut:  # what saves is cut otherwise: what this plan takes says nothing about it
                 self._save(candidate, bound)
             if not self._hopeless(own, candidate):
-                self._push(max(least[candidate], own), candidate)
+                self._push(max(least, own), candidate)
 
     def _cannot_fit(self, candidate: Candidate) -> bool:
         """Put a candidate aside of which no plan fits, however it is cut."""
         bounds = self.bounds[candidate.sequence]
         lack = bounds.need(candidate).lack * (1 - 1e-9)
-        if "recompute-layers" in candidate.savings and bounds.repeating(candidate) < float("inf"):
+        if bounds.takes(candidate) < float("inf") and (lack <= 1 or "recompute-layers" in candidate.savings):
             return False
-        if lack <= 1 or candidate.key in self.state.done:
+        if candidate.key in self.state.done:
             return False
         if candidate not in self.aside:
             self.aside.add(candidate)
@@ -251,10 +250,10 @@ class Search:
         if found is not None:
             self._note(candidate, found)
 
-    def _repeating(self, candidate: Candidate) -> float:
-        """Return the least score of a candidate's plan, by the forwards that its savings repeat."""
+    def _takes(self, candidate: Candidate) -> float:
+        """Return the least score of a candidate's plan that fits, by what it computes, saves and keeps."""
         price = least_price_per_hour(self.cluster, candidate.devices)
-        seconds = self.bounds[candidate.sequence].repeating(candidate)
+        seconds = self.bounds[candidate.sequence].takes(candidate)
         return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.units), self.terms))
 
     def _placed(self, candidate: Candidate) -> Placed:
@@ -323,7 +322,7 @@ class Search:
             slower = slower and not orders_by_seconds(candidate)
             least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
-            least = max(least, self._repeating(more))
+            least = max(least, self._takes(more))
             if not self._hopeless(least, more) and not self._dominated(more):
                 self._push(least, more)
 

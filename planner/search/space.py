@@ -157,6 +157,11 @@ class Candidate(NamedTuple):
         )
 
     @property
+    def repeats(self) -> bool:
+        """Whether its savings repeat forwards."""
+        return any(savings.get(name).repeats for name in self.savings)
+
+    @property
     def does(self) -> tuple[object, ...]:
         """What its plan does, but for M and savings: equal for two names of one plan.
 

@@ -280,7 +280,7 @@ def test_what_is_said_before_a_plan_is_walked_is_below_it(question: tuple[Profil
         if "recompute-layers" not in candidate.savings:
             assert bounds.need(candidate).lack <= need * (1 + 1e-9), candidate
         if need <= 1:
-            assert bounds.repeating(candidate) <= simulated_step(placed) * (1 + 1e-9), candidate
+            assert bounds.takes(candidate) <= simulated_step(placed) * (1 + 1e-9), candidate
 
 
 @settings(max_examples=40)
