@@ -138,7 +138,14 @@ class Bounds:
         seconds, repeating = n * both[:-1] / speed + update, n * again / speed
         kept = np.zeros(len(again)) if swaps else saved / room
         copied = saved / rate if swaps else np.zeros(len(again))
-        columns = np.array([seconds, repeating, leading / speed, static / room, kept, copied])
+        # What all replicas, and all that split tensors, bring through their hosts' memories.
+        crowd = point.replica_count * point.tensor_count / _hosts(self.cluster, point.devices)
+        through = 2 * saved * crowd if swaps else np.zeros(len(again))
+        hosted = np.zeros(len(again))
+        if updates and not agreed.server and savings.states_on_host(point.savings):
+            each = 3 * of.parameters + 2 * of.gradients + 2 * of.optimizer
+            hosted = crowd * schedule.copies * each / (holders if "optimizer" in agreed.shards else 1)
+        columns = np.array([seconds, repeating, leading / speed, static / room, kept, copied, through, hosted])
         unique, count = np.unique(columns, axis=1, return_counts=True)
         return Work(count.astype(float), *unique, quicker=n * self.seams / speed)  # type: ignore[misc]
 
@@ -340,6 +347,16 @@ def _copying(cluster: Cluster, count: int) -> float:
         return max(found)
 
     return memoised(cluster, ("copying", count), make)
+
+
+def _hosts(cluster: Cluster, count: int) -> float:
+    """Bytes/s of the memories of all hosts of the devices that a plan takes."""
+
+    def make() -> float:
+        taken = {device.host for device in choose(cluster, count)}
+        return float(sum(host.memory_bytes_per_s for host in cluster.hosts if host.name in taken))
+
+    return memoised(cluster, ("hosts' memory", count), make)
 
 
 def _seams(profile: Profile) -> float:

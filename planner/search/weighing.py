@@ -9,6 +9,7 @@ layers, from the last row to the first, as what leads to a row's first micro-bat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,9 @@ class Work(NamedTuple):
 
     `seconds` of all micro-batches and the update, `again` of repeating all forwards, `leading` of what comes before a
     later stage's first compute and behind its last; `static` is the share of a device's memory that is always there,
-    `kept` that of one micro-batch, `swapped` the seconds of copying that of one to the host. Each row is as much as
-    `quicker` seconds quicker than its layers.
+    `kept` that of one micro-batch, `swapped` the seconds of copying that of one to the host. `through` are the seconds
+    that copying one there and back keeps all hosts' memories, and `hosted` those that updates there do, both of all
+    replicas. Each row is as much as `quicker` seconds quicker than its layers.
     """
 
     number: Floats
@@ -36,6 +38,8 @@ class Work(NamedTuple):
     static: Floats
     kept: Floats
     swapped: Floats
+    through: Floats
+    hosted: Floats
     quicker: float
 
 
@@ -68,15 +72,17 @@ def least_seconds(work: Work, rows: Rows, *, chosen: bool, begin: float) -> floa
         found = better
         if found == np.inf:
             break
-    return float(found)
+    crowded = (_bound(work, rows, weights, chosen=chosen) for weights in _crowded(work, rows))
+    return float(max(found, *crowded, 0.0))
 
 
 class _Weights(NamedTuple):
-    """Of each row: of its computing, of its copies, of its memory."""
+    """Of each row: of its computing, of its copies, of its memory; and one of what the hosts' memories carry."""
 
     seconds: Floats
     copies: Floats
     memory: Floats
+    hosts: float = 0.0
 
 
 def _weights(work: Work, rows: Rows, step_s: float, *, chosen: bool) -> _Weights:
@@ -114,15 +120,32 @@ def _weights(work: Work, rows: Rows, step_s: float, *, chosen: bool) -> _Weights
     return _Weights(*found)
 
 
+def _crowded(work: Work, rows: Rows) -> Iterator[_Weights]:
+    """Yield weights for which the hosts' memories carry so much that they decide, beside the rows with few copies."""
+    own, through, hosted = (float((each * work.number).sum()) for each in (work.seconds, work.through, work.hosted))
+    none = np.zeros(rows.here.shape[1])
+    if hosted > 0:
+        yield _Weights(none, none, none, 1.0)
+    many = (rows.swaps * rows.part).sum(axis=0) / (rows.part * rows.here).sum(axis=0)
+    if own <= 0 or through <= 0:
+        return
+    for most in np.unique(many[many > 0]):
+        weight = 1 / (most * through + hosted)
+        seconds = np.maximum(0.0, 1 - weight * (many * through + hosted)) / own
+        yield _Weights(seconds, none, none, weight)
+
+
 def _bound(work: Work, rows: Rows, weights: _Weights, *, chosen: bool) -> float:
     """Return the bound that follows from any weights, as the module's text says."""
     own, memory = rows.part @ weights.seconds, rows.here @ weights.memory
     price = np.outer(work.seconds, own) + np.outer(work.static, memory)
     if rows.swaps.any():
         price += np.outer(work.swapped, rows.swaps @ weights.copies)
+        price += weights.hosts * np.outer(work.through, rows.swaps.sum(axis=1))
+    price += weights.hosts * work.hosted[:, None]
     kept = np.outer(work.kept, rows.many @ weights.memory)
     price += np.minimum(kept, np.outer(work.again, own)) if chosen else kept
-    total = float(weights.seconds.sum() + weights.copies.sum())
+    total = float(weights.seconds.sum() + weights.copies.sum()) + weights.hosts
     slack = work.quicker * float(weights.seconds.max(initial=0.0))
     if rows.chained:
         behind = np.concatenate((np.cumsum(weights.seconds[::-1])[::-1][1:], [0.0]))
