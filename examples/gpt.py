@@ -1,6 +1,7 @@
 """A small GPT that learns to continue Python: next-character loss on the sources of Python's own standard library.
 
 plan profile examples/gpt.py
+plan profile examples/gpt.py --sequence 128 --sequence 512
 """
 
 import functools
@@ -10,7 +11,7 @@ import statistics as _any_standard_library_module
 import torch
 from torch import nn
 
-CONTEXT = 64  # characters
+CONTEXT = 512  # characters at most
 WIDTH = 128
 HEADS = 4
 BLOCKS = 8
@@ -78,10 +79,10 @@ def text() -> torch.Tensor:
     return torch.where(characters < VOCABULARY, characters, ord(" "))
 
 
-def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n random pieces of the text, and the same one character later."""
-    starts = torch.randint(0, len(text()) - CONTEXT - 1, (n, 1))
-    pieces = text()[starts + torch.arange(CONTEXT + 1)].long()
+def batch(n: int, sequence: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """n random pieces of the text of so many characters, and the same one character later."""
+    starts = torch.randint(0, len(text()) - sequence - 1, (n, 1))
+    pieces = text()[starts + torch.arange(sequence + 1)].long()
     return pieces[:, :-1].contiguous(), pieces[:, 1:].contiguous()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -22,7 +24,11 @@ DEFAULT_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """The functions of a model file. `path` is as given, with `:name` where another model was picked."""
+    """The functions of a model file. `path` is as given, with `:name` where another model was picked.
+
+    `sequence` is how many tokens a sample has, where the file or its caller says so; 0 where nobody does. `batch` makes
+    samples of that length where it `takes_sequence`.
+    """
 
     path: str
     model: Callable[[], nn.Module]
@@ -32,6 +38,8 @@ class ModelFile:
     layers: Callable[[nn.Module], Any] | None
     batch_size: int
     splits: Callable[[nn.Module], Any] | None = None
+    sequence: int = 0
+    takes_sequence: bool = False
 
     def build(self, seed: int) -> nn.Module:
         """Make the model with weights that depend on `seed` alone. Raises `PlanError` when `model()` fails."""
@@ -50,8 +58,8 @@ class ModelFile:
     def draw(self, samples: int, seed: int) -> tuple[tuple[Any, ...], Any]:
         """Draw a batch that depends on `seed` alone: the inputs as a tuple of tensors, and the targets.
 
-        The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails or its inputs are
-        no tensors.
+        The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails, its inputs are no
+        tensors, or its sequences of tokens are not as long as was asked for.
         """
         import random
 
@@ -85,7 +93,30 @@ class ModelFile:
                     why=f"an input is {shape}",
                     fix="make every input a tensor whose first dimension is n",
                 )
+        self._check_length(inputs)
         return tuple(inputs), drawn[1]
+
+    def tokens(self) -> int:
+        """Return how many tokens a sample has: as is said, or as a drawn one has; 0 where samples are no sequences."""
+        return self.sequence or next(iter(lengths(self.draw(2, seed=0)[0])), 0)
+
+    def _check_length(self, inputs: Iterable[torch.Tensor]) -> None:
+        found = lengths(inputs)
+        if not self.sequence or self.sequence in found or (self.takes_sequence and not found):
+            return
+        has = f"its samples have {found[0]} tokens" if found else "its inputs are no sequences of tokens"
+        raise PlanError(
+            what=f"batch() does not return sequences of {self.sequence} tokens",
+            where=self.path,
+            why=has if self.takes_sequence else f"{has}, and it takes no other length",
+            fix="let it take the length: def batch(n, sequence=64)",
+        )
+
+
+def lengths(inputs: Iterable[torch.Tensor]) -> list[int]:
+    """Return the length of every input that has sequences of tokens: integers of the shape (samples, tokens)."""
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return [tensor.shape[1] for tensor in inputs if tensor.dim() == 2 and tensor.dtype in whole]
 
 
 class explained:  # noqa: N801 - reads as a clause: with explained(path, "model()")
@@ -140,8 +171,11 @@ def _source(path: str) -> Path:
     return source
 
 
-def load(path: str) -> ModelFile:
+def load(path: str, sequence: int = 0) -> ModelFile:
     """Import `file.py[:name]`. With a name, `name()` is the model and `name_batch` and so on go before `batch`.
+
+    `sequence` asks for samples of so many tokens. Where it is 0, `batch` gives its own: the default of its parameter
+    `sequence`, if it has one.
 
     Raises `PlanError` (exit 2) for a missing file, a file that does not import, or missing functions.
     """
@@ -176,13 +210,17 @@ def load(path: str) -> ModelFile:
                 why=f"foreplan calls {signature}",
                 fix=f"define {signature} in {file}; plan init shows a template",
             )
+    own = inspect.signature(find("batch")).parameters.get("sequence")
+    length = sequence or (own.default if own and isinstance(own.default, int) else 0)
     return ModelFile(
         path=path,
         model=find("model"),
-        batch=find("batch"),
+        batch=functools.partial(find("batch"), sequence=length) if own and length else find("batch"),
         loss=find("loss") or default_loss,
         optimizer=find("optimizer") or default_optimizer,
         layers=find("layers"),
         batch_size=int(find("batch_size") or DEFAULT_BATCH),
         splits=find("splits"),
+        sequence=length,
+        takes_sequence=own is not None,
     )

@@ -71,7 +71,7 @@ def main(path: str) -> None:
     job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
     backend = join(job.device, job.plan.threads, job.patience_s)
     rank = dist.get_rank()
-    file = load(job.model)
+    file = load(job.model, job.plan.sequence)
     model = file.build(job.seed)
     layered = cut(file, model)
     check_batches(file)

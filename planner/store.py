@@ -1,7 +1,7 @@
 """The `.plan/` folder: what was measured and simulated, written atomically, found again by name.
 
-.plan/profiles/<model>-<device>.json      .plan/plans/<plan>.toml
-.plan/simulation.json                     .plan/runs/<number>-<plan>/outcome.json
+.plan/profiles/<model>[-s<tokens>]-<device>.json      .plan/plans/<plan>.toml
+.plan/simulation.json                                 .plan/runs/<number>-<plan>/outcome.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from planner.values import plan as plans
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
-from planner.values.profile import Profile, decode
+from planner.values.profile import Profile, ProfileKey, decode
 
 T = TypeVar("T")
 FOLDER = ".plan"
@@ -67,6 +67,12 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
     done: dict[str, Found]
 
 
+class _Keyed(msgspec.Struct):
+    """What is read of a profile to find it."""
+
+    key: ProfileKey
+
+
 class Store:
     """The artefacts below one folder, and beside them the profiles of a catalogue, where there is one."""
 
@@ -84,6 +90,7 @@ class Store:
         """Save a profile under its model and device; it becomes the one that `plan simulate` uses."""
         device = "".join(c if c.isalnum() else "-" for c in profile.key.device).strip("-")
         stem = profile.key.model.removesuffix(".py").replace(":", "-").replace(".py", "")
+        stem += f"-s{profile.sequence}" if profile.sequence else ""
         path = self.root / "profiles" / f"{stem}-{device}.json"
         write(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
         return path
@@ -115,6 +122,34 @@ class Store:
             return shipped[given]
         names = [*(path.stem for path in known), *shipped]
         raise unknown("profile", given, names, where="--profile", fix="plan profile model.py", code=ARTEFACT)
+
+    def of_length(self, path: Path, key: ProfileKey, sequence: int, fix: str) -> Path:
+        """Return the profile beside one at `path` that differs from it in the length of its sequences alone.
+
+        Raises `PlanError` (exit 4) with the lengths that there are, or what differs else, and that `fix`.
+        """
+        wanted = msgspec.structs.replace(key, sequence=sequence)
+        found = {path: key}
+        for other in sorted(path.parent.glob("*.json")) if path.suffix == ".json" else ():
+            try:
+                found[other] = msgspec.json.decode(self._read(other), type=_Keyed).key
+            except msgspec.DecodeError:
+                continue  # a damaged file is of no length
+        for other, own in found.items():
+            if own == wanted:
+                return other
+        same = (key.model, key.device, key.dtype)
+        alike = [own for own in found.values() if (own.model, own.device, own.dtype) == same]
+        known = ", ".join(map(str, sorted({own.sequence for own in alike if own.sequence != sequence}))) or "none"
+        stale = next((own for own in alike if own.sequence == sequence), None)
+        why = f"it is stale: {'; '.join(stale.differences(wanted))}" if stale else f"there are profiles of {known}"
+        raise PlanError(
+            what=f"there is no profile of {key.model} with sequences of {sequence} tokens",
+            where=str(path.parent),
+            why=f"{why}; what a layer costs is measured at every length, as attention does not grow in proportion",
+            fix=fix,
+            code=ARTEFACT,
+        )
 
     def name_of(self, path: Path) -> str:
         """Return what `profile_path` finds a profile by again: its name where it is kept, else its path."""

@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from executor.layers import LayeredModel, cut, unchanged_buffers
-from executor.model_file import Loss, ModelFile, default_loss, default_optimizer, explained, load, sha256
+from executor.model_file import Loss, ModelFile, default_loss, default_optimizer, explained, lengths, load, sha256
 from executor.torch_adapter import tensors_without_data
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
@@ -87,18 +87,26 @@ class Counted:
     splits: dict[int, Split]
     tied: tuple[tuple[str, ...], ...]
     batch_bytes: tuple[tuple[int, int, int], ...]
+    sequence: int
 
 
 def estimate(
-    path: str, *, hardware: str, dtype: str | None = None, sizes: Sequence[int] | None = None, progress: Progress
+    path: str,
+    *,
+    hardware: str,
+    dtype: str | None = None,
+    sizes: Sequence[int] | None = None,
+    progress: Progress,
+    sequence: int = 0,
 ) -> Profile:
     """Estimate a profile of the model file at `path` on a device that need not be there.
 
+    `sequence` asks for samples of so many tokens; by default the model file decides.
     `sizes` are micro-batch sizes in samples, by default all powers of two up to the batch; `dtype` is bf16, fp16 or
     fp32, by default the model's own. Raises `PlanError` when the model file fails, or (exit 2) for unknown hardware.
     """
     devices.get(hardware)
-    file = load(path)
+    file = load(path, sequence)
     counted = count(file, sizes, dtype, progress)
     name = path.replace("\\", "/").rpartition("/")[2]
     return _profile(counted, file, hardware, name=name, source=sha256(path), fused=False)
@@ -220,6 +228,7 @@ def _count(
         splits=splits,
         tied=layered.tied(),
         batch_bytes=tuple((n, _nbytes(batches[n][0]), _nbytes(batches[n][1])) for n in sizes),
+        sequence=file.sequence or next(iter(lengths(drawn[2][0])), 0),
     )
 
 
@@ -430,6 +439,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
             cores=devices.HOST_CORES,
             torch=str(torch.__version__),
             python=platform.python_version(),
+            sequence=counted.sequence,
         ),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=file.path,

@@ -45,6 +45,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     device: str
     samples: int
+    sequence: int
     folder: str
 
 
@@ -71,8 +72,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     action_s: float
 
 
-def measure(model: str, kind: str, samples: int) -> Machine:
-    """Measure this machine with the devices of one kind.
+def measure(model: str, kind: str, samples: int, sequence: int = 0) -> Machine:
+    """Measure this machine with the devices of one kind; samples of a model of sequences have so many tokens.
 
     A single GPU has no link to measure. Raises `PlanError` (exit 6) when a rank of the probe fails.
     """
@@ -94,7 +95,7 @@ def measure(model: str, kind: str, samples: int) -> Machine:
     if ranks < 2:
         return Machine(cluster=cluster, action_s=0.0)
     with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
-        probe = Probe(model=model, device=kind, samples=samples, folder=folder)
+        probe = Probe(model=model, device=kind, samples=samples, sequence=sequence, folder=folder)
         path = Path(folder) / "probe.json"
         path.write_bytes(msgspec.json.encode(probe))
         launch(main, str(path), ranks, Path(folder) / "logs")
@@ -285,7 +286,7 @@ def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
     Up to the number of cores, what is lost is lost in caches and memory; beyond it, what switching costs on top of
     the smaller share of the cores.
     """
-    file = load(probe.model)
+    file = load(probe.model, probe.sequence)
     chain = Chain(file, cut(file, file.build(0)), backend.device)
     inputs, targets = chain.draw(probe.samples)
     cores = devices.cores()

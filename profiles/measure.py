@@ -24,13 +24,17 @@ Progress = Callable[[str, int, int], None]
 """Told what is being measured, and how much of how much is done."""
 
 
-def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress) -> Profile:
+def measure(
+    path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress, sequence: int = 0
+) -> Profile:
     """Measure every layer of the model file at `path`, and the machine, on `device`.
 
+    `sequence` asks for samples of so many tokens; by default the model file decides.
     `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
     bounds the time spent on timing layers. Raises `PlanError` when the model file fails.
     """
-    file = load(path)
+    file = load(path, sequence)
+    tokens = file.tokens()
     backend = devices.open_device(device)
     layered = cut(file, file.build(seed=0))
     chain = Chain(file, layered, backend.device)
@@ -58,7 +62,7 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
     timer.run(budget_s)
     loads = [_load(file, n, timer.evict) for n in _batches(file.batch_size)]
     progress("links, overheads and contention", 0, 1)
-    probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)))
+    probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)), tokens)
     progress("links, overheads and contention", 1, 1)
     names = [*(layer.name for layer in layered.layers), "loss"]
     profiles = tuple(
@@ -76,7 +80,7 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
         for part, name in enumerate(names)
     )
     return Profile(
-        key=key_of(path, device),
+        key=key_of(path, device, tokens),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=path,
         layers=profiles[:-1],
@@ -93,8 +97,8 @@ def measure(path: str, *, device: str, sizes: Sequence[int] | None, budget_s: fl
     )
 
 
-def key_of(path: str, device: str) -> ProfileKey:
-    """What a profile of this file on this machine, made now, would be valid for."""
+def key_of(path: str, device: str, sequence: int) -> ProfileKey:
+    """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for."""
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
         source_sha256=sha256(path),
@@ -103,6 +107,7 @@ def key_of(path: str, device: str) -> ProfileKey:
         cores=devices.cores(),
         torch=str(torch.__version__),
         python=platform.python_version(),
+        sequence=sequence,
     )
 
 

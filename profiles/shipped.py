@@ -11,6 +11,7 @@ graph, at one batch. The table says nothing else, so the rest is assumed here, a
   which the loss is.
 - **Input.** Its time is that of waiting for the data loader. It is left out, as PipeDream's optimizer does: loading
   happens in other processes, ahead of time, and 636 ms (AlexNet) would hide the model.
+- **Sequences.** A model that embeds its inputs has samples of as many tokens as its first embedding makes vectors.
 - **Loss.** It was not timed: no seconds, but the logits' size is kept for its backward (log-softmax).
 - **Backward's halves.** Not measured: half each for layers with parameters, all input's for the others.
 - **Kept for the backward.** By kind of node, as torch does it: see `_SAVES_INPUT`, `_SAVES_OUTPUT` and `_saved_bytes`.
@@ -172,6 +173,7 @@ def _profile(name: str, digest: str, notes: dict[str, str], nodes: list[_Node]) 
             cores=0,
             torch="not stated by the source",
             python="not stated by the source",
+            sequence=_tokens(layers, values, batch),
         ),
         created=notes["source"],
         model_path="",
@@ -234,6 +236,12 @@ def _wired(nodes: list[_Node]) -> tuple[list[_Node], list[_Wire]]:
         if wire.source < len(layers) - 1:
             wire.targets.append(len(layers) - 1)
     return layers, wires
+
+
+def _tokens(layers: list[_Node], values: tuple[Value, ...], batch: int) -> int:
+    """How many tokens a sample has, 0 where the model embeds none of its inputs."""
+    embedded = (value for value in values if value.source < 0 and layers[value.targets[0]].kind == "Embedding")
+    return next((value.bytes_at[0][1] // (TOKEN_BYTES * batch) for value in embedded), 0)
 
 
 def _width(embedding: _Node) -> int:

@@ -78,7 +78,18 @@ def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand()
     found = data(capsys, "search", *QUICK)
     assert {
-        *("objective", "cluster", "batch_samples", "batches_samples", "complete", "candidates", "evaluated", "best"),
+        *(
+            "tokens_per_sample",
+            "objective",
+            "cluster",
+            "batch_samples",
+            "batches_samples",
+            "tokens_per_sample",
+            "complete",
+            "candidates",
+            "evaluated",
+            "best",
+        ),
         *("plans", "pareto"),
         *("simulated_with_contention", "search_s", "plans_per_s", "explanation", "families", "estimated"),
         *("run_best", "run_best_why_not_best", "time_against_cost", "time_against_cost_complete"),

@@ -40,6 +40,15 @@ def either(values: Sequence[int]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def samples_words(numbers: Sequence[int], tokens: Sequence[int] = ()) -> str:
+    """Say how many samples, and the tokens of each; 0 where they are no sequences.
+
+    >>> samples_words([64]), samples_words([64], [0]), samples_words([64, 256], [128, 512])
+    ('64 samples', '64 samples', '64 or 256 samples of 128 or 512 tokens')
+    """
+    return f"{either(numbers)} samples" + (f" of {either(tokens)} tokens" if any(tokens) else "")
+
+
 def rate(value: float, unit: str = "sample") -> str:
     """Format units per second with three significant digits.
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
-from planner.basis.units import either, percent, seconds, size
+from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
@@ -66,6 +66,7 @@ def as_data(
         "cluster": searching.cluster.name,
         "batch_samples": outcomes[0].plan.batch,
         "batches_samples": answer.batches,
+        "tokens_per_sample": [n for n in answer.sequences if n] or [outcomes[0].plan.sequence],
         "complete": answer.complete,
         "candidates": answer.points,
         "evaluated": answer.evaluated,
@@ -111,9 +112,11 @@ def show(
     enough: bool,
 ) -> None:
     """Print the table, what the search has done, its fronts, and why the best plan is that."""
-    title = f"{searching.profile.key.model} on {searching.cluster.name}, {either(answer.batches)} samples per step"
+    title = f"{searching.profile.key.model} on {searching.cluster.name}, "
+    lengths = answer.sequences if any(answer.sequences) else (outcomes[0].plan.sequence,)
+    title += f"{samples_words(answer.batches, lengths)} per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
-    tables.show(rows, title=title, best=outcomes[0], without=("interval", "fits"))
+    tables.show(rows, title=title, best=outcomes[0], unit=searching.space.unit, without=("interval", "fits"))
     speed = answer.evaluated / max(1e-9, answer.seconds)
     state = "nothing that was left out can be better" if answer.complete else "stopped; the same command goes on"
     output.results.print(
@@ -154,9 +157,9 @@ def _impossible(searching: Search, family: Family) -> tuple[str, str]:
         return family.why, ""
     candidate = Candidate.parse(family.example)
     try:
-        make(candidate, searching.profile, searching.cluster)
+        make(candidate, searching.profile_of(candidate), searching.cluster)
     except PlanError as error:
-        asked = question(candidate, searching.profile, searching.cluster)
+        asked = question(candidate, searching.profile_of(candidate), searching.cluster)
         rejected = rejections(asked, [(candidate.how, error)])[0]
         return rejected.why, rejected.fix
     return family.why, ""

@@ -9,6 +9,7 @@ import typer
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
 from planner.cli.answer import nothing_fits
+from planner.cli.opened import of_length
 from planner.cli.searching import asked
 from planner.search.answer import State
 from planner.search.explain import explain as sentences
@@ -27,9 +28,11 @@ def explain(
 
     store = Store(catalogue=shipped)
     searched = store.load_search()
-    profile = store.load_profile(store.profile_path(searched.profile))
+    path = store.profile_path(searched.profile)
+    profile = store.load_profile(path)
+    lengths = [of_length(store, path, profile, tokens)[1] for tokens in searched.space.sequences if tokens]
     question = asked(
-        profile,
+        (profile, *lengths),
         searched.cluster,
         searched.space,
         searched.objective,
@@ -48,6 +51,7 @@ def explain(
         profile,
         searched.cluster,
         searched.space,
+        lengths=lengths,
         objective=searched.objective,
         terms=searched.terms,
         stale=searched.stale,
@@ -63,7 +67,8 @@ def explain(
         if plan not in known:
             raise unknown("plan", plan, ["best", *known], where="the last search", fix="plan explain best")
         chosen = known[plan]
-    outcome = simulate(profile, searching.plan(chosen), searched.cluster)
+    shown = searching.plan(chosen)
+    outcome = simulate(searching.profile_of(shown), shown, searched.cluster)
     text = sentences(searching, answer, outcome, of=chosen)
     if json:
         output.document("explain", {"plan": str(outcome.plan), "sentences": text})

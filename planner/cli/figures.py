@@ -15,11 +15,12 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     """An outcome's figures, with units in the names."""
     from executor.abilities import able
 
-    low, high = outcome.throughput_interval
+    plan, (low, high) = outcome.plan, outcome.throughput_interval
     return {
         "plan": str(outcome.plan),
         "source": outcome.source,
         "throughput_samples_per_s": outcome.throughput,
+        "throughput_tokens_per_s": outcome.throughput * plan.sequence if plan.sequence else None,
         "throughput_low_samples_per_s": low,
         "throughput_high_samples_per_s": high,
         "step_s": outcome.step_s,

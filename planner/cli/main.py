@@ -26,7 +26,8 @@ Names: gpipe-k2-m8 is the strategy gpipe on K=2 devices with M=8 micro-batches p
 pipeline (-r2.1: 2 of its first stage, 1 of its second), -v2 two stages per device (chunks), -t4 tensors split over 4 \
 devices; -zero-1 says how replicas agree where that is not by all-reduce; -recompute repeats forwards, -recompute3 \
 those of 3 layers, -offload swaps activations to the host, -host updates there. A search adds \
--b512 where batches differ, and -stages where a stage's replicas, not a pipeline's stages, stand side by side.
+-b512 where batches differ, -s512 where sequences do, and -stages where a stage's replicas stand side by side, not a \
+pipeline's stages.
 
 Actions: 0B1 is stage 0, backward, micro-batch 1. F forward, B backward (I of the input, W of the weights), R recompute.
 

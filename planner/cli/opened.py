@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +13,29 @@ import msgspec
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.cli import output
 from planner.search.ranking import Ranking
-from planner.store import Store
+from planner.store import Store, is_table
 from planner.values import cluster_file
 from planner.values.cluster import Cluster
 from planner.values.plan import Plan
-from planner.values.profile import Profile, ProfileKey
+from planner.values.profile import SCHEMA, Profile, ProfileKey
 
 
-def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profile, Cluster]:
-    """Return the store, the profile with its path, and the cluster; by default the last profile and its own machine.
+class Opened(NamedTuple):
+    """The profile that is meant, with its path, the cluster, and profiles of all lengths that are to be compared."""
 
-    Raises `PlanError` when one of them cannot be read, or (exit 4) when the last profile is stale.
+    store: Store
+    path: Path
+    profile: Profile
+    cluster: Cluster
+    lengths: tuple[Profile, ...]
+
+
+def opened(profile: str | None, cluster: str | None, sequences: Sequence[int] = ()) -> Opened:
+    """Return what a question is about; by default the last profile and its own machine.
+
+    Of one sequence length that is asked for, the profile is of that length; of several there is a profile of each, and
+    the machine is that of the first. Raises `PlanError` when one of them cannot be read, or (exit 4) when the last
+    profile is stale, or there is none of a length.
     """
     from profiles import shipped
 
@@ -31,7 +44,56 @@ def opened(profile: str | None, cluster: str | None) -> tuple[Store, Path, Profi
     measured = store.load_profile(path)
     if profile is None:
         check_fresh(measured, path)
-    return store, path, measured, hardware_of(measured, cluster)
+    every = [of_length(store, path, measured, tokens) for tokens in dict.fromkeys(sequences)]
+    if every and measured.sequence not in sequences:
+        path, measured = every[0]
+    several = tuple(own for _, own in every) if len(every) > 1 else ()
+    return Opened(store, path, measured, hardware_of(measured, cluster), several)
+
+
+def of_length(store: Store, path: Path, profile: Profile, sequence: int) -> tuple[Path, Profile]:
+    """Return the profile, with its path, of the same model on the same device with sequences of so many tokens.
+
+    Raises `PlanError` (exit 4) where there is none, with the command that makes it, and (exit 2) where there can be
+    none.
+    """
+    if sequence == profile.sequence:
+        return path, profile
+    if is_table(path) or not profile.sequence or sequence < 1:
+        own = f"{profile.sequence} tokens" if profile.sequence else "no sequences of tokens"
+        raise PlanError(
+            what=f"there is no profile of {profile.key.model} with sequences of {sequence} tokens",
+            where=str(path),
+            why=f"the samples that were measured are {own}" if profile.sequence else f"its samples are {own}",
+            fix="leave --sequence out, or profile a model of your own: plan profile model.py --sequence 512",
+        )
+    found = store.of_length(path, profile.key, sequence, fix=profiling(profile, sequence))
+    return found, store.load_profile(found)
+
+
+def profiling(profile: Profile, sequence: int) -> str:
+    """Return the command that makes a profile like this one, with sequences of so many tokens."""
+    estimated = f" --estimate {profile.key.device.partition(' ')[0]}" if profile.estimated else ""
+    return f"plan profile {profile.model_path}" + (f" --sequence {sequence}" if sequence else "") + estimated
+
+
+def of_plan(store: Store, path: Path, profile: Profile, plan: Plan, given: str | None) -> tuple[Path, Profile]:
+    """Return the profile of a plan's sequence length; one that a person has `given` must be of it.
+
+    Raises `PlanError` (exit 4) where there is none, or the plan is for another model.
+    """
+    plan.layer_ranges([layer.name for layer in profile.layers])
+    if not plan.sequence or plan.sequence == profile.sequence:
+        return path, profile
+    if given is not None:
+        raise PlanError(
+            what=f"the plan is for sequences of {plan.sequence} tokens",
+            where=f"plan {plan}, --profile {given}",
+            why=f"that profile is of {profile.sequence} tokens, and nothing is scaled from one length to another",
+            fix="leave --profile out, or give the profile of that length",
+            code=ARTEFACT,
+        )
+    return of_length(store, path, profile, plan.sequence)
 
 
 def hardware_of(profile: Profile, cluster: str | None) -> Cluster:
@@ -107,10 +169,14 @@ def meant(reference: str, profile: str | None, cluster: str | None) -> Meant:
     known = not is_file(reference) or (profile is None and (store.root / "simulation.json").exists())
     ranking = store.load_ranking() if known else None
     path = store.profile_path(profile or (ranking.profile if ranking else None))
-    measured = store.load_profile(path)
+    path, measured = of_plan(store, path, store.load_profile(path), plan, profile)
     hardware = ranking.cluster if ranking and profile is None and cluster is None else hardware_of(measured, cluster)
-    plan.layer_ranges([layer.name for layer in measured.layers])
     return Meant(on_devices_of(plan, hardware), measured, path, hardware, None if is_file(reference) else ranking)
+
+
+def is_of_own_machine(store: Store, ranking: Ranking) -> bool:
+    """Whether a simulation was for the machine that its profile was measured on."""
+    return ranking.cluster == store.load_profile(store.profile_path(ranking.profile)).machine
 
 
 def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
@@ -148,7 +214,7 @@ def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
 def check_fresh(measured: Profile, path: Path) -> None:
     """Raise `PlanError` (exit 4) when the model file or torch have changed since the profile, saying what."""
     source = Path(measured.model_path.partition(":")[0])
-    current: dict[str, Any] = {"torch": importlib.metadata.version("torch")}
+    current: dict[str, Any] = {"torch": importlib.metadata.version("torch"), "schema": SCHEMA}
     if source.is_file():
         import hashlib
 
@@ -162,11 +228,10 @@ def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
     """Raise `PlanError` (exit 4) with every field in which a profile's key differs from what it would be now."""
     changed = measured.key.differences(now)
     if changed:
-        again = f" --estimate {measured.key.device.partition(' ')[0]}" if measured.estimated else ""
         raise PlanError(
             what="the profile is stale",
             where=str(path),
             why="changed since it was measured: " + "; ".join(changed),
-            fix=f"plan profile {measured.model_path}" + again,
+            fix=profiling(measured, measured.sequence),
             code=ARTEFACT,
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from planner.basis.errors import PlanError
-from planner.basis.units import percent, seconds, size
+from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output
 from planner.store import Store
 from planner.values.profile import Profile
@@ -21,7 +24,11 @@ def profile(
     sizes: Annotated[
         str | None, typer.Option(help="Micro-batch sizes to measure, for example 1,4,16. Default: powers of two.")
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds to spend on timing the layers.", min=1.0)] = 30.0,
+    sequence: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens per sample; may be repeated: a profile of each. Default: the model file's.", min=1),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds to spend on timing the layers, of all lengths.", min=1.0)] = 30,
     estimate: Annotated[
         str | None, typer.Option(help="Measure nothing: compute the times on this hardware.", metavar="HARDWARE")
     ] = None,
@@ -50,6 +57,38 @@ def profile(
         raise PlanError(
             what=f"unknown device '{kind}'", where="--device", why="known: cpu, cuda, auto", fix="--device cpu"
         )
+    lengths = tuple(dict.fromkeys(sequence or (0,)))
+    made: list[tuple[Path, Profile]] = []
+    for tokens in lengths:
+        with _progress(tokens) as told:
+            if estimate is not None:
+                found = estimated(model, hardware=estimate, dtype=dtype, sizes=chosen, sequence=tokens, progress=told)
+            else:
+                found = measure(
+                    model, device=kind, sizes=chosen, sequence=tokens, budget_s=budget / len(lengths), progress=told
+                )
+        made.append((store.save_profile(found), found))
+    noise = max(measured.noise for _, measured in made)
+    if noise > NOISE_LIMIT:
+        output.progress.print(
+            f"note: the measurements vary by {percent(noise)}: close other programs, or measure longer with "
+            f"--budget {2 * budget:.0f}"
+        )
+    if json:
+        documents = [{"path": str(path), **summary(measured)} for path, measured in made]
+        output.document("profile", documents[0] if len(made) == 1 else {"profiles": documents})
+        return
+    for path, measured in made:
+        _print(measured, str(path))
+    if len(made) == 1:
+        output.results.print("next: plan simulate --k 2 --m 8")
+    else:
+        output.results.print(f"next: plan search {' '.join(f'--sequence {tokens}' for tokens in lengths)}")
+
+
+@contextmanager
+def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr how much of what is done; of one of several sequence lengths, which."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -58,23 +97,10 @@ def profile(
 
         def told(what: str, done: int, of: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
+                tasks[what] = bar.add_task(f"{what}, {tokens} tokens" if tokens else what, total=of)
             bar.update(tasks[what], completed=done, total=of)
 
-        if estimate is not None:
-            measured = estimated(model, hardware=estimate, dtype=dtype, sizes=chosen, progress=told)
-        else:
-            measured = measure(model, device=kind, sizes=chosen, budget_s=budget, progress=told)
-    path = store.save_profile(measured)
-    if measured.noise > NOISE_LIMIT:
-        output.progress.print(
-            f"note: the measurements vary by {percent(measured.noise)}: close other programs, or measure longer with "
-            f"--budget {2 * budget:.0f}"
-        )
-    if json:
-        output.document("profile", {"path": str(path), **summary(measured)})
-    else:
-        _print(measured, str(path))
+        yield told
 
 
 def _sizes(text: str | None) -> list[int] | None:
@@ -99,6 +125,7 @@ def summary(measured: Profile) -> dict[str, Any]:
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,
+        "tokens_per_sample": measured.sequence,
         "threads": threads,
         "layers": [
             {
@@ -134,9 +161,8 @@ def _print(measured: Profile, path: str) -> None:
     from rich.table import Table
 
     samples, threads = _representative(measured)
-    title = f"{samples} samples, {threads} {'thread' if threads == 1 else 'threads'}"
-    if measured.estimated:
-        title = f"{samples} samples, estimated: nothing was measured"
+    title = samples_words([samples], [measured.sequence])
+    title += ", estimated: nothing was measured" if measured.estimated else f", {threads} thread{'s'[: threads - 1]}"
     table = Table(box=None, pad_edge=False, title_justify="left", title=title)
     table.add_column("layer")
     for name in ("forward", "backward", "parameters", "saved", "output"):
@@ -168,4 +194,3 @@ def _print(measured: Profile, path: str) -> None:
             f"link: latency {seconds(link.latency_s)}, bandwidth {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"
         )
     output.results.print(f"saved {path}")
-    output.results.print("next: plan simulate --k 2 --m 8")

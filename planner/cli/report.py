@@ -15,7 +15,7 @@ from planner.basis.errors import PlanError
 from planner.cli import output
 from planner.cli.comparison import compared
 from planner.cli.complete import plans
-from planner.cli.opened import meant
+from planner.cli.opened import is_of_own_machine, meant
 from planner.search.ranking import Ranking
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store
@@ -64,11 +64,11 @@ def report(
 def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: Path) -> Path:
     """Write the page of a run."""
     try:
-        ranking: Ranking | None = store.load_ranking()
+        ranking = store.load_ranking()
+        same = is_of_own_machine(store, ranking) and ranking.batch == result.measured.plan.batch
     except PlanError:
-        ranking = None
-    same = ranking is not None and ranking.cluster == profile.machine and ranking.batch == result.measured.plan.batch
-    compared_with = with_outcome(ranking, result.predicted) if ranking is not None and same else None
+        same = False
+    compared_with = with_outcome(ranking, result.predicted) if same else None
     command = f"plan report {folder.name} --out {shlex.quote(out.name)}"
     return _write(result, result.predicted, profile, compared_with, profile.machine, out, command)
 

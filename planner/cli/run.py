@@ -11,7 +11,7 @@ from planner.basis.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.basis.units import percent
 from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
-from planner.cli.opened import is_file, on_devices_of, require_same
+from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
 from planner.cli.report import write_page
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
@@ -47,7 +47,7 @@ def run(
     _check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
-    measured_profile = store.load_profile(path)
+    path, measured_profile = of_plan(store, path, store.load_profile(path), wanted, profile)
     if measured_profile.estimated:
         raise PlanError(
             what="an estimated profile cannot be run",
@@ -61,7 +61,7 @@ def run(
     from profiles.measure import key_of
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
-    require_same(measured_profile, key_of(measured_profile.model_path, kind), path)
+    require_same(measured_profile, key_of(measured_profile.model_path, kind, measured_profile.sequence), path)
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     folder = store.new_run(chosen)

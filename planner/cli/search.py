@@ -33,6 +33,10 @@ def search(
     batch: Annotated[
         list[int] | None, typer.Option(help="Samples per step; may be repeated. Default: the profile's.")
     ] = None,
+    sequence: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens per sample, of which there is a profile; several are compared per token.", min=1),
+    ] = None,
     strategy: StrategyOption = None,
     replicas: ReplicasOption = None,
     tensor: TensorOption = None,
@@ -44,7 +48,11 @@ def search(
         str, typer.Option(help="throughput, epoch, memory or cost.", autocompletion=complete.objectives)
     ] = "throughput",
     epoch: Annotated[
-        int, typer.Option(help="Samples to train on, for the objective epoch, a deadline or a budget.", min=0)
+        int,
+        typer.Option(
+            help="Samples to train on, or tokens of several lengths, for the objective epoch, a deadline or a budget.",
+            min=0,
+        ),
     ] = 0,
     price: PriceOption = None,
     host_price: HostPriceOption = None,
@@ -61,7 +69,7 @@ def search(
     restart: Annotated[bool, typer.Option(help="Forget what an earlier, interrupted search has evaluated.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Rank every strategy, K, M, batch, replicas and saving for a profile and a cluster, and explain the best plan.
+    """Rank every strategy, K, M, batch, length, replicas and saving for a profile and a cluster; explain the best plan.
 
     Ctrl-C keeps what was found; the same command goes on where it was.
     """
@@ -69,6 +77,7 @@ def search(
         profile=profile,
         cluster=cluster,
         batches=tuple(batch or ()),
+        sequences=tuple(sequence or ()),
         axes=axes(
             k=k,
             m=m,

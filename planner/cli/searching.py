@@ -39,6 +39,7 @@ class Question(NamedTuple):
     profile: str | None
     cluster: str | None
     batches: tuple[int, ...]
+    sequences: tuple[int, ...]
     axes: dict[str, tuple[Any, ...]]
     objective: str = "throughput"
     epoch: int = 0
@@ -76,7 +77,7 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
     """Search, save, and print."""
     from executor.abilities import able
 
-    store, path, measured, hardware = opened(question.profile, question.cluster)
+    store, path, measured, hardware, lengths = opened(question.profile, question.cluster, question.sequences)
     store.check_writable()
     priced = with_prices(hardware, device=question.price, host=question.host_price)
     batches = question.batches or (measured.batch,)
@@ -86,8 +87,9 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
     for number in question.axes.get("ms") or ():
         whole = (batch for batch in batches if number > 0 and batch % number == 0)
         check(measured, k=1, m=number, batch=next(whole, batches[0]))
-    of = space(measured, priced, *batches, **question.axes)
-    searching = _begin(store, measured, priced, of, question)
+    several = tuple(one.sequence for one in lengths)
+    of = space(measured, priced, *batches, **question.axes, sequences=several)
+    searching = _begin(store, (measured, *lengths), priced, of, question)
     answer = _searched(store, searching, str(path), question.seconds)
     if not answer.leaders:
         raise answers.nothing_fits(searching, answer)
@@ -123,12 +125,12 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
         output.results.print("next: plan explain best   (what would change the answer)", markup=False)
 
 
-def _begin(store: Store, profile: Profile, cluster: Cluster, of: Space, question: Question) -> Search:
+def _begin(store: Store, profiles: Sequence[Profile], cluster: Cluster, of: Space, question: Question) -> Search:
     """Make a search, with what the same one has evaluated before."""
     from executor.abilities import able
 
     terms = question.terms(of)
-    digest = asked(profile, cluster, of, question.objective, terms, question.stale)
+    digest = asked(profiles, cluster, of, question.objective, terms, question.stale)
     state = State(question=digest)
     if not question.restart and (store.root / "search.json").exists():
         try:
@@ -138,9 +140,10 @@ def _begin(store: Store, profile: Profile, cluster: Cluster, of: Space, question
         except PlanError:
             pass  # a damaged file is searched again, and replaced
     return Search(
-        profile,
+        profiles[0],
         cluster,
         of,
+        lengths=profiles[1:],
         objective=question.objective,
         terms=terms,
         stale=question.stale,
@@ -149,9 +152,9 @@ def _begin(store: Store, profile: Profile, cluster: Cluster, of: Space, question
     )
 
 
-def asked(profile: Profile, cluster: Cluster, of: Space, objective: str, terms: Terms, stale: bool) -> str:
-    """Return a digest of all that a search's answer depends on."""
-    question = [__version__, profile.key, profile.created, cluster, of, objective, terms, stale]
+def asked(profiles: Sequence[Profile], cluster: Cluster, of: Space, objective: str, terms: Terms, stale: bool) -> str:
+    """Return a digest of all that a search's answer depends on; the other profiles are those of its lengths."""
+    question = [__version__, [(one.key, one.created) for one in profiles], cluster, of, objective, terms, stale]
     return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.basis.units import seconds, size
+from planner.basis.units import samples_words, seconds, size
 from planner.cli import output
 from planner.cli.complete import clusters, plans, profiles
 from planner.cli.opened import Meant, meant
@@ -124,6 +124,7 @@ def as_data(placed: Placed) -> dict[str, Any]:
         "cluster": placed.cluster.name,
         "microbatches": plan.microbatches,
         "batch_samples": plan.batch,
+        "tokens_per_sample": plan.sequence,
         "replicas": plan.replicas,
         "tensor": plan.tensor,
         "chunks": plan.chunks,
@@ -141,7 +142,7 @@ def _print(question: Meant, placed: Placed) -> None:
     dealt = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
     dealt += f", tensors split over {plan.tensor}" if plan.tensor > 1 else ""
     title = f"{plan}: {question.profile.key.model} on {placed.cluster.name}, {depth}{dealt}, schedule {plan.schedule}, "
-    title += f"M={plan.microbatches} micro-batches of {plan.samples} samples"
+    title += f"M={plan.microbatches} micro-batches of {samples_words([plan.samples], [plan.sequence])}"
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     found = stages(placed)
     ops = [op for op in COMPUTES if any(op in stage["seconds"] for stage in found)]

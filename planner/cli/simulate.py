@@ -11,13 +11,13 @@ import msgspec
 import typer
 
 from planner.basis.errors import PlanError
-from planner.basis.units import percent, rate, seconds
+from planner.basis.units import percent, rate, samples_words, seconds
 from planner.cli import output, runnable, tables
 from planner.cli.complete import plans
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
 from planner.cli.line import LINE, again
-from planner.cli.opened import meant, opened
+from planner.cli.opened import Opened, meant, opened
 from planner.cli.options import (
     ChunksOption,
     ClusterOption,
@@ -62,6 +62,9 @@ def simulate(
     k: Annotated[int | None, typer.Option("--k", help="Number of devices (partitions). Default: search all.")] = None,
     m: Annotated[int | None, typer.Option("--m", help="Number of micro-batches per step. Default: 8.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples per step. Default: the model file's batch_size.")] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens per sample, of which there is a profile. Default: the profile's.", min=1)
+    ] = None,
     strategy: StrategyOption = None,
     replicas: ReplicasOption = None,
     tensor: TensorOption = None,
@@ -99,11 +102,11 @@ def simulate(
     faults = Faults(tuple(slow_device or ()), tuple(slow_link or ()), tuple(fail or ()))
     draws = Draws(samples, seed)
     if plan is not None:
-        if k is not None or batch is not None or any(asked.values()):
+        if k is not None or batch is not None or sequence is not None or any(asked.values()):
             raise PlanError(
                 what="a plan says everything itself",
                 where=f"plan {plan}",
-                why="K, M, batch, strategies and savings are its own",
+                why="K, M, batch, sequence, strategies and savings are its own",
                 fix=f"plan simulate {plan}",
             )
         simulated = _one(plan, profile, cluster, faults, draws)
@@ -119,6 +122,7 @@ def simulate(
             profile=profile,
             cluster=cluster,
             batches=() if batch is None else (batch,),
+            sequences=() if sequence is None else (sequence,),
             axes=asked,
             stale=stale,
             samples=samples,
@@ -127,7 +131,16 @@ def simulate(
         run(of, sort=sort, words=words or (), json=json)
         return
     else:
-        simulated = _ranked(opened(profile, cluster), faults, draws, asked, k, 8 if m is None else m, batch, stale)
+        simulated = _ranked(
+            opened(profile, cluster, () if sequence is None else (sequence,)),
+            faults,
+            draws,
+            asked,
+            k,
+            8 if m is None else m,
+            batch,
+            stale,
+        )
     store, path, measured, ranking = simulated
     store.save_ranking(msgspec.structs.replace(ranking, asked=again(LINE.get(), ranking.profile)))
     rows = tables.arranged(ranking.outcomes, sort, words or ())
@@ -185,7 +198,7 @@ def _one(reference: str, profile: str | None, cluster: str | None, faults: Fault
 
 
 def _ranked(
-    where: tuple[Store, Path, Profile, Cluster],
+    where: Opened,
     faults: Faults,
     draws: Draws,
     asked: dict[str, tuple[Any, ...]],
@@ -197,7 +210,7 @@ def _ranked(
     """Simulate all strategies that are asked for, in all shapes that are asked for."""
     from executor.abilities import able
 
-    store, path, measured, hardware = where
+    store, path, measured, hardware, _ = where
     batch = measured.batch if batch is None else batch
     check(measured, k=k, m=m, batch=batch)
     hardware.take(k)
@@ -244,10 +257,10 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: P
     best = ranking.best
     where = ranking.cluster
     cores = where.hosts[0].cores
-    title = (
-        f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, {ranking.batch} samples per step, "
+    title = f"{measured.key.model}, K={ranking.k} devices, M={ranking.m} micro-batches, "
+    title += f"{samples_words([ranking.batch], [ranking.best.plan.sequence])} per step, on {where.name}" + (
+        f" ({ranking.k} processes share {cores} cores)" if where.elastic else ""
     )
-    title += f"on {where.name}" + (f" ({ranking.k} processes share {cores} cores)" if where.elastic else "")
     title = f"estimated: {title}" if measured.estimated else title
     tables.show(rows[:shown], title=title, best=best)
     if len(rows) > shown:

@@ -21,26 +21,37 @@ class Column(NamedTuple):
     order: Callable[[Outcome], Any]
 
 
-def _samples(value: float) -> str:
+def _number(value: float) -> str:
     return rate(value).removesuffix(" samples/s")
 
 
-COLUMNS = (
-    Column("plan", "plan", lambda o: str(o.plan), lambda o: str(o.plan)),
-    Column("throughput", "samples/s", lambda o: _samples(o.throughput), lambda o: -o.throughput),
-    Column(
-        "interval",
-        "10 to 90 %",
-        lambda o: "–".join(map(_samples, o.throughput_interval)),
-        lambda o: -o.throughput_interval[0],
-    ),
+def columns(unit: str = "sample") -> tuple[Column, ...]:
+    """Return the columns of a table in which plans are compared by samples, or tokens, per second."""
+
+    def per_s(outcome: Outcome, step_s: float) -> float:
+        return (outcome.plan.units if unit == "token" else outcome.plan.batch) / step_s
+
+    return (
+        Column("plan", "plan", lambda o: str(o.plan), lambda o: str(o.plan)),
+        Column("throughput", f"{unit}s/s", lambda o: _number(per_s(o, o.step_s)), lambda o: -per_s(o, o.step_s)),
+        Column(
+            "interval",
+            "10 to 90 %",
+            lambda o: "–".join(_number(per_s(o, step_s)) for step_s in reversed(o.interval_s)),
+            lambda o: -per_s(o, o.interval_s[1]),
+        ),
+        *_ALWAYS,
+    )
+
+
+_ALWAYS = (
     Column("step", "step", lambda o: seconds(o.step_s), lambda o: o.step_s),
     Column("bubble", "bubble", lambda o: percent(o.bubble), lambda o: o.bubble),
     Column("sync", "sync", lambda o: percent(o.synchronising), lambda o: o.synchronising),
     Column("memory", "memory", lambda o: size(o.peak_bytes), lambda o: o.peak_bytes),
     Column("fits", "fits", lambda o: "yes" if o.fits else "no", lambda o: not o.fits),
 )
-NAMES = tuple(column.name for column in COLUMNS)
+NAMES = tuple(column.name for column in columns())
 
 
 def arranged(outcomes: Sequence[Outcome], sort: str | None, words: Sequence[str]) -> list[Outcome]:
@@ -59,23 +70,30 @@ def arranged(outcomes: Sequence[Outcome], sort: str | None, words: Sequence[str]
             fix="leave --filter out, or give a part of a name, for example --filter gpipe",
         )
     if sort is not None:
-        found.sort(key=next(column.order for column in COLUMNS if column.name == sort))
+        found.sort(key=next(column.order for column in columns("token") if column.name == sort))
     return found
 
 
-def show(outcomes: Sequence[Outcome], *, title: str, best: Outcome | None, without: tuple[str, ...] = ()) -> None:
+def show(
+    outcomes: Sequence[Outcome],
+    *,
+    title: str,
+    best: Outcome | None,
+    unit: str = "sample",
+    without: tuple[str, ...] = (),
+) -> None:
     """Print the table, the best plan's row in bold."""
     from rich.table import Table
 
     from planner.cli import output
 
-    columns = [column for column in COLUMNS if column.name not in without]
+    shown = [column for column in columns(unit) if column.name not in without]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in columns:
+    for column in shown:
         table.add_column(column.heading, justify="left" if column.name in ("plan", "fits") else "right", no_wrap=True)
     for outcome in outcomes:
         bold = best is not None and outcome.plan == best.plan
-        table.add_row(*(column.cell(outcome) for column in columns), style="bold" if bold else None)
+        table.add_row(*(column.cell(outcome) for column in shown), style="bold" if bold else None)
     output.results.print(title, markup=False, soft_wrap=True)
     output.results.print(table)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from planner.basis.errors import PlanError
-from planner.basis.units import percent, seconds, size
+from planner.basis.units import percent, samples_words, seconds, size
 from planner.costs.placed import Placed
 from planner.search.answer import Answer, Found
 from planner.search.choice import choose
@@ -120,8 +120,7 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
     if not found.exact and outcome.idle is not None:
         checked += "; what its devices share has not been simulated"
-    samples = f"{plan.batch} samples" + (f" of {plan.sequence} tokens" if search.space.unit == "token" else "")
-    step = f"{seconds(outcome.step_s)} per step of {samples} on {on}"
+    step = f"{seconds(outcome.step_s)} per step of {samples_words([plan.batch], [plan.sequence])} on {on}"
     memory = f"{outcome.trace.devices[worst]} holds most, {held} of {size(outcome.capacity_bytes[worst])}"
     if outcome.peak_actions[worst]:
         memory += f" during {outcome.peak_actions[worst]}"
