@@ -1,4 +1,4 @@
-"""The interpreter with contention: a SimPy process per device walks its row of the program.
+"""The interpreter with contention: a walk per device through its row of the program, which SimPy's events resume.
 
 It means what the executor does. Receives are posted where they stand; a transfer starts when all of its parties have
 posted (rendezvous) and shares its links with others; a compute waits for its message, then for its share of the cores.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Generator
 from functools import partial
 from typing import NamedTuple
 
@@ -23,11 +24,16 @@ from planner.orders.operations import OPERATIONS, PULL, PUSH
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked, waits_for_ever
 from planner.simulate.network import Network, load
-from planner.simulate.resources import Alone, FairShare, Process, Then
+from planner.simulate.resources import Alone, FairShare, Then
 from planner.simulate.steady import steady_step
 from planner.simulate.turns import Turns, foreseen
 from planner.values.plan import asynchronous
 from planner.values.trace import COMPUTE, LINK, Event, Trace
+
+ALL = 0
+"""The one lane of all servers' updates."""
+
+Walk = Generator[None, None, None]
 
 
 class Failure(NamedTuple):
@@ -82,7 +88,7 @@ class Run:
         self.missing: list[int] = linked.parties.tolist()
         self.kind_of: list[int] = costs.transfer_kind.tolist()
         self.done = bytearray(linked.transfers)
-        self.waiting: dict[int, simpy.Event] = {}
+        self.waiting: dict[int, list[Then]] = {}
         self.begun: dict[int, float] = {}
         self.free: dict[int, float] = {}
         self.in_turn = [kind.lane >= 0 for kind in costs.kinds]
@@ -95,7 +101,7 @@ class Run:
         self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
         self.nothing = Alone(self.env)
-        self.server = simpy.Resource(self.env)
+        self.server = Turns()
         self.pushed: dict[int, list[int]] = {}
         self.failures = sorted(failures, key=lambda failure: failure.at_s)
         self.delays = [self._delay(kind) for kind in costs.kinds]
@@ -117,9 +123,10 @@ class Run:
         self.ahead: dict[int, Ahead] = {
             transfer: Ahead(self.missing[transfer]) for mine in self.foreseen.values() for transfer, _ in mine
         }
-        self.unfinished: dict[int, list[simpy.Event]] = {}
-        for device in range(linked.devices):
-            self.env.process(self.device(device))
+        self.unfinished: dict[int, list[Then]] = {}
+        self.resumes: list[Then] = [partial(next, self.device(device)) for device in range(linked.devices)]
+        for resume in self.resumes:
+            self.nothing.serve(0.0, resume)
 
     def _delay(self, kind: TransferKind) -> float:
         """Seconds before a transfer loads its links: of one message its latency, which others may use meanwhile.
@@ -133,12 +140,12 @@ class Run:
         """When the last action was done."""
         return max(self.end, default=0.0)
 
-    def device(self, device: int) -> Process:
-        """Walk one row."""
-        env, use = self.env, self.cores[device].use
+    def device(self, device: int) -> Walk:
+        """Walk one row; what it waits for at a `yield` sends it on."""
+        env, serve, resume = self.env, self.cores[device].serve, self.resumes[device]
         posts, waits, needs, seconds, done = self.posts, self.waits, self.needs, self.seconds, self.done
         start, ready, end, also = self.start, self.ready, self.end, self.also
-        foreseen, unfinished, updates = self.foreseen, self.unfinished, self.costs.updates
+        foreseen, unfinished, updates, waiting = self.foreseen, self.unfinished, self.costs.updates, self.waiting
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
@@ -147,31 +154,39 @@ class Run:
             if post >= 0:
                 self.post(post)
             if wait >= 0 and not done[wait]:
-                yield self.wait(wait)
+                waiting.setdefault(wait, []).append(resume)
+                yield
                 now = env.now
             if copy >= 0 and not done[copy]:
-                yield self.wait(copy)
+                waiting.setdefault(copy, []).append(resume)
+                yield
                 now = env.now
             while wait >= 0 and also:  # what comes along the stage's other edges
                 wait = also[wait]
                 if wait >= 0 and not done[wait]:
-                    yield self.wait(wait)
+                    waiting.setdefault(wait, []).append(resume)
+                    yield
                     now = env.now
             wait = waits[i]
             ready[i] = now if wait < 0 or wait != post else self.begun[wait]
             own = seconds[i]
             while failures and failures[0].at_s <= now + own:
                 failure = failures.pop(0)
-                yield env.timeout(max(0.0, failure.at_s + failure.down_s - now))
+                self.nothing.serve(max(0.0, failure.at_s + failure.down_s - now), resume)
+                yield
                 now = env.now
             if i in foreseen:
                 self.foresee(i)
             if own > 0:
-                yield use(own) if i not in updates else self.update(i, own)
+                if i in updates:
+                    self.update(i, own, resume)
+                else:
+                    serve(own, resume)
+                yield
                 now = env.now
             if copy in unfinished:  # what is gathered while it is used
-                unfinished[copy].append(env.event())
-                yield unfinished[copy][-1]
+                unfinished[copy].append(resume)
+                yield
                 now = env.now
             end[i] = now
         self.left -= 1
@@ -182,17 +197,9 @@ class Run:
         if self.left:
             raise waits_for_ever(self.linked, self.at)
 
-    def update(self, i: int, seconds: float) -> simpy.Event:
-        """Return the event of the end of an update on the host, whose memory others use, too."""
-        done = self.env.event()
-        self.network.send(load(self.costs.updates[i], seconds, self.costs.cluster.bandwidths), seconds, done.succeed)
-        return done
-
-    def wait(self, transfer: int) -> simpy.Event:
-        """Return the event of a transfer's end; several devices may wait for one."""
-        if transfer not in self.waiting:
-            self.waiting[transfer] = self.env.event()
-        return self.waiting[transfer]
+    def update(self, i: int, seconds: float, then: Then) -> None:
+        """Update parameters on the host, whose memory others use, too."""
+        self.network.send(load(self.costs.updates[i], seconds, self.costs.cluster.bandwidths), seconds, then)
 
     def post(self, transfer: int) -> None:
         """Begin the transfer when its last party has come."""
@@ -213,7 +220,7 @@ class Run:
         elif begun > now:
             self.env.timeout(begun - now).callbacks.append(lambda _: self.begin(number, partial(self.finish, transfer)))
         elif self.pushes[number]:
-            self.env.process(self.push(transfer, number))
+            self.begin(number, partial(self.push, transfer, number))
         else:
             self.begin(number, partial(self.finish, transfer))
 
@@ -240,27 +247,27 @@ class Run:
 
     def take_turn(self, transfer: int, kind: TransferKind, _: simpy.Event | None = None) -> None:
         """Send a transfer when its engine is free; those who wait go on after its `seconds`, or all that it hides."""
-        self.turns.take(kind.lane, lambda: self.send_in_turn(transfer, kind))
+        self.turns.take(kind.lane, lambda _: self.send_in_turn(transfer, kind))
 
     def send_in_turn(self, transfer: int, kind: TransferKind) -> None:
         """Keep the engine for as long as all bytes take; let those who wait go on when they can."""
         number = self.kind_of[transfer]
         self.begun[transfer] = self.env.now + kind.early
 
-        def sent() -> None:
+        def sent(_: object) -> None:
             self.turns.leave(kind.lane)
-            for event in self.unfinished.pop(transfer, ()):
-                event.succeed()
+            for resume in self.unfinished.pop(transfer, ()):
+                resume(None)
 
-        def over() -> None:
-            sent()
+        def over(_: object) -> None:
+            sent(None)
             ahead = self.ahead.get(transfer)
             if ahead is not None and ahead.posted < 0:
                 ahead.sent = True
             else:
                 self.finish(transfer)
 
-        def usable() -> None:
+        def usable(_: object) -> None:
             self.unfinished[transfer] = []
             self.finish(transfer)
             self.network.send(self.loads[number], kind.busy - kind.seconds, sent)
@@ -270,7 +277,7 @@ class Run:
         elif kind.seconds > 0:
             self.send(number, usable, kind.seconds)
         else:
-            usable()
+            usable(None)
 
     def turn(self, kind: TransferKind) -> float:
         """Return when a transfer begins that is done in turn with others of its lane, and take its time there."""
@@ -282,9 +289,8 @@ class Run:
         """Let those go on who wait for it."""
         self.moved.append((transfer, min(self.begun[transfer], self.env.now), self.env.now))
         self.done[transfer] = True
-        waiting = self.waiting.get(transfer)
-        if waiting is not None:
-            waiting.succeed()
+        for resume in self.waiting.pop(transfer, ()):
+            resume(None)
 
     def begin(self, number: int, then: Then) -> None:
         """Serve a transfer of a kind on its links and on its ends' cores; call `then` with the last of these parts."""
@@ -294,11 +300,11 @@ class Run:
             return
         left = 1 + len(parts)
 
-        def done() -> None:
+        def done(_: object) -> None:
             nonlocal left
             left -= 1
             if not left:
-                then()
+                then(None)
 
         self.send(number, done, self.takes[number])
         for part, share in parts:
@@ -324,22 +330,25 @@ class Run:
             return [(cores[kind.source], 2 * work)]
         return [(cores[kind.source], work), (cores[kind.target], work)]
 
-    def push(self, transfer: int, number: int) -> Process:
-        """Bring gradients to a server, which updates its parameters with them."""
-        kind = self.costs.kinds[number]
-        brought = self.env.event()
-        self.begin(number, brought.succeed)
-        yield brought
-        self.pushed.setdefault(kind.stage, []).append(transfer)
-        mine = self.pushed[kind.stage]
-        if self.together and len(mine) % self._workers(kind.stage):
+    def push(self, transfer: int, number: int, _: object) -> None:
+        """Gradients have come to a server, which updates its parameters with them."""
+        stage = self.costs.kinds[number].stage
+        self.pushed.setdefault(stage, []).append(transfer)
+        mine = self.pushed[stage]
+        if self.together and len(mine) % self._workers(stage):
             return  # the last one updates
-        pushed = mine[-self._workers(kind.stage) :] if self.together else [transfer]
-        with self.server.request() as turn:
-            yield turn
-            yield self.env.timeout(self.costs.applying[kind.stage])
-        for each in pushed:
-            self.finish(each)
+        pushed = mine[-self._workers(stage) :] if self.together else [transfer]
+        self.server.take(ALL, lambda _: self.apply(stage, pushed))
+
+    def apply(self, stage: int, pushed: list[int]) -> None:
+        """Let a server update a stage's parameters, then those go on who have pushed their gradients to it."""
+
+        def applied(_: object) -> None:
+            self.server.leave(ALL)
+            for each in pushed:
+                self.finish(each)
+
+        self.nothing.serve(self.costs.applying[stage], applied)
 
     def _workers(self, stage: int) -> int:
         pushes = self.linked.flat >> codes.STAGE == codes.code(PUSH, stage) >> codes.STAGE

@@ -143,7 +143,7 @@ class Network:
                 self._set_timer(sending, rest)
                 return
         self._leave(sending)
-        sending.then()
+        sending.then(timer)
 
     def _settle_later(self, links: list[int]) -> None:
         if not self._changed:

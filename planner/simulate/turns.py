@@ -21,12 +21,12 @@ class Turns:
             self._waiting[lane].append(begin)
         else:
             self._waiting[lane] = deque()
-            begin()
+            begin(None)
 
     def leave(self, lane: int) -> None:
         """Let the next one begin."""
         if self._waiting[lane]:
-            self._waiting[lane].popleft()()
+            self._waiting[lane].popleft()(None)
         else:
             del self._waiting[lane]
 

@@ -68,7 +68,7 @@ def play(bandwidth: list[float], *sent: tuple[float, tuple[Flow, ...], float]) -
         own = load(flows, seconds, bandwidth)
 
         def start(_: simpy.Event, own: Load = own, index: int = index, seconds: float = seconds) -> None:
-            network.send(own, seconds, lambda: over(index))
+            network.send(own, seconds, lambda _: over(index))
 
         env.timeout(begin).callbacks.append(start)
     env.run()

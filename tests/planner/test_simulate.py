@@ -154,13 +154,10 @@ def test_fair_share_conserves_work(users: list[tuple[int, int]]) -> None:
     server = FairShare(env, lambda active: 1.0 / active)
     left: list[float] = []
 
-    def user(arrival: int, work: int) -> simpy.events.ProcessGenerator:
-        yield env.timeout(arrival)
-        yield server.use(work)
-        left.append(env.now)
-
     for arrival, work in users:
-        env.process(user(arrival, work))
+        env.timeout(arrival).callbacks.append(
+            lambda _, work=work: server.serve(work, lambda _: left.append(env.now)),
+        )
     env.run()
     clock = 0.0
     for arrival, work in sorted(users):
