@@ -32,9 +32,35 @@ def blocks(profile: Profile, layers: range) -> tuple[range, ...]:
 
 def modules(profile: Profile, layers: range) -> list[range]:
     """Cut layers into modules, before any are joined: what a user would wrap into a checkpoint each."""
-    homes = {i: _home(profile.layers[i].name) for i in layers}
-    cuts = {i for i in layers[1:] if _ends(profile, homes, i)}
-    return [part for module in _parts(layers, cuts) for part in _smaller(profile, homes, module)]
+    homes = _homes(profile, layers)
+    return [part for module in _whole(profile, homes, layers) for part in _smaller(profile, homes, module)]
+
+
+def unjoined(profile: Profile) -> list[tuple[range, bool]]:
+    """Return modules of the whole model of which a stage's blocks are made, wherever it begins and ends.
+
+    Of a module that is cut because it is large each layer is returned, marked: how it is cut depends on the stage, into
+    parts that are either one layer or not large.
+    """
+    layers = range(len(profile.layers))
+    homes = _homes(profile, layers)
+    found: list[tuple[range, bool]] = []
+    for module in _whole(profile, homes, layers):
+        cut = _is_cut(profile, homes, module)
+        found += [(range(i, i + 1), True) for i in module] if cut else [(module, False)]
+    return found
+
+
+def _homes(profile: Profile, layers: range) -> dict[int, str]:
+    return {i: _home(profile.layers[i].name) for i in layers}
+
+
+def _whole(profile: Profile, homes: dict[int, str], layers: range) -> list[range]:
+    return _parts(layers, {i for i in layers[1:] if _ends(profile, homes, i)})
+
+
+def _is_cut(profile: Profile, homes: dict[int, str], module: range) -> bool:
+    return len(module) > 1 and not homes[module.start] and _parameters(profile, module) > LARGE
 
 
 def _ends(profile: Profile, homes: dict[int, str], i: int) -> bool:
@@ -43,7 +69,7 @@ def _ends(profile: Profile, homes: dict[int, str], i: int) -> bool:
 
 
 def _smaller(profile: Profile, homes: dict[int, str], module: range) -> list[range]:
-    if len(module) == 1 or homes[module.start] or _parameters(profile, module) <= LARGE:
+    if not _is_cut(profile, homes, module):
         return [module]
     crossing = {i: len(profile.crossing(i)) for i in module[1:]}
     cuts = {i for i, values in crossing.items() if values == min(crossing.values())}

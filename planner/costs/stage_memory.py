@@ -114,7 +114,7 @@ class _Walk:
     def _staying(self, profile: Profile, layers: range, samples: int) -> tuple[list[float], list[float]]:
         """What stays of every layer's output because a backward uses it, and because it is sent on or is the model's.
 
-        A checkpoint keeps its inputs, whoever makes them; what only its own layers exchange is forgotten.
+        A checkpoint keeps its inputs, whoever makes them; what of this stage only its own layers read is forgotten.
         """
         used, sent = [0.0] * len(layers), [0.0] * len(layers)
         readers, crossing = _readers(profile), profile.crossing(layers.stop)
@@ -124,7 +124,7 @@ class _Walk:
             if i == layers[-1]:
                 sent[j] = sent[j] if crossing else self.parts[j].output
                 continue
-            saved = self.parts[j].output_saved and not (run and all(t in run for t in readers[i]))
+            saved = self.parts[j].output_saved and not (run and all(t in run for t in readers[i] if t in layers))
             repeated_from = any(self.run_of.get(t - layers.start, run) is not run for t in readers[i])
             used[j] = self.parts[j].output if saved or repeated_from else 0.0
         return used, sent

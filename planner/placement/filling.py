@@ -10,19 +10,15 @@ the host takes nothing. The bound is tested: never below the model's peak, and b
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.basis.memo import memoised
-from planner.costs.blocks import blocks
+from planner.costs.blocks import LARGE, WORTH_A_COLLECTIVE, unjoined
 from planner.costs.stage_memory import stage_memory
-from planner.orders import codes, schedules, synchronisation
-from planner.orders.codes import Order
-from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FETCH, FORWARD, RELEASE
+from planner.orders import schedules, synchronisation
 from planner.placement import partition
-from planner.programs.lowering import compute_order
-from planner.programs.savings import offload
-from planner.values.plan import Plan, asynchronous, windows
+from planner.placement.flight import Flight
+from planner.values.plan import Plan
 from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
 
 if TYPE_CHECKING:
@@ -43,45 +39,31 @@ class LayerBytes(NamedTuple):
     peak: float
 
 
-class Flight(NamedTuple):
-    """Most micro-batches that each stage has at once, from the order of its actions.
-
-    `held` are between their forward and the end of their backward, of `resident` ones what they saved is on the device
-    (others' is on the host), and of `repeated` ones what they recomputed: of backwards in two halves several.
-    """
-
-    held: tuple[int, ...]
-    resident: tuple[int, ...]
-    repeated: tuple[int, ...]
-
-    def of(self, stage: int) -> tuple[int, int, int]:
-        """The three numbers of a stage."""
-        return self.held[stage], self.resident[stage], self.repeated[stage]
-
-
 class Holding(NamedTuple):
     """What of a stage does not depend on its layers: how many devices hold it, and how many versions of its parameters.
 
-    `flight` are its micro-batches (`Flight.of`), `loaded` the samples that each holder loads per step.
+    `flight` are its micro-batches (`Flight.of`), `messages` those on their way (`Flight.messages`), `loaded` how many
+    samples each holder loads per step.
     """
 
     holders: int
     versions: int
     loaded: int
     flight: tuple[int, int, int]
+    messages: tuple[int, int, int]
 
 
 def holding(plan: Plan, stage: int, flight: Flight) -> Holding:
     """Return what a stage of a plan holds."""
     holders = len(plan.stages[stage].devices) // plan.tensor
-    return Holding(holders, plan.versions(stage), plan.loaded(stage), flight.of(stage))
+    return Holding(holders, plan.versions(stage), plan.loaded(stage), flight.of(stage), flight.messages(stage))
 
 
 def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     """Return the bytes of every run of layers as a stage with a plan's schedule, synchronisation and savings."""
     import numpy as np
 
-    held, resident, repeated = own.flight
+    _, resident, repeated = own.flight
     schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     holders = own.holders
     served, trains = bool(agreed.server), schedule.trains
@@ -114,11 +96,9 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     inputs, targets = (
         interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], own.loaded) for kind in (1, 2)
     )
-    # One message more than there are micro-batches is posted early. A gradient that is sent stays until that is known:
-    # in a plain pipeline the next micro-batch's messages tell.
-    sending = repeated if schedule.placement == "straight" else held
-    enters = (held + 1) * sizes.forward + sending * sizes.backward
-    leaves = resident * sizes.forward + (repeated + 1) * sizes.backward
+    entering, returning, leaving = own.messages
+    enters = entering * sizes.forward + leaving * sizes.backward
+    leaves = resident * sizes.forward + returning * sizes.backward
     enters[0] += inputs + targets
     leaves[last] += inputs + targets + resident * (sizes.sent[-1] + _loss(profile, plan.samples).saved)
     table: Table = partition.spans(weights, enters, leaves) + _passing(profile, plan, part("optimizer"))
@@ -227,18 +207,30 @@ def _repeated_peak(profile: Profile, samples: int, block: range) -> float:
 
 
 def _whole_blocks(profile: Profile, field: str, count: int) -> Table:
-    """The most that so many neighbouring blocks of shards need to be whole, and no more than the run has.
+    """The most that so many neighbouring blocks of shards (one or two) need to be whole, and no more than the run has.
 
-    Blocks are the whole model's; where a run's own ones are others, its last one has what is left over.
+    Where a run begins decides how single layers are joined: less than what is worth a collective stands before a
+    block's last module, and as much may be left over behind the run's last block.
     """
     import numpy as np
 
     def make() -> Table:
         sizes = [float(getattr(layer, field)) for layer in profile.layers]
-        parts = blocks(profile, range(len(profile.layers)))
-        of_block = [sum(sizes[i] for i in block) for block in parts]
-        around = [sum(of_block[max(0, b - count + 1) : b + count]) for b in range(len(parts))]
-        most = [around[b] for b, block in enumerate(parts) for _ in block]
+        more = max(
+            (size / layer.parameter_bytes for layer, size in zip(profile.layers, sizes, strict=True) if size),
+            default=1.0,
+        )
+        worth, large = more * WORTH_A_COLLECTIVE, more * LARGE
+        parts = [(sum(sizes[i] for i in run), run, cut) for run, cut in unjoined(profile)]
+        most_of = [max(size, large) if cut else size for size, _, cut in parts]
+        most: list[float] = []
+        for b, (_, run, _) in enumerate(parts):
+            next_one = before = 0.0
+            for (size, *_), whole in zip(parts[b + 1 :], most_of[b + 1 :], strict=True) if count > 1 else ():
+                next_one, before = max(next_one, before + whole), before + size
+                if before >= worth:
+                    break
+            most += [most_of[b] + next_one + 2 * worth] * len(run)
         found: Table = np.minimum(partition.spans(sizes), largest(most))
         return found
 
@@ -323,45 +315,3 @@ def crossing(profile: Profile, samples: int) -> list[tuple[float, float]]:
         return [(forward, backward) for forward, backward in ends]
 
     return memoised(profile, ("crossing", samples), make)
-
-
-def flight(plan: Plan) -> Flight:
-    """Return the most micro-batches that each stage of a plan has at once, as its schedule and offloading have it.
-
-    Where a schedule orders by seconds and the plan has none yet, as many as the schedule's limit allows.
-    """
-    swapped = plan.offload and schedules.get(plan.schedule).trains
-    if plan.uneven:
-        return _flight(compute_order(plan), len(plan.stages), swapped)
-    share = plan.microbatches // plan.replicas * (windows(plan) if asynchronous(plan) else 1)
-    shape = schedules.Shape(plan.depth, share, plan.chunks, seconds=plan.stage_seconds)
-    limit = schedules.get(plan.schedule).limit
-    if limit and not shape.seconds:
-        most = (min(limit(shape), share),) * shape.stages
-        return Flight(most, most, most)
-    return _arranged(plan.schedule, shape, swapped)
-
-
-@functools.lru_cache(maxsize=4096)
-def _arranged(schedule: str, shape: schedules.Shape, swapped: bool) -> Flight:
-    return _flight(schedules.arrange(schedule, shape), shape.stages, swapped)
-
-
-def _flight(order: Order, stages: int, swapped: bool) -> Flight:
-    import numpy as np
-
-    def most(rows: Order, begins: tuple[str, ...], ends: tuple[str, ...]) -> tuple[int, ...]:
-        found = [1] * stages
-        for row in rows:
-            for stage in np.unique(codes.stages(row)).tolist():
-                own = row[codes.stages(row) == stage]
-                change = codes.has(own, *begins).astype(int) - codes.has(own, *ends)
-                found[stage] = max(found[stage], int(np.cumsum(change).max()))
-        return tuple(found)
-
-    held = most(order, (FORWARD,), (BACKWARD, BACKWARD_WEIGHT))
-    repeated = most(order, (BACKWARD_INPUT,), (BACKWARD_WEIGHT,))
-    if not swapped:
-        return Flight(held, held, repeated)
-    away = tuple(offload(row) for row in order)
-    return Flight(held, most(away, (FORWARD, FETCH), (BACKWARD, BACKWARD_WEIGHT, RELEASE)), repeated)

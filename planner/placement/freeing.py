@@ -8,7 +8,7 @@ from planner.costs.blocks import modules
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage, stage_memory
 from planner.costs.static_memory import static_bytes
-from planner.placement.filling import flight
+from planner.placement.flight import flight
 from planner.values.profile import Profile
 
 NOISE = 0.01

@@ -193,7 +193,7 @@ def _fitting(q: Question, whole: Plan) -> Fits:
         share = -(-q.m // replicas)
         most = min(math.ceil(held), share)
         versions = chosen.versions(0, (replicas, round(held * replicas) - replicas))  # all behind it as one stage
-        own = Holding(replicas, versions, q.samples * share, (most, most, 1))
+        own = Holding(replicas, versions, q.samples * share, (most, most, 1), (most + 1, 2, 1))
         if own not in known:
             known[own] = stage_bytes(q.profile, whole, own) <= room
         return known[own]

@@ -19,7 +19,8 @@ from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
-from planner.placement.filling import flight, layer_bytes
+from planner.placement.filling import layer_bytes
+from planner.placement.flight import flight
 from planner.placement.freeing import worth_a_checkpoint
 from planner.placement.question import Question
 from planner.placement.selection import cheapest

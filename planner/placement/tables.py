@@ -16,7 +16,8 @@ from planner.costs import collectives
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement import partition
-from planner.placement.filling import crossing, flight, freeable_bytes, holding, repeated_blocks, stage_bytes
+from planner.placement.filling import crossing, freeable_bytes, holding, repeated_blocks, stage_bytes
+from planner.placement.flight import flight
 from planner.placement.question import Question
 from planner.values.cluster import Device
 from planner.values.plan import Plan

@@ -18,7 +18,8 @@ from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement import savings
 from planner.placement.devices import choose
-from planner.placement.filling import flight, layers_bytes, sizes_of
+from planner.placement.filling import layers_bytes, sizes_of
+from planner.placement.flight import flight
 from planner.placement.freeing import worth_a_checkpoint
 from planner.search.room import Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate

@@ -11,17 +11,19 @@ from planner.basis.errors import PlanError
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.orders import schedules, synchronisation
+from planner.placement import savings
 from planner.placement.cutting import ranges_of, tables_of
 from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.values.plan import Plan
-from planner.values.profile import Profile
+from planner.values.profile import Profile, Value
 from profiles import shipped
-from tests.factory import devices, profile
+from tests.factory import SIZES, devices, profile
 
 NAMES = [name for name in schedules.names() if schedules.get(name).trains]
+REPLICATED = ("pipedream-replicated", "1f1b-replicated")
 SAVINGS = (
     (),
     ("recompute",),
@@ -48,24 +50,57 @@ def peaks(costs: Profile, plan: Plan, q: Question) -> list[float]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@st.composite
+def models(draw: st.DrawFn) -> Profile:
+    """A chain of layers that keep or make again what they put out, and a skip from the first to a later one."""
+    bytes_ = draw(st.lists(st.sampled_from([100, 700, 1000, 2500, 3 * 10**6]), min_size=4, max_size=9))
+    sent, count = draw(st.sampled_from([0, 50, 2000, 10**6])), len(bytes_)
+    costs = profile(draw(st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=count, max_size=count)), bytes_=bytes_)
+    target = draw(st.integers(1, count - 1))
+    values = tuple(
+        Value(name=f"v{a}.{b}", source=a, targets=(b,), bytes_at=tuple((n, size * n) for n in SIZES), gradient=True)
+        for a, b, size in (*((i, i + 1, sent) for i in range(count - 1)), (0, target, 300))
+    )
+    out = [sum(dict(v.bytes_at)[1] for v in values if v.source == i) or 4000 for i in range(count)]
+    layers = []
+    for layer, one in zip(costs.layers, out, strict=True):
+        saved, kept, own = draw(st.sampled_from([1, 2, 3])), draw(st.booleans()), draw(st.booleans())
+        sizes = tuple(
+            msgspec.structs.replace(
+                size,
+                output_bytes=one * size.samples,
+                saved_bytes=saved * one * size.samples,
+                output_saved=kept,
+                saves_output=own or not kept,
+                forward_peak_bytes=(saved + 1) * one * size.samples,
+                backward_peak_bytes=2 * one * size.samples,
+                backward_first_peak_bytes=2 * one * size.samples + layer.gradient_bytes,
+            )
+            for size in layer.sizes
+        )
+        layers.append(msgspec.structs.replace(layer, sizes=sizes))
+    return msgspec.structs.replace(costs, layers=tuple(layers), values=values)
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from(NAMES),
+    models(),
+    st.sampled_from([*NAMES, *REPLICATED * 4]),
     st.integers(1, 4),
-    st.integers(1, 2),
+    st.integers(1, 3),
     st.sampled_from(synchronisation.names()),
     st.integers(1, 8),
-    st.sampled_from(SAVINGS),
-    st.lists(st.sampled_from([100, 700, 1000, 2500]), min_size=4, max_size=9),
-    st.sampled_from([0, 50, 2000]),
+    st.sampled_from([chosen for chosen in savings.COMBINATIONS if "recompute-layers" not in chosen]),
 )
 def test_tables_are_never_below_the_memory_model(
-    name: str, depth: int, replicas: int, agreed: str, share: int, saved: tuple[str, ...], bytes_: list[int], sent: int
+    costs: Profile, name: str, depth: int, replicas: int, agreed: str, share: int, saved: tuple[str, ...]
 ) -> None:
-    costs = profile([1.0] * len(bytes_), bytes_=bytes_, message_bytes=sent)
-    cluster = devices(depth * replicas, host_bandwidth=1e12)
-    m = share * replicas
-    q = Question(costs, cluster, depth * replicas, m, m, replicas=replicas, synchronisation=agreed, savings=saved)
+    """Of every row, whatever its plan saves and however its replicas agree or take turns."""
+    k, m = depth * replicas, share * replicas
+    cluster = devices(k, bandwidth=1e6, host_bandwidth=1e12)
+    q = Question(costs, cluster, k, m, m, savings=saved)
+    if name not in REPLICATED:
+        q = q._replace(replicas=replicas, synchronisation=agreed)
     try:
         plan = get(name).spread(q)
         found = peaks(costs, plan, q)
