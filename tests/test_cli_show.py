@@ -292,3 +292,20 @@ def test_names_are_completed(capsys: pytest.CaptureFixture[str]) -> None:
     assert complete.synchronisations("zero-1") == ["zero-1"]
     assert complete.objectives("c") == ["cost"]
     assert complete.columns("sy") == ["sync"]
+
+
+@pytest.mark.parametrize("command", ["simulate", "show", "run"])
+@pytest.mark.parametrize(
+    ("field", "known", "wrong"), [("schedule", "gpipe", "gpip"), ("synchronisation", "all-reduce", "all")]
+)
+def test_a_plan_file_with_an_unknown_name_is_named(
+    capsys: pytest.CaptureFixture[str], command: str, field: str, known: str, wrong: str
+) -> None:
+    by_hand()
+    text(capsys, "simulate", "--k", "2", "--m", "8", "--strategy", "gpipe")
+    file = Path(".plan/plans/gpipe-k2-m8.toml")
+    file.write_text(file.read_text().replace(f'{field} = "{known}"', f'{field} = "{wrong}"'))
+    error = failing(capsys, ARTEFACT, command, str(file))
+    assert error["where"] == f"{file}, {field}"
+    assert error["what"] == f"unknown {field} '{wrong}'"
+    assert f"did you mean '{known}'" in error["why"]

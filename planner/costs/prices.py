@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -251,7 +252,8 @@ class PriceList:
         """A pull or push: every server's shard at the same time.
 
         Whatever a device sends or receives at the same time passes its port, whether or not its links are shared: a
-        worker's from all servers, and a server's for all workers.
+        worker's from all servers, and a server's for all workers. There one message goes after the other, and each has
+        its own latency, as each round of a ring has.
         """
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
         size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
@@ -260,10 +262,12 @@ class PriceList:
             return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
         each = size / max(1, len(self.plan.servers))
         ends = self._ends(op, row)
-        alone = (self.cluster.transfer_seconds(self.cluster.path(*pair), each) for pair in ends)
-        flows = self._flows(ends, each)
-        seconds = max((0.0, *alone, carrying(self.cluster, flows)))
-        at_once = self._all_served(op, stage, each) if ends and not self.agreed.asynchronous else 0.0
+        if not ends:
+            return TransferKind(op, stage, row, row, size, 0.0, 0.0, ())
+        flows, waiting = self._flows(ends, each), self._latencies(op, stage, row)
+        alone = (self.cluster.transfer_seconds(path, each) - self._latency(path) for path in self._paths(ends))
+        seconds = waiting + max((*alone, carrying(self.cluster, flows)))
+        at_once = self._all_served(op, stage, each, waiting) if not self.agreed.asynchronous else 0.0
         return TransferKind(op, stage, row, row, size, seconds, 0.0, flows, at_once=at_once)
 
     def _ends(self, op: str, row: int) -> list[tuple[str, str]]:
@@ -275,7 +279,38 @@ class PriceList:
         """Flows of so many bytes between devices that talk to many others at the same time."""
         return tuple(Flow(self.cluster.through_ports(self.cluster.path(*pair), *pair), size) for pair in ends)
 
-    def _all_served(self, op: str, stage: int, each: float) -> float:
+    def _paths(self, ends: list[tuple[str, str]]) -> list[Path]:
+        return [self.cluster.path(*pair) for pair in ends]
+
+    def _latency(self, path: Path) -> float:
+        return self.cluster.transfer_seconds(path, 0.0)
+
+    def _latencies(self, op: str, stage: int, row: int) -> float:
+        """Latencies of the messages that pass one link of a worker's, or of a server's of its, one after the other.
+
+        Where workers wait for each other a server's are those of all of them: the worker that is last waits for each.
+        """
+        server, worker = (0, -1) if op == PULL else (-1, 0)
+        paths = self._paths(self._ends(op, row))
+        own = self._in_a_row(paths, worker)
+        if self.agreed.asynchronous or len(self.plan.servers) * len(self.holders[stage]) > MANY:
+            return max(own.values())
+
+        def everybody() -> dict[int, float]:
+            every = [path for other in self.holders[stage] for path in self._paths(self._ends(op, other))]
+            return self._in_a_row(every, server)
+
+        served = memoised(self, ("messages of servers", op, stage), everybody)
+        return max(*own.values(), *(served[path[server]] for path in paths))
+
+    def _in_a_row(self, paths: list[Path], end: int) -> dict[int, float]:
+        """The latencies of all messages that pass each link at one end of their paths."""
+        found: dict[int, float] = defaultdict(float)
+        for path in paths:
+            found[path[end]] += self._latency(path)
+        return found
+
+    def _all_served(self, op: str, stage: int, each: float, waiting: float) -> float:
         """Seconds until workers that are alike, so that they begin together, all have what they pull, or have pushed.
 
         Not known (0) where they do not begin together, or are so many that adding up their flows would take long.
@@ -285,7 +320,7 @@ class PriceList:
         if not equal or self.placed.schedule.copies > 1 or len(self.plan.servers) * len(workers) > MANY:
             return 0.0
         ends = [pair for row in workers for pair in self._ends(op, row)]
-        return memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))
+        return waiting + memoised(self, (op, stage), lambda: carrying(self.cluster, self._flows(ends, each)))
 
     def _host_path(self, device: str, *, back: bool = False) -> Path:
         """Return the links from a device to its host's memory, or back from there."""

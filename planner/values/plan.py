@@ -386,6 +386,14 @@ def read(path: Path) -> Plan:
     except OSError as error:
         why, fix = error.strerror or str(error), "plan simulate   (writes the plans it compares)"
         raise PlanError(what="the plan cannot be read", where=str(path), why=why, fix=fix, code=ARTEFACT) from error
+    except PlanError as error:  # a name that is in no registry
+        raise PlanError(
+            what=error.what,
+            where=f"{path}, {error.where.removeprefix('plan.')}",
+            why=error.why,
+            fix="correct that field, or run plan simulate to write the plan again",
+            code=ARTEFACT,
+        ) from error
     except (msgspec.DecodeError, ValueError) as error:
         fix = "correct that field, or run plan simulate to write the plan again"
         raise PlanError(
