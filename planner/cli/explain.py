@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from planner.basis.errors import ARTEFACT, PlanError, unknown
+from planner.basis.errors import ARTEFACT, PlanError, nearest
 from planner.cli import output
 from planner.cli.answer import nothing_fits
+from planner.cli.complete import plans
 from planner.cli.opened import of_length
 from planner.cli.searching import asked
 from planner.search.answer import State
@@ -19,7 +20,9 @@ from planner.store import Store
 
 
 def explain(
-    plan: Annotated[str, typer.Argument(help="best, or a plan that the last search ranked.")] = "best",
+    plan: Annotated[
+        str, typer.Argument(help="best, or a plan that the last search evaluated.", autocompletion=plans)
+    ] = "best",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Say in a few sentences why this plan, what bounds it, what the next best is and what would change the answer."""
@@ -63,9 +66,17 @@ def explain(
         raise nothing_fits(searching, answer)
     chosen = answer.leaders[0]
     if plan != "best":
-        known = {found.label: found for found in answer.leaders}
+        ranked = {found.label: found for found in answer.leaders}
+        known = {found.label: found for found in searched.done.values() if found.label} | ranked
         if plan not in known:
-            raise unknown("plan", plan, ["best", *known], where="the last search", fix="plan explain best")
+            close = nearest(plan, ["best", *known])
+            raise PlanError(
+                what=f"unknown plan '{plan}'",
+                where="the last search",
+                why=(f"did you mean '{close}'? " if close else "")
+                + f"{len(known)} plans were evaluated, the best are {', '.join(ranked)}",
+                fix="plan explain best",
+            )
         chosen = known[plan]
     shown = searching.plan(chosen)
     outcome = simulate(searching.profile_of(shown), shown, searched.cluster)

@@ -43,7 +43,15 @@ def explain(
     best, cluster = answer.leaders[0], search.cluster
     everything = [f for f in search.state.done.values() if f.label and not f.late and (search.stale or not f.stale)]
     if of is not None and of.key != best.key:
-        rank = f"{_behind(best, _settled(search, of))}, compared with {best.label}, the best for {answer.objective}"
+        against = f"compared with {best.label}, the best for {answer.objective}"
+        rank = f"{_behind(best, _settled(search, of))}, {against}"
+        if of.lack > 1:
+            lacking = f"the host {of.full}" if of.full else "its worst device"
+            rank = f"too large, as it lacks {percent(of.lack - 1)} of the memory of {lacking}, {against}"
+        elif of.late:
+            rank = f"too late or too dear for what was asked, {against}"
+        elif of.stale and not search.stale:
+            rank = f"not competing, as its gradients are stale, {against}"
         return [_what(search, outcome, of, answer, rank), *_bounds(outcome, cluster)]
     text = [_what(search, outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
     rivals = _first_of_each(search, (f for f in everything if f.lack <= 1 and f.strategy != best.strategy))

@@ -40,7 +40,7 @@ def test_a_search_over_two_lengths_is_the_union_of_the_two_searches(
         lengths[0], cluster, of._replace(sequences=LENGTHS), lengths=lengths, objective=objective, terms=TERMS
     )
     each = [Search(one, cluster, of, objective=objective, terms=TERMS) for one in lengths]
-    assert both.points == sum(search.points for search in each)
+    assert both.tally.points == sum(search.tally.points for search in each)
     tried = [t for one in lengths for t in everything(one, cluster, of, objective, terms=TERMS, tokens=True)]
     answer = both.run()
     the_simplest_of_the_quickest(answer, tried)
