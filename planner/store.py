@@ -30,12 +30,16 @@ FOLDER = ".plan"
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """A measured run with the prediction it is held against. `partial` when it was interrupted or failed."""
+    """A measured run with the prediction it is held against. `partial` when it was interrupted or failed.
+
+    `asked` are the commands that simulate and run the same again.
+    """
 
     profile: str
     predicted: Outcome
     measured: Outcome
     partial: bool = False
+    asked: str = ""
 
 
 class Catalogue(Protocol):

@@ -16,13 +16,17 @@ SHOWN_BY = ("--sort", "--filter")
 """The same with a value."""
 
 
-def again(arguments: Sequence[str], profile: str) -> str:
+def again(arguments: Sequence[str], profile: str, plan: str = "") -> str:
     """Return the command that asks the same again, with the profile named; of paths only the last part is said.
+
+    A `plan` stands for best, said or not.
 
     >>> again(["simulate", "--k", "2", "--json", "--sort", "memory"], "vgg16")
     'plan simulate --k 2 --profile vgg16'
     >>> again(["simulate", "--profile=some/where/mine.json"], "vgg16")
     'plan simulate --profile=mine.json'
+    >>> again(["run", "best", "--steps", "5"], "gpt", plan="gpipe-k2-m8"), again(["run"], "gpt", plan="gpipe-k2-m8")
+    ('plan run gpipe-k2-m8 --steps 5 --profile gpt', 'plan run gpipe-k2-m8 --profile gpt')
     """
     kept, skipped = [], False
     for word in arguments:
@@ -30,6 +34,8 @@ def again(arguments: Sequence[str], profile: str) -> str:
             skipped = not skipped and word in SHOWN_BY
         elif not word.startswith(tuple(f"{option}=" for option in SHOWN_BY)):
             kept.append(_named(word))
+    if plan:
+        kept = [kept[0], plan, *(word for word in kept[1:] if word != "best")] if kept else ["run", plan]
     told = any(word.partition("=")[0] == "--profile" for word in kept)
     return shlex.join(["plan", *kept, *([] if told else ["--profile", _named(profile)])])
 

@@ -69,7 +69,8 @@ def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: P
     except PlanError:
         same = False
     compared_with = with_outcome(ranking, result.predicted) if same else None
-    command = f"plan report {folder.name} --out {shlex.quote(out.name)}"
+    own = f"{result.asked} && plan report" if result.asked else f"plan report {folder.name}"
+    command = f"{own} --out {shlex.quote(out.name)}"
     return _write(result, result.predicted, profile, compared_with, profile.machine, out, command)
 
 

@@ -11,6 +11,7 @@ from planner.basis.errors import ARTEFACT, TOLERANCE, PlanError
 from planner.basis.units import percent
 from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
+from planner.cli.line import LINE, again
 from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
 from planner.cli.report import write_page
 from planner.simulate.predict import simulate as predict
@@ -64,6 +65,7 @@ def run(
     require_same(measured_profile, key_of(measured_profile.model_path, kind, measured_profile.sequence), path)
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
+    asked = _asked(store, plan, wanted, path)
     folder = store.new_run(chosen)
     output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {steps} steps …")
     try:
@@ -80,10 +82,12 @@ def run(
     except (PlanError, KeyboardInterrupt):
         kept = partial(chosen, folder, predicted.capacity_bytes)
         if kept is not None:
-            store.save_run(folder, Run(profile=str(path), predicted=predicted, measured=kept, partial=True))
+            store.save_run(
+                folder, Run(profile=str(path), predicted=predicted, measured=kept, partial=True, asked=asked)
+            )
             output.progress.print(f"kept {len(kept.steps)} finished steps in {folder}")
         raise
-    result = Run(profile=str(path), predicted=predicted, measured=measured)
+    result = Run(profile=str(path), predicted=predicted, measured=measured, asked=asked)
     store.save_run(folder, result)
     comparison = compared(result, measured_profile)
     page = write_page(store, folder, result, measured_profile, folder / "report.html")
@@ -112,6 +116,16 @@ def _beyond(comparison: Comparison, check: float, data: dict[str, Any]) -> PlanE
         code=TOLERANCE,
         details=data,
     )
+
+
+def _asked(store: Store, reference: str, plan: Plan, path: Path) -> str:
+    """The commands that run the same again: best by its name, behind the simulation that it comes from.
+
+    A file is run as it is: the page says its name, and what is in it.
+    """
+    command = again(LINE.get(), store.name_of(path), plan=str(plan) if reference == "best" else "")
+    simulated = "" if is_file(reference) else store.load_ranking().asked
+    return f"{simulated} && {command}" if simulated else command
 
 
 def _simulated_with(store: Store, reference: str) -> str | None:
