@@ -14,7 +14,9 @@ import pytest
 
 from executor.abilities import able
 from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, USAGE
+from planner.cli.line import LINE
 from planner.cli.main import invoke
+from planner.cli.run import _asked as commands
 from planner.search.search import Search
 from planner.search.space import Candidate
 from planner.store import Store
@@ -489,3 +491,54 @@ def test_a_search_says_what_would_make_a_strategy_possible(capsys: pytest.Captur
     assert "define splits(model) in the model file" in " ".join(found.split())
     error = failing(capsys, USAGE, "search", "--k", "2", "--tensor", "2", "--strategy", "gpipe")
     assert error["fix"] == "--tensor 1 makes it possible"
+
+
+def test_every_plan_that_a_sentence_names_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that memory rules out, and those that a search evaluated and did not rank."""
+    machine = factory.devices(4, memory_bytes=20_000, bandwidth=1e3)
+    profile = factory.profile([1.0] * 4, machine=machine, message_bytes=10)
+    Store().save_profile(profile)
+    asked = ("search", "--profile", Store().name_of(Store().profile_path(None)))
+    data(capsys, *asked, "--batch", "8", "--batch", "16")
+    sentences = " ".join(data(capsys, "explain")["sentences"])
+    named = set(re.findall(r"[a-z0-9-]+-k\d+-m\d+[a-z0-9.-]*(?<![.-])", sentences))
+    done = Store().load_search().done.values()
+    assert any(found.label in named and found.lack > 1 for found in done), "of those that do not fit"
+    assert not named <= {found.label for found in Store().load_search().answer.leaders}
+    for name in sorted(named):
+        own = data(capsys, "explain", name)
+        assert own["plan"] == name
+        lacks = any(found.label == name and found.lack > 1 for found in done)
+        assert ("too large, as it lacks" in own["sentences"][0]) == lacks
+
+
+def test_the_commands_of_a_run_begin_with_its_simulation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever has the page can ask, run and report the same again; a file is run as it is."""
+    by_hand()
+    data(capsys, "simulate", "--k", "2", "--m", "8", "--strategy", "gpipe")
+    store = Store()
+    path = store.profile_path(None)
+    ranking, name = store.load_ranking(), store.name_of(path)
+    LINE.set(("run", "--steps", "5", "--json"))
+    simulated = f"plan simulate --k 2 --m 8 --strategy gpipe --profile {name}"
+    run = f"plan run gpipe-k2-m8 --steps 5 --profile {name}"
+    assert commands(store, "best", ranking.best.plan, path) == f"{simulated} && {run}"
+    LINE.set(("run", ".plan/plans/gpipe-k2-m8.toml"))
+    file = commands(store, ".plan/plans/gpipe-k2-m8.toml", ranking.best.plan, path)
+    assert file == f"plan run gpipe-k2-m8.toml --profile {name}"
+
+
+def test_simulate_says_and_takes_the_mapping(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hosts of 8: a name that ends in -stages has a stage's replicas side by side, as in a search."""
+    asked = ("simulate", "--profile", "gnmt", "--cluster", "a100x64", "--k", "16", "--m", "16", "--batch", "1024")
+    asked = (*asked, "--replicas", "8", "--strategy", "gpipe", "--saving", "none")
+    names = {}
+    for mapping in ("", "stages", "pipelines"):
+        (plan,) = data(capsys, *asked, *(("--mapping", mapping) if mapping else ()))["plans"]
+        names[mapping] = plan["plan"]
+        stage = Store().plan(plan["plan"], able).stages[0]
+        side_by_side = stage.devices == tuple(f"gpu{i}" for i in range(8))
+        assert side_by_side == plan["plan"].endswith("-stages")
+    assert names["stages"] == f"{names['pipelines']}-stages"
+    assert names[""] in (names["stages"], names["pipelines"])
+    assert "did you mean 'stages'" in failing(capsys, USAGE, *asked, "--mapping", "stage")["why"]

@@ -30,6 +30,13 @@ def synchronisations(incomplete: str) -> list[str]:
     return _starting(incomplete, *names())
 
 
+def mappings(incomplete: str) -> list[str]:
+    """Complete what can stand side by side."""
+    from planner.placement.mapping import MAPPINGS
+
+    return _starting(incomplete, *MAPPINGS)
+
+
 def objectives(incomplete: str) -> list[str]:
     """Complete the registered objectives."""
     from planner.search.objective import names

@@ -11,6 +11,7 @@ from planner.cli import complete
 from planner.cli.tables import NAMES
 from planner.orders import synchronisation as synchronisations
 from planner.placement import savings, strategies
+from planner.placement.mapping import MAPPINGS
 
 ProfileOption = Annotated[
     str | None,
@@ -53,6 +54,15 @@ SynchronisationOption = Annotated[
         autocompletion=complete.synchronisations,
     ),
 ]
+MappingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mapping",
+        help="On several hosts, what stands side by side: the stages of pipelines, or the replicas of stages.",
+        metavar="PIPELINES|STAGES",
+        autocompletion=complete.mappings,
+    ),
+]
 RecomputeOption = Annotated[
     bool | None, typer.Option("--recompute/--no-recompute", help="Only plans that repeat forwards, or none that do.")
 ]
@@ -91,13 +101,16 @@ def axes(
     tensor: list[int] | None = None,
     chunks: list[int] | None = None,
     synchronisation: list[str] | None = None,
+    mapping: str | None = None,
     saving: list[str] | None = None,
     recompute: bool | None = None,
 ) -> dict[str, tuple[Any, ...]]:
     """Return the axes of a space that are asked for, by their names in `planner.search.space.Space`; others are empty.
 
-    Raises `PlanError` (exit 2) with the nearest name for an unknown strategy, synchronisation or saving.
+    Raises `PlanError` (exit 2) with the nearest name for an unknown strategy, synchronisation, mapping or saving.
     """
+    if mapping is not None and mapping not in MAPPINGS:
+        raise unknown("mapping", mapping, MAPPINGS, where="--mapping", fix="--mapping stages")
     chosen = tuple(_savings(text) for text in saving or ())
     if recompute is not None:
         among = chosen or savings.COMBINATIONS
@@ -117,6 +130,7 @@ def axes(
         "tensors": tuple(tensor or ()),
         "chunks": tuple(chunks or ()),
         "synchronisations": tuple(synchronisations.get(name).name for name in synchronisation or ()),
+        "mappings": (mapping,) if mapping else (),
         "savings": chosen,
     }
 

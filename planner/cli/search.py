@@ -13,6 +13,7 @@ from planner.cli.options import (
     FilterOption,
     HostPriceOption,
     JsonOption,
+    MappingOption,
     PriceOption,
     ProfileOption,
     RecomputeOption,
@@ -42,6 +43,7 @@ def search(
     tensor: TensorOption = None,
     chunks: ChunksOption = None,
     synchronisation: SynchronisationOption = None,
+    mapping: MappingOption = None,
     recompute: RecomputeOption = None,
     saving: SavingOption = None,
     objective: Annotated[
@@ -86,6 +88,7 @@ def search(
             tensor=tensor,
             chunks=chunks,
             synchronisation=synchronisation,
+            mapping=mapping,
             saving=saving,
             recompute=recompute,
         ),

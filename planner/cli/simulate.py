@@ -23,6 +23,7 @@ from planner.cli.options import (
     ClusterOption,
     FilterOption,
     JsonOption,
+    MappingOption,
     ProfileOption,
     RecomputeOption,
     ReplicasOption,
@@ -36,6 +37,7 @@ from planner.cli.options import (
 from planner.cli.searching import Question, run
 from planner.placement import strategies
 from planner.placement.devices import choose
+from planner.placement.mapping import MAPPINGS
 from planner.search.choice import TIE
 from planner.search.ranking import DEFAULT_SAVINGS, Ranking, Shape, check, rank
 from planner.simulate.contention import Failure
@@ -70,6 +72,7 @@ def simulate(
     tensor: TensorOption = None,
     chunks: ChunksOption = None,
     synchronisation: SynchronisationOption = None,
+    mapping: MappingOption = None,
     recompute: RecomputeOption = None,
     saving: SavingOption = None,
     profile: ProfileOption = None,
@@ -96,6 +99,7 @@ def simulate(
         tensor=tensor,
         chunks=chunks,
         synchronisation=synchronisation,
+        mapping=mapping,
         saving=saving,
         recompute=recompute,
     )
@@ -216,7 +220,11 @@ def _ranked(
     hardware.take(k)
     faulty, failures = faults.on(hardware, [device.name for device in choose(hardware, k)] if any(faults) else ())
     shapes = itertools.product(
-        asked["replicas"] or (1,), asked["tensors"] or (1,), asked["chunks"] or (0,), asked["synchronisations"] or ("",)
+        asked["replicas"] or (1,),
+        asked["tensors"] or (1,),
+        asked["chunks"] or (0,),
+        asked["synchronisations"] or ("",),
+        asked["mappings"] or ("",),
     )
     ranking = rank(
         measured,
@@ -265,6 +273,8 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: P
     tables.show(rows[:shown], title=title, best=best)
     if len(rows) > shown:
         output.results.print(f"and {len(rows) - shown} more plans (--all shows them)")
+    if any(o.plan.mark in MAPPINGS for o in rows):
+        output.results.print("-stages: the replicas of a stage stand side by side (--mapping pipelines: its stages do)")
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected}", markup=False)
     stale = next((o for o in ranking.outcomes if o.fits and asynchronous(o.plan)), best)

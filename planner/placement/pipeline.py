@@ -14,7 +14,7 @@ from planner.orders import synchronisation as synchronisations
 from planner.orders.schedules import Schedule
 from planner.placement import partition, savings
 from planner.placement.cutting import balanced, cut_of, ranges_of, reordered, slowest, tables_of
-from planner.placement.mapping import Position, estimated, mappings, positions
+from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, positions
 from planner.placement.question import Question
 from planner.values.plan import Plan, Stage
 from planner.values.profile import Profile
@@ -52,6 +52,7 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
     for mapping in choice:
         places = positions(q, depth, mapping)
         trial = _trial(q, strategy, chosen, agreed, chunks, places)
+        trial = msgspec.structs.replace(trial, mark="" if mapping == MAPPINGS[0] else mapping)
         trial = savings.apply(q, with_layers(q, trial, partition.equal(layers, count)), before)
         seen = q._replace(profile=Placed(q.profile, trial, q.cluster).profile)
         plan = _placed(seen, trial, places) if cut != "equal" and count > 1 else trial

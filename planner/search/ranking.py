@@ -9,7 +9,7 @@ import msgspec
 
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
 from planner.basis.units import size
-from planner.placement.question import Question
+from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Axis, Strategy, all_strategies
 from planner.search.choice import Merit, choose, merit
 from planner.search.possible import Rejected, rejections
@@ -32,6 +32,7 @@ class Shape(NamedTuple):
     tensor: int = 1
     chunks: int = 0
     synchronisation: str = ""
+    mapping: Mapping = ""
 
 
 class Ranking(msgspec.Struct, frozen=True, kw_only=True):

@@ -457,9 +457,8 @@ class Search:
         """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
         marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
         marks += [f"s{candidate.sequence}"] if candidate.sequence else []
-        marks += [candidate.mapping] if candidate.mapping in self.space.mappings[1:] else []
         plan = make(candidate, self.profile_of(candidate), self.cluster)
-        return msgspec.structs.replace(plan, mark="-".join(marks)) if marks else plan
+        return msgspec.structs.replace(plan, mark="-".join([*marks, plan.mark]).strip("-")) if marks else plan
 
     def progress(self) -> Progress:
         """How far it is."""
