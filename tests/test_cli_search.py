@@ -54,7 +54,7 @@ def test_a_search_prints_and_saves(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand()
     out = text(capsys, "search", *QUICK)
     assert "samples/s" in out
-    assert "nothing that was left out can be better" in out
+    assert "nothing that was left out" in out
     assert "next: plan explain best" in out
     ranking = Store().load_ranking()
     assert str(ranking.best.plan) in out
@@ -88,6 +88,7 @@ def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "batches_samples",
             "tokens_per_sample",
             "complete",
+            "left_out_better_by_at_most",
             "candidates",
             "evaluated",
             "best",
@@ -129,7 +130,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "It is bound by" in out
     found = data(capsys, "explain", "best")
     assert found["plan"] == best
-    assert len(found["sentences"]) > 3
+    assert len(found["sentences"]) >= 3
     other = next(f.label for f in Store().load_search().answer.leaders if f.label != best)
     assert data(capsys, "explain", other)["plan"] == other
     assert f"did you mean '{best}'" in failing(capsys, USAGE, "explain", best[:-1])["why"]

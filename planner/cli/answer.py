@@ -68,6 +68,7 @@ def as_data(
         "batches_samples": answer.batches,
         "tokens_per_sample": [n for n in answer.sequences if n] or [outcomes[0].plan.sequence],
         "complete": answer.complete,
+        "left_out_better_by_at_most": None if answer.margin == float("inf") else answer.margin,
         "candidates": answer.points,
         "evaluated": answer.evaluated,
         "simulated_with_contention": answer.simulated,
@@ -118,7 +119,7 @@ def show(
     title = f"estimated: {title}" if searching.profile.estimated else title
     tables.show(rows, title=title, best=outcomes[0], unit=searching.space.unit, without=("interval", "fits"))
     speed = answer.evaluated / max(1e-9, answer.seconds)
-    state = "nothing that was left out can be better" if answer.complete else "stopped; the same command goes on"
+    state = answer.certainty + ("" if answer.complete else "; stopped, the same command goes on")
     output.results.print(
         f"{answer.evaluated:,} of {answer.points:,} candidates evaluated in {seconds(answer.seconds)} ({speed:.0f} "
         f"plans/s), {answer.simulated} with contention: {state}"

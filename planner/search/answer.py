@@ -6,8 +6,12 @@ from collections.abc import Iterable
 
 import msgspec
 
+from planner.basis.units import percent
 from planner.search.choice import Merit
 from planner.search.space import Candidate
+
+LEAST_SAID = 0.0005
+"""Shares below that print as nothing."""
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -84,7 +88,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a search has found so far: `leaders` begin with the best, then come the others by score.
 
-    The best is the simplest of those that are as good as the quickest. `front` are plans that no other beats in both
+    The best is the simplest of those that are as good as the quickest; nothing that was left out is better by more than
+    the share `margin`. `front` are plans that no other beats in both
     time and memory, `nearest` those that lack least memory, `late` those that would come nearest to the deadline or the
     budget.
     """
@@ -102,6 +107,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     simulated: int
     seconds: float
     complete: bool
+    margin: float = 0.0
+
+    @property
+    def certainty(self) -> str:
+        """Say what is certain about the candidates that were left out."""
+        if self.margin == float("inf"):
+            return "what was left out may be better"
+        much = f"is better by more than {percent(self.margin)}" if self.margin >= LEAST_SAID else "can be better"
+        return f"nothing that was left out {much}"
 
 
 class State(msgspec.Struct, kw_only=True):

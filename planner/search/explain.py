@@ -123,7 +123,7 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
     held = size(outcome.peak[worst].total)
     words = search.words(search.score(plan, outcome.step_s, outcome.peak_bytes))
     on = "1 device" if devices == 1 else f"{devices} devices"
-    checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, the others cannot be better"
+    checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, {answer.certainty}"
     if not answer.complete:
         checked = f"stopped after {answer.evaluated:,} of {answer.points:,} candidates"
     if not found.exact and outcome.idle is not None:

@@ -2,8 +2,10 @@
 
 A candidate is looked at three times, each dearer and closer to the truth than the one before: a bound that costs
 nothing, the fast interpreter's time, which sharing can only make longer, and SimPy's. Always the most promising look is
-taken next, so the first candidate whose last look comes up is the quickest: nothing that was left out could beat it.
-Then the search goes on to what is as good as that (`planner.search.choice`), for the simplest of them is the best.
+taken next, so when the most promising is no better than what is certain, nothing that was left out could beat it.
+A search ends earlier: a plan that could be better only by what a prediction cannot tell (`planner.search.choice`) is
+looked at where it is simpler, for the simplest of those that are as good is the best. By how much something that was
+left out could be better is said with the answer.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ class Search:
         self.aside = set[Candidate]()
         self.order = self._ordered()
         self.slowing = frozenset.intersection(*(slowing(one.profile, cluster) for one in self.bounds.values()))
+        self.quickening = len(self.slowing) < len(savings.names())
         self.savings = by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
         self.made: dict[str, Placed] = {}
@@ -106,6 +109,10 @@ class Search:
         self.queue: list[tuple[float, int, str, Candidate | Found]] = []
         self.leaders: list[Found] = []
         self.tied: list[Found] = []
+        self.choice: Found | None = None
+        """The best so far: the simplest of those that are as good as the quickest."""
+        self.spared: list[tuple[float, Candidate | Found, bool]] = []
+        """What was left out though it could be a little better: a bound, and whether its plan's savings are queued."""
         self.hopes: list[Found] = []
         self.nearest: list[Found] = []
         self.late: list[Found] = []
@@ -148,9 +155,9 @@ class Search:
         return self.best * (1 + TIE)
 
     @property
-    def choice(self) -> Found | None:
-        """The best so far: the simplest of those that are as good as the quickest."""
-        return choose([(found.merit, found) for found in self.tied]) if self.tied else None
+    def floor(self) -> float:
+        """The score from which on nothing is better than the choice by more than what a prediction can tell."""
+        return self.choice.score / (1 + TIE) if self.choice else float("inf")
 
     def run(self, tell: Callable[[Progress], None] = lambda progress: None, *, seconds: float = float("inf")) -> Answer:
         """Search until nothing can be better, or for so many seconds; `tell` is called about ten times a second."""
@@ -168,6 +175,8 @@ class Search:
                 self._open(0.0, number, m)
                 continue
             if self.frontier >= self.reach or self.frontier == float("inf"):
+                if self._take_up():
+                    continue
                 break
             if now - self.began > seconds:
                 return self.answer()
@@ -181,22 +190,52 @@ class Search:
             score, *_, item = heapq.heappop(self.queue)
             if isinstance(item, Candidate):
                 self._look(item, score)
-            elif item.score < self.best or self._simpler(item.mechanisms, item.peak_bytes):
+            elif self._hopeless(score, item):
+                self._spare(score, item)
+            else:
                 self._look_closer(item)
         self.complete = True
         return self.answer()
 
-    def _simpler(self, mechanisms: int, peak_bytes: float = 0.0) -> bool:
-        """Whether a plan that is no quicker than the quickest could still be the choice."""
-        chosen = self.choice
-        return chosen is None or (mechanisms, False, peak_bytes) < chosen.merit.simplicity
+    def _hopeless(self, bound: float, item: Candidate | Found) -> bool:
+        """Whether a plan with this bound is neither better than the choice, nor as good and simpler.
 
-    def _hopeless(self, bound: float, candidate: Candidate) -> bool:
-        """Whether a plan with this bound is neither the quickest nor, being as good, the simplest.
-
-        What is simpler than what is only certain once nothing can be quicker than the quickest.
+        Before a plan is made only its mechanisms are known: one with as many is not looked at for its memory.
         """
-        return bound >= self.reach or (self.frontier >= self.best and not self._simpler(candidate.mechanisms))
+        if self.choice is None or bound >= self.reach:
+            return self.choice is not None
+        if bound < self.floor:
+            return False
+        if isinstance(item, Candidate):
+            return item.mechanisms >= self.choice.mechanisms
+        return (item.mechanisms, False, item.peak_bytes) >= self.choice.merit.simplicity
+
+    def _spare(self, bound: float, item: Candidate | Found, *, opened: bool = True) -> None:
+        """Leave out what is hopeless now; it is taken up where another choice makes it worth a look."""
+        if bound < self.reach:
+            self.spared.append((bound, item, opened))
+
+    def _take_up(self) -> bool:
+        """Take up what was left out and is not hopeless any more, as the choice is another one; return if any was."""
+        waiting, self.spared = self.spared, []
+        before = len(self.queue)
+        for bound, item, opened in waiting:
+            if self._hopeless(bound, item):
+                self._spare(bound, item, opened=opened)
+            elif opened:
+                self._push(bound, item)
+            else:
+                assert isinstance(item, Candidate), "what has been evaluated was opened before"
+                self._begin(bound, item)
+        return len(self.queue) > before
+
+    @property
+    def margin(self) -> float:
+        """By what share something that was left out could be better than the choice, at most."""
+        if self.choice is None:
+            return float("inf")
+        least = min((self.frontier, *(bound for bound, *_ in self.spared)))
+        return max(0.0, self.choice.score / least - 1) if least > 0 else float("inf")
 
     def _lacks_less(self) -> bool:
         """Whether nothing has been found that fits, and a point that cannot might lack less than what has been seen."""
@@ -208,25 +247,30 @@ class Search:
     def _open(self, bound: float, number: int, m: int) -> None:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
-        every = list(block.at(block.ms[m], tuple(self.savings)))
-        for candidate in every:
-            if self._hopeless(bound, candidate):
-                continue
-            least = max(bound, self._takes(candidate))
-            if self._cannot_fit(candidate) or self._hopeless(least, candidate):
-                self._save(candidate, bound)
-                continue
-            try:
-                placed = self._placed(candidate)
-                own = self.score(placed.plan, plan_bound(placed), 0.0)
-                recut = self._squeezed(candidate, placed)
-            except PlanError as error:
-                self._impossible(candidate, f"{error.what}: {error.why}")
-                continue
-            if recut:  # what saves is cut otherwise: what this plan takes says nothing about it
-                self._save(candidate, bound)
-            if not self._hopeless(own, candidate):
-                self._push(max(least, own), candidate)
+        for candidate in block.at(block.ms[m], tuple(self.savings)):
+            self._begin(bound, candidate)
+
+    def _begin(self, bound: float, candidate: Candidate) -> None:
+        """Put a candidate that saves least in the queue, and those that save more if it says nothing of them."""
+        if self._hopeless(bound, candidate):
+            return self._spare(bound, candidate, opened=False)
+        least = max(bound, self._takes(candidate))
+        if self._cannot_fit(candidate):
+            return self._save(candidate, bound)
+        if self._hopeless(least, candidate):
+            self._spare(least, candidate)
+            return self._save(candidate, bound)
+        try:
+            placed = self._placed(candidate)
+            own = max(least, self.score(placed.plan, plan_bound(placed), 0.0))
+            recut = self._squeezed(candidate, placed)
+        except PlanError as error:
+            return self._impossible(candidate, f"{error.what}: {error.why}")
+        if recut or self.quickening:  # what saves is cut otherwise: what this plan takes says nothing about it
+            self._save(candidate, bound)
+        if self._hopeless(own, candidate):
+            return self._spare(own, candidate)
+        return self._push(own, candidate)
 
     def _cannot_fit(self, candidate: Candidate) -> bool:
         """Put a candidate aside of which no plan fits, however it is cut."""
@@ -280,17 +324,20 @@ class Search:
 
     def _look(self, candidate: Candidate, bound: float) -> None:
         """Put one candidate through the fast interpreter, and those that save more than it in the queue."""
-        if self._hopeless(bound, candidate) or self._dominated(candidate):
-            return
+        if self._hopeless(bound, candidate):
+            return self._spare(bound, candidate)
+        if self._dominated(candidate):
+            return None
         found = self.state.done.get(candidate.key)
         if found is None and candidate.savings and self._cannot_fit(candidate):
-            return
+            return None
         if found is None:
             found = self._evaluate(candidate)
             if found is None:
-                return
-        if self._note(candidate, found) and not found.squeezed:
+                return None
+        if self._note(candidate, found) and not found.squeezed and not self.quickening:
             self._save(candidate, bound, found)
+        return None
 
     def _note(self, candidate: Candidate, found: Found) -> bool:
         """Keep what was found of a candidate; return whether it is possible."""
@@ -323,7 +370,9 @@ class Search:
             least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
             least = max(least, self._takes(more))
-            if not self._hopeless(least, more) and not self._dominated(more):
+            if self._hopeless(least, more):
+                self._spare(least, more)
+            elif not self._dominated(more):
                 self._push(least, more)
 
     def _look_closer(self, found: Found) -> None:
@@ -337,6 +386,7 @@ class Search:
             return
         self.leaders = _least(self.leaders, exact, lambda f: (f.score, f.key))
         self.tied = [f for f in (*self.tied, exact) if f.score <= self.reach]
+        self.choice = choose([(f.merit, f) for f in self.tied]) if self.tied else None
 
     def _too_late(self, found: Found) -> None:
         self.tally.late(found)
@@ -356,6 +406,7 @@ class Search:
                 return None
             own = self.score(plan, plan_bound(placed), 0.0)
             if candidate.savings and self._hopeless(own, candidate):
+                self._spare(own, candidate)
                 return None
             if self.leaders and plan_lack(placed) > 1:
                 return self._too_large(candidate, placed, own)
@@ -498,6 +549,7 @@ class Search:
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
+            margin=self.margin,
         )
 
 
