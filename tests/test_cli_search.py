@@ -247,8 +247,8 @@ def edited(tmp_path: Path, name: str, *changes: tuple[str, str]) -> str:
         ("zb-v-k2-m4", (("chunks = 2", "chunks = 4"),), ARTEFACT, "the schedule zb-v places stage 1 with"),
         ("zb-v-k2-m4", (('schedule = "zb-v"', 'schedule = "1f1b"'),), ARTEFACT, "it needs v=1"),
         ("gpipe-k2-m4", (("chunks = 1", "chunks = 2"),), ARTEFACT, "it needs v=1"),
-        ("gpipe-k2-m4", (('schedule = "gpipe"', 'schedule = "gpip"'),), USAGE, "did you mean 'gpipe'"),
-        ("gpipe-k2-m4", (('"all-reduce"', '"all-reduced"'),), USAGE, "did you mean 'all-reduce'"),
+        ("gpipe-k2-m4", (('schedule = "gpipe"', 'schedule = "gpip"'),), ARTEFACT, "did you mean 'gpipe'"),
+        ("gpipe-k2-m4", (('"all-reduce"', '"all-reduced"'),), ARTEFACT, "did you mean 'all-reduce'"),
         ("gpipe-k2-m4", (("microbatches = 4", "microbatches = 0"),), ARTEFACT, "must be positive"),
         ("gpipe-k2-m4", (("bucket_bytes = 0", "bucket_bytes = -5"),), ARTEFACT, "-5 is below 0"),
         ("gpipe-k2-m4", (('"d1"', '"d0"'),), ARTEFACT, "a device holds more than its share"),
@@ -543,3 +543,22 @@ def test_simulate_says_and_takes_the_mapping(capsys: pytest.CaptureFixture[str])
     assert names["stages"] == f"{names['pipelines']}-stages"
     assert names[""] in (names["stages"], names["pipelines"])
     assert "did you mean 'stages'" in failing(capsys, USAGE, *asked, "--mapping", "stage")["why"]
+
+
+def test_every_line_of_a_search_is_another_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    """The best of each family, whatever its M; --all and --filter show more of one, and two names of a plan are one."""
+    by_hand()
+    names = (word for name in ("data-parallel", "zero-1", "zero-3") for word in ("--strategy", name))
+    asked = ("search", *names, "--saving", "none", "--batch", "64")
+    found = data(capsys, *asked)
+    kinds = [plan["plan"].partition("-k")[0] for plan in found["plans"]]
+    assert sorted(kinds) == ["data-parallel", "zero-1", "zero-3"]
+    assert found["best"] in {plan["plan"] for plan in found["plans"]}
+    assert re.search(r"as good as the best within 2.0 %: \d+ more, as .* \(--all shows them\)", text(capsys, *asked))
+    every = [plan["plan"] for plan in data(capsys, *asked, "--all")["plans"]]
+    assert len(set(every)) == len(every) > 3
+    filtered = [plan["plan"] for plan in data(capsys, *asked, "--filter", "zero-3")["plans"]]
+    assert len(filtered) > 1
+    assert all("zero-3" in name for name in filtered)
+    error = failing(capsys, USAGE, *asked, "--filter", "gpipe")
+    assert "no plan's name has gpipe" in error["what"]

@@ -14,8 +14,10 @@ from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.unmet import unmet
 from planner.search.answer import Answer, Family, Found
+from planner.search.choice import TIE
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
+from planner.search.kinds import contenders
 from planner.search.possible import Rejected, grouped, rejections
 from planner.search.search import Search
 from planner.search.space import Candidate, make, question
@@ -118,6 +120,9 @@ def show(
     title += f"{samples_words(answer.batches, lengths)} per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
     tables.show(rows, title=title, best=outcomes[0], unit=searching.space.unit, without=("interval", "fits"))
+    alike = _alike(searching, answer, rows)
+    if alike:
+        output.results.print(alike, markup=False)
     speed = answer.evaluated / max(1e-9, answer.seconds)
     state = answer.certainty + ("" if answer.complete else "; stopped, the same command goes on")
     output.results.print(
@@ -139,6 +144,17 @@ def show(
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
         output.results.print(sentence, markup=False)
+
+
+def _alike(searching: Search, answer: Answer, rows: Sequence[Outcome]) -> str:
+    """Say how many plans are as good as the best and not in the table, where each line is the best of its family."""
+    shown = {str(outcome.plan) for outcome in rows}
+    reach = min(found.score for found in answer.leaders) * (1 + TIE)
+    tied = [f for f in contenders(searching) if f.exact and f.score <= reach and f.label not in shown]
+    if not tied:
+        return ""
+    first = min(tied, key=lambda f: f.score).label
+    return f"as good as the best within {percent(TIE)}: {len(tied)} more, as {first} (--all shows them)"
 
 
 def price_words(searching: Search, found: Found) -> str:

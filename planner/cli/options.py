@@ -89,6 +89,9 @@ FilterOption = Annotated[
         "--filter", help="Show only plans whose name has this text, as gpipe; may be repeated.", metavar="TEXT"
     ),
 ]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="Show more plans than the best: of a search several of one family.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 

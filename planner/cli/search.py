@@ -8,6 +8,7 @@ import typer
 
 from planner.cli import complete
 from planner.cli.options import (
+    AllOption,
     ChunksOption,
     ClusterOption,
     FilterOption,
@@ -68,6 +69,7 @@ def search(
     seconds: Annotated[float, typer.Option(help="Seconds to search at most.", min=0.1)] = float("inf"),
     sort: SortOption = None,
     words: FilterOption = None,
+    every: AllOption = False,
     restart: Annotated[bool, typer.Option(help="Forget what an earlier, interrupted search has evaluated.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -102,4 +104,4 @@ def search(
         seconds=seconds,
         restart=restart,
     )
-    run(question, sort=sort, words=words or (), json=json)
+    run(question, sort=sort, words=words or (), every=every, json=json)

@@ -15,11 +15,13 @@ from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
 from planner.cli.line import LINE, again
 from planner.cli.opened import opened
-from planner.search.answer import Answer, Progress, State
+from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
+from planner.search.kinds import contenders, family, first_of_each
 from planner.search.ranking import Ranking, check
 from planner.search.search import Search
+from planner.search.simplicity import identity
 from planner.search.space import Space, space
 from planner.simulate.predict import SAMPLES, SEED, simulate
 from planner.store import Searched, Store
@@ -27,8 +29,8 @@ from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.profile import Profile
 
-SHOWN = 8
-"""Leaders that are simulated in full and shown."""
+SHOWN, EVERY = 8, 24
+"""Plans that are simulated in full and shown: the best of each family; with --all or --filter the best of all."""
 FRONT_S = 20.0
 """Seconds for the front of time against cost, beside those that the search itself has taken."""
 
@@ -73,8 +75,15 @@ class Question(NamedTuple):
         return Terms(self.epoch or of.units, None if self.deadline_h is None else self.deadline_h * HOUR_S, self.budget)
 
 
-def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (), json: bool = False) -> None:
-    """Search, save, and print."""
+def run(
+    question: Question,
+    *,
+    sort: str | None = None,
+    words: Sequence[str] = (),
+    every: bool = False,
+    json: bool = False,
+) -> None:
+    """Search, save, and print: the best of each family; with words those whose names have them, with `every` more."""
     from executor.abilities import able
 
     store, path, measured, hardware, lengths = opened(question.profile, question.cluster, question.sequences)
@@ -93,7 +102,8 @@ def run(question: Question, *, sort: str | None = None, words: Sequence[str] = (
     answer = _searched(store, searching, str(path), question.seconds)
     if not answer.leaders:
         raise answers.nothing_fits(searching, answer)
-    outcomes = outlined(searching, answer, question.samples, question.seed)
+    found = chosen(searching, answer, words, every=every)
+    outcomes = outlined(searching, found, question.samples, question.seed)
     if question.cluster is None and not measured.estimated:
         outcomes += _runnable(searching, outcomes, question.seconds, question.samples, question.seed)
     best = outcomes[0]
@@ -194,10 +204,40 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
             )
 
 
-def outlined(searching: Search, answer: Answer, samples: int, seed: int) -> list[Outcome]:
-    """Simulate the leaders in full, best first: contention, spread, memory over time."""
+def chosen(searching: Search, answer: Answer, words: Sequence[str] = (), *, every: bool = False) -> list[Found]:
+    """Return what is shown: the best plan, then the best of each family that was evaluated, each line a decision.
+
+    With `every` the best of all, and with words those whose names have all of them, whatever their family. Two names of
+    one plan are one. Raises `PlanError` (exit 2) when no plan that was evaluated has the words.
+    """
+
+    def does(found: Found) -> object:
+        return identity(searching.plan(found))
+
+    best, rivals = answer.leaders[0], contenders(searching)
+    named = [found for found in rivals if all(word in found.label for word in words)]
+    if not named:
+        raise PlanError(
+            what=f"no plan's name has {' and '.join(words)}",
+            where="--filter",
+            why=f"of the {len(rivals)} plans that were evaluated and fit; no other can be as good as {best.label}",
+            fix="search among them alone, as with --strategy gpipe, or leave --filter out",
+        )
+    if every or words:
+        found = first_of_each(searching, named, does, EVERY)
+    else:
+        others = (one for one in rivals if family(one) != family(best))
+        found = first_of_each(searching, others, family, 2 * SHOWN)
+    distinct = {does(one): one for one in (*reversed(found), best)}
+    return [best, *(one for one in found if distinct[does(one)] is one and one.key != best.key)][
+        : EVERY if every or words else SHOWN
+    ]
+
+
+def outlined(searching: Search, shown: Sequence[Found], samples: int, seed: int) -> list[Outcome]:
+    """Simulate plans in full: contention, spread, memory over time."""
     outcomes = []
-    for found in answer.leaders[:SHOWN]:
+    for found in shown:
         plan = searching.plan(found)
         outcomes.append(simulate(searching.profile_of(plan), plan, searching.cluster, samples=samples, seed=seed))
     return outcomes

@@ -19,6 +19,7 @@ from planner.cli.figures import figures, percentiles
 from planner.cli.line import LINE, again
 from planner.cli.opened import Opened, meant, opened
 from planner.cli.options import (
+    AllOption,
     ChunksOption,
     ClusterOption,
     FilterOption,
@@ -85,7 +86,7 @@ def simulate(
     fail: Annotated[list[str] | None, typer.Option(help="A device that stops: d2@1.5+3 is at 1.5 s, for 3 s.")] = None,
     sort: SortOption = None,
     words: FilterOption = None,
-    every: Annotated[bool, typer.Option("--all", help="Show all plans, not only the best.")] = False,
+    every: AllOption = False,
     json: JsonOption = False,
 ) -> None:
     """Predict throughput and memory of every strategy at K devices and M micro-batches, and rank them.
@@ -132,7 +133,7 @@ def simulate(
             samples=samples,
             seed=seed,
         )
-        run(of, sort=sort, words=words or (), json=json)
+        run(of, sort=sort, words=words or (), every=every, json=json)
         return
     else:
         simulated = _ranked(

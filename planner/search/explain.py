@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -12,6 +11,7 @@ from planner.basis.units import percent, samples_words, seconds, size
 from planner.costs.placed import Placed
 from planner.search.answer import Answer, Found
 from planner.search.choice import choose
+from planner.search.kinds import QUICK_ACTIONS, first_of_each, settled, strategy
 from planner.search.search import Search, shares
 from planner.search.space import Candidate
 from planner.simulate.contention import simulated_step
@@ -22,10 +22,6 @@ from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan, actions
 
-QUICK_ACTIONS = 20_000
-"""Programs up to so many actions go through SimPy when changes are tried."""
-LOOKS = 12
-"""So many plans are put through SimPy, so that a figure stands in a sentence and not a bound."""
 NAMED = 4
 """Plans that one sentence names."""
 FACTORS = (1.5, 2.0, 4.0, 10.0)
@@ -44,7 +40,7 @@ def explain(
     everything = [f for f in search.state.done.values() if f.label and not f.late and (search.stale or not f.stale)]
     if of is not None and of.key != best.key:
         against = f"compared with {best.label}, the best for {answer.objective}"
-        rank = f"{_behind(best, _settled(search, of))}, {against}"
+        rank = f"{_behind(best, settled(search, of))}, {against}"
         if of.lack > 1:
             lacking = f"the host {of.full}" if of.full else "its worst device"
             rank = f"too large, as it lacks {percent(of.lack - 1)} of the memory of {lacking}, {against}"
@@ -54,8 +50,12 @@ def explain(
             rank = f"not competing, as its gradients are stale, {against}"
         return [_what(search, outcome, of, answer, rank), *_bounds(outcome, cluster)]
     text = [_what(search, outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
-    rivals = _first_of_each(search, (f for f in everything if f.lack <= 1 and f.strategy != best.strategy))
-    larger = [f for f in _first_of_each(search, (f for f in everything if f.lack > 1)) if f.score < best.score]
+    rivals = first_of_each(
+        search, (f for f in everything if f.lack <= 1 and f.strategy != best.strategy), strategy, NAMED
+    )
+    larger = [
+        f for f in first_of_each(search, (f for f in everything if f.lack > 1), strategy, NAMED) if f.score < best.score
+    ]
     text += [*_next(best, rivals), *_ruled_out(best, larger)]
     if changes:
         if answer.objective != "memory":
@@ -65,37 +65,6 @@ def explain(
         text += _batches(search, best, everything)
         text += _lengths(search, best, everything)
     return text
-
-
-def _settled(search: Search, found: Found) -> Found:
-    """The same plan with its own time instead of a bound, where that is quick to find."""
-    plan = search.plan(found)
-    found = msgspec.structs.replace(found, runnable=found.runnable or search.able(plan))
-    return found if found.exact or actions(plan) > QUICK_ACTIONS else search.exact(found)
-
-
-def _first_of_each(search: Search, found: Iterable[Found]) -> list[Found]:
-    """The best of each strategy, best first, as many as a sentence names.
-
-    What is behind the first of a strategy may be better than it once what they share is simulated; so the least bound
-    is always replaced by its plan's own time, until the least is no bound, or enough has been simulated.
-    """
-    waiting = [(f.score, not f.exact, f.key, f) for f in found]
-    heapq.heapify(waiting)
-    first: dict[str, Found] = {}
-    looks = 0
-    while waiting and len(first) < NAMED:
-        *_, one = heapq.heappop(waiting)
-        if one.strategy in first:
-            continue
-        if not one.exact and looks < LOOKS:
-            looks += 1
-            exact = _settled(search, one)
-            if exact.exact:
-                heapq.heappush(waiting, (exact.score, False, exact.key, exact))
-                continue
-        first[one.strategy] = one
-    return list(first.values())
 
 
 def _behind(best: Found, found: Found) -> str:
@@ -217,7 +186,7 @@ def _memory(search: Search, best: Found, better: list[Found], known: list[Found]
         chosen = choose([(found.merit, found) for found in smaller])  # as a search among them would
         text.append(
             f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {chosen.label} needs "
-            f"{percent(1 - chosen.lack / best.lack)} less, {_behind(best, _settled(search, chosen))}."
+            f"{percent(1 - chosen.lack / best.lack)} less, {_behind(best, settled(search, chosen))}."
         )
     return text
 
@@ -231,7 +200,7 @@ def _microbatches(search: Search, best: Found, known: list[Found]) -> list[str]:
         if other._replace(m=mine.m) == mine and found.lack <= 1 and found.key != best.key:
             same[other.m] = found
     near = sorted(sorted(same, key=lambda m: same[m].score)[:NAMED])
-    others = [f"M={m} is {_behind(best, _settled(search, same[m]))}" for m in near]
+    others = [f"M={m} is {_behind(best, settled(search, same[m]))}" for m in near]
     return [f"With other M: {', '.join(others)}."] if others else []
 
 
@@ -255,7 +224,7 @@ def _best_of_other(search: Search, best: Found, known: list[Found], what: Callab
     for found in sorted((f for f in known if f.lack <= 1), key=lambda f: (f.score, not f.exact, f.key)):
         if what(found) != what(best):
             first.setdefault(what(found), found)
-    return [_settled(search, first[value]) for value in sorted(first)]
+    return [settled(search, first[value]) for value in sorted(first)]
 
 
 def _of_each_strategy(found: Iterable[Found]) -> list[Found]:

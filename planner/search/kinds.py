@@ -1,0 +1,67 @@
+"""The best of each kind of what a search has evaluated, each by its own time where that is quick to find."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from planner.search.answer import Found
+from planner.search.search import Search
+from planner.values.plan import actions
+
+QUICK_ACTIONS = 20_000
+"""Programs up to so many actions go through SimPy while somebody waits for a sentence or a table."""
+LOOKS = 12
+"""So many plans are put through SimPy, so that a figure stands in a sentence and not a bound."""
+
+
+def family(found: Found) -> object:
+    """Return what a person decides about: the strategy with its savings, the batch, the length, not M or replicas."""
+    return found.family, found.batch, found.sequence
+
+
+def strategy(found: Found) -> object:
+    """Return the strategy alone."""
+    return found.strategy
+
+
+def settled(search: Search, found: Found) -> Found:
+    """Return the same plan with its own time instead of a bound, where that is quick to find."""
+    plan = search.plan(found)
+    found = msgspec.structs.replace(found, runnable=found.runnable or search.able(plan))
+    return found if found.exact or actions(plan) > QUICK_ACTIONS else search.exact(found)
+
+
+def first_of_each(search: Search, found: Iterable[Found], kind: Callable[[Found], object], most: int) -> list[Found]:
+    """Return the best of each kind, best first, at `most` so many.
+
+    What is behind the first of a kind may be better than it once what they share is simulated; so the least bound is
+    always replaced by its plan's own time, until the least is no bound, or enough has been simulated.
+    """
+    waiting = [(f.score, not f.exact, f.key, f) for f in found]
+    heapq.heapify(waiting)
+    first: dict[object, Found] = {}
+    looks = 0
+    while waiting and len(first) < most:
+        *_, one = heapq.heappop(waiting)
+        if kind(one) in first:
+            continue
+        if not one.exact and looks < LOOKS:
+            looks += 1
+            exact = settled(search, one)
+            if exact.exact:
+                heapq.heappush(waiting, (exact.score, False, exact.key, exact))
+                continue
+        first[kind(one)] = one
+    return list(first.values())
+
+
+def contenders(search: Search) -> list[Found]:
+    """Return all that have been evaluated, fit, and may be the best."""
+    return [
+        f
+        for f in search.state.done.values()
+        if f.label and f.lack <= 1 and not f.late and (search.stale or not f.stale)
+    ]
