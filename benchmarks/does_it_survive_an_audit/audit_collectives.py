@@ -290,5 +290,5 @@ def strided() -> Found:
     """
     cluster = hosts_of(2, 8, nic=8.13007 * GB, nics=8, pcie=150 * GB)
     groups = tuple(tuple(f"gpu{8 * host + at}" for host in range(2) for at in (g, g + 4)) for g in range(4))
-    ring = next(way for way in over(cluster, groups, ALL_REDUCE).ways if way.name == "ring")
+    ring = next(way for way in over(cluster, groups, ALL_REDUCE).collectives if way.name == "ring")
     return Found(2 * 3 / 4 * 1e9 / ring.seconds(1e9) / GB, 16.22)

@@ -46,7 +46,7 @@ def names(cluster: Cluster) -> tuple[str, ...]:
 
 
 def ways(cluster: Cluster, size: float, passes: int = ALL_REDUCE) -> dict[str, float]:
-    return {way.name: way.seconds(size) for way in over(cluster, (names(cluster),), passes).ways}
+    return {way.name: way.seconds(size) for way in over(cluster, (names(cluster),), passes).collectives}
 
 
 def loads(flows: tuple[Flow, ...]) -> dict[int, float]:
@@ -209,7 +209,7 @@ def test_every_device_sends_and_receives_what_it_must(cluster: Cluster, passes: 
     group = tuple(data.draw(st.permutations(names(cluster))))
     choice = Choice(cluster, (group,), passes)
     least = passes * (len(group) - 1) / len(group)
-    for way in choice.ways:
+    for way in choice.collectives:
         hops = choice._hops(way.name)
         out = dict.fromkeys(group, 0.0)
         into = dict.fromkeys(group, 0.0)
@@ -245,7 +245,7 @@ def test_one_host_has_one_level(each: int, passes: int, size: float) -> None:
     """Devices on one host reduce around a ring, also where they have NICs."""
     cluster = hosts_of(1, each, latency_s=0.5)
     found = over(cluster, (names(cluster),), passes)
-    assert [way.name for way in found.ways] == ["ring"]
+    assert [way.name for way in found.collectives] == ["ring"]
     assert found.seconds(size) == pytest.approx(passes * (each - 1) * (1.0 + size / each / 100.0))
 
 
