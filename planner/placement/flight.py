@@ -19,7 +19,7 @@ from planner.orders.operations import (
     RELEASE,
     SEND_BACKWARD,
 )
-from planner.programs.lowering import compute_order
+from planner.programs.lowering import compute_order, taking_turns
 from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.savings import offload
@@ -63,7 +63,7 @@ def flight(plan: Plan) -> Flight:
     """
     swapped = plan.offload and schedules.get(plan.schedule).trains
     if plan.uneven:
-        return _flight(compute_order(plan), plan.edges, swapped)
+        return _flight(compute_order(plan), plan.edges, swapped, turns=taking_turns(plan))
     share = plan.microbatches // plan.replicas * (windows(plan) if asynchronous(plan) else 1)
     shape = schedules.Shape(plan.depth, share, plan.chunks, seconds=plan.stage_seconds)
     limit = schedules.get(plan.schedule).limit
@@ -79,7 +79,7 @@ def _arranged(schedule: str, shape: schedules.Shape, swapped: bool) -> Flight:
     return _flight(schedules.arrange(schedule, shape), chain(shape.stages), swapped, schedule)
 
 
-def _flight(order: Order, edges: Edges, swapped: bool, schedule: str = "") -> Flight:
+def _flight(order: Order, edges: Edges, swapped: bool, schedule: str = "", turns: tuple[int, ...] = ()) -> Flight:
     """Count in an order. What is on its way is counted, too, unless a schedule's pace tells."""
     import numpy as np
 
@@ -98,7 +98,7 @@ def _flight(order: Order, edges: Edges, swapped: bool, schedule: str = "") -> Fl
         away = tuple(offload(row) for row in order)
         resident = most(away, (FORWARD, FETCH), (BACKWARD, BACKWARD_WEIGHT, RELEASE))
     if not schedule or schedules.get(schedule).measured:
-        return Flight(held, resident, repeated, *_on_their_way(order, edges))
+        return Flight(held, resident, repeated, *_on_their_way(order, edges, turns))
     # One message more than there are micro-batches is posted early. A gradient that is sent stays until that is known:
     # in a plain pipeline the next micro-batch's messages tell.
     one_more, other = tuple(n + 1 for n in held), tuple(n + 1 for n in repeated)
@@ -106,7 +106,7 @@ def _flight(order: Order, edges: Edges, swapped: bool, schedule: str = "") -> Fl
     return Flight(held, resident, repeated, one_more, other, leaving)
 
 
-def _on_their_way(order: Order, edges: Edges) -> tuple[tuple[int, ...], ...]:
+def _on_their_way(order: Order, edges: Edges, turns: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return messages that are entering, returning and leaving, as the actions of an order have them.
 
     Where stages have different numbers of replicas, or go at their own pace, all that the stage before has in flight
@@ -115,7 +115,7 @@ def _on_their_way(order: Order, edges: Edges) -> tuple[tuple[int, ...], ...]:
     """
     import numpy as np
 
-    linked = Linked(Program(messages(order, edges), edges))
+    linked = Linked(Program(messages(order, edges, turns), edges))
     flat, stage = linked.flat, codes.stages(linked.flat)
     back = codes.has(flat, BACKWARD, BACKWARD_WEIGHT)
     ends = back if back.any() else codes.has(flat, FORWARD)

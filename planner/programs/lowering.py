@@ -39,7 +39,7 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     """
     schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     share = _between_updates(plan)
-    rows = messages(compute_order(plan, replicas), plan.edges)
+    rows = messages(compute_order(plan, replicas), plan.edges, taking_turns(plan))
     agreeing = _agreeing(plan)[: len(rows)]
     if schedule.trains:
         rows = recompute(rows, _forgetful(plan))
@@ -48,7 +48,7 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
                 send_first(agreed.add(row, share)) if several else row
                 for several, row in zip(agreeing, rows, strict=True)
             )
-            if schedule.updates == "microbatch" and not agreed.server:
+            if _beside(plan):
                 rows = tuple(
                     reduce_beside(row) if several else row for several, row in zip(agreeing, rows, strict=True)
                 )
@@ -68,6 +68,21 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     roles = plan.roles[: len(rows)]
     behind = [(*last, UNSHARD_FORWARD) if last and gathered else last for gathered in gathers]
     return Program(frame(rows, roles, plan.edges, behind), plan.edges, roles)
+
+
+def _beside(plan: Plan) -> bool:
+    """Whether replicas reduce each micro-batch's gradients beside computing."""
+    served = synchronisation.get(plan.synchronisation).server
+    return schedules.get(plan.schedule).updates == "microbatch" and not served
+
+
+def taking_turns(plan: Plan) -> tuple[int, ...]:
+    """Return each stage's replicas where they take micro-batches in turn and reduce them beside computing, else none.
+
+    They then wait for each other's backwards, which the order of messages has to know (`messages`). Replicas of whole
+    pipelines go in step.
+    """
+    return plan.turns if plan.uneven and _beside(plan) else ()
 
 
 def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:

@@ -7,6 +7,7 @@ are (gloo).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +39,14 @@ def communicate(rows: Order, edges: Edges) -> Order:
     return _played(rows, edges, early=False)
 
 
-def messages(rows: Order, edges: Edges) -> Order:
+def messages(rows: Order, edges: Edges, replicas: Sequence[int] = ()) -> Order:
     """Add messages, and post their receives one compute earlier, so that they overlap it.
 
     The price is the buffer of one more message. A receive goes before other messages only where all devices still
     agree on one order: the message before it on its sender's side must not have to wait for one that it passes.
+
+    Where a stage has several of `replicas`, rows behind each other that take turns, a row is not played past a backward
+    as long as another one has not come to that before it: its update waits for their reduction.
 
     >>> from planner.orders.action import grid
     >>> from planner.orders.edges import chain
@@ -51,7 +55,7 @@ def messages(rows: Order, edges: Edges) -> Order:
     0F0      0SEND_F0 0F1 0SEND_F1 0RECV_B0 0RECV_B1 0B0 0B1
     1RECV_F0 1RECV_F1 1F0 1F1      1B0      1SEND_B0 1B1 1SEND_B1
     """
-    return _played(rows, edges, early=True)
+    return _played(rows, edges, early=True, turns=_turns(rows, replicas))
 
 
 _TAKEN, _TAKES, _TAKES_END, _RECEIVER, _MAKES, _MAKES_END, _MADE, _WIDTH = 0, 1, 2, 3, 4, 5, 6, 8
@@ -85,7 +89,41 @@ class Played(NamedTuple):
     behind: Places
 
 
-def _played(rows: Order, edges: Edges, *, early: bool) -> Order:
+class Turns(NamedTuple):
+    """Rows that take turns: of each the first of its stage and the one behind the last, empty where there are none.
+
+    `backwards` has the places of all backwards: a row's from `begins` to `ends`, from `following` on those that it has
+    not come to.
+
+    What a row computes behind its `gate` waits for a reduction, and for all messages that this has waited for: those
+    with a place up to `floor`. Its later messages stand behind them.
+    """
+
+    first: Codes
+    behind: Codes
+    backwards: Codes
+    following: Codes
+    begins: Codes
+    ends: Codes
+    gate: Codes
+    floor: Places
+
+
+def _turns(rows: Order, replicas: Sequence[int]) -> Turns:
+    none = np.zeros(0, np.int64)
+    if not replicas:
+        return Turns(none, none, none, none, none, none, none, np.zeros(0))
+    flat, offsets = flatten(rows)
+    backwards = np.flatnonzero(TABLE.adds[codes.ops(flat)])
+    counts = np.array(replicas, np.int64)
+    stops = np.cumsum(counts)
+    begins, ends = (np.searchsorted(backwards, of) for of in (offsets[:-1], offsets[1:]))
+    first, behind = np.repeat(stops - counts, counts), np.repeat(stops, counts)
+    gate, floor = np.full(len(rows), -1, np.int64), np.zeros(len(rows))
+    return Turns(first, behind, backwards, begins.copy(), begins, ends, gate, floor)
+
+
+def _played(rows: Order, edges: Edges, *, early: bool, turns: Turns | None = None) -> Order:
     """Return the rows with their messages."""
     if not len(edges):
         return rows
@@ -109,7 +147,8 @@ def _played(rows: Order, edges: Edges, *, early: bool) -> Order:
         before=np.zeros(len(rows)),
         behind=np.empty(starts[-1]),
     )
-    _play(len(flat), flat, edges.kinds, what, edges.stages + 1, width, home, played, int(early))
+    turns = turns or _turns(rows, ())
+    _play(len(flat), flat, offsets, edges.kinds, what, edges.stages + 1, width, home, played, turns, int(early))
     ends = zip(starts.tolist(), played.rows[_END::_WIDTH].tolist(), strict=False)
     return tuple(played.out[begin:end] for begin, end in ends)
 
@@ -171,20 +210,40 @@ _TURNS, _SILENT = 4, 4
 
 
 @kernel
-def _play(flat, kinds, what, stages, width, home, played, early):  # type: ignore[no-untyped-def]
+def _play(flat, offsets, kinds, what, stages, width, home, played, turns, early):  # type: ignore[no-untyped-def]
     """Play the rows in rounds; `home` is the row of a stage's micro-batch.
 
     If `early`, each receive moves up over at most one compute, and over messages behind which no sender has to wait.
     One that goes before others gets a place before theirs, but behind that of the message before it on its sender's
     side. Messages are posted in the order of their places at first: what stands before a send has then found its own.
+    Where rows take `turns`, how far each may go is said anew in every round.
     """
     made, rows, out, latest, before, behind = played
+    first_of, behind_of, backwards, following, begins, ends, gate, floor = turns
     count = len(latest)
     posted = 0.0
     moved = True
     while moved:
         moved = False
         wanted = 0
+        for row in range(len(turns.first)):
+            while following[row] < ends[row] and backwards[following[row]] < rows[row * _WIDTH + _AT]:
+                following[row] += 1
+        for row in range(len(turns.first)):  # up to the second backward that not all of its stage have come to
+            fewest = ends[row] - begins[row]
+            for other in range(first_of[row], behind_of[row]):
+                if following[other] < ends[other]:  # one at its end has come to all turns that are whole
+                    fewest = min(fewest, following[other] - begins[other])
+            last = begins[row] + fewest + 1
+            stop = backwards[last] + 1 if last < ends[row] else offsets[row + 1]
+            if gate[row] >= 0 and stop > rows[row * _WIDTH + _STOP]:
+                floor[row] = posted
+            rows[row * _WIDTH + _STOP] = stop
+            if gate[row] < 0:
+                gate[row] = stop
+            elif rows[row * _WIDTH + _AT] >= gate[row]:
+                latest[row] = max(latest[row], floor[row])
+                gate[row] = stop
         for row in range(count):
             d = (row * _WIDTH) & NATURAL
             rows[d + _TURN] = _SILENT
@@ -278,8 +337,9 @@ def _play(flat, kinds, what, stages, width, home, played, early):  # type: ignor
                     out[here] = kinds.send[k] | m
                     behind[(rows[d + _BEGIN] + here - rows[d + _COMPUTE] - 1) & NATURAL] = place
                     latest[row] = place
-    for d in range(0, len(rows), _WIDTH):  # what waits for ever is left as it is: the proof shows the cell
-        for i in range(rows[d + _AT], rows[d + _STOP]):
+    for row in range(count):  # what waits for ever is left as it is: the proof shows the cell
+        d = row * _WIDTH
+        for i in range(rows[d + _AT], offsets[row + 1]):
             out[rows[d + _END]] = flat[i]
             rows[d + _END] += 1
     return 0
