@@ -210,9 +210,13 @@ def chosen(searching: Search, answer: Answer, words: Sequence[str] = (), *, ever
     With `every` the best of all, and with words those whose names have all of them, whatever their family. Two names of
     one plan are one. Raises `PlanError` (exit 2) when no plan that was evaluated has the words.
     """
+    single = every or bool(words)
 
     def does(found: Found) -> object:
-        return identity(searching.plan(found))
+        plan = searching.plan(found)
+        if len(plan.stages) == 1 and not single:  # of two families without a pipeline M is no difference
+            plan = msgspec.structs.replace(plan, microbatches=plan.replicas)
+        return identity(plan)
 
     best, rivals = answer.leaders[0], contenders(searching)
     named = [found for found in rivals if all(word in found.label for word in words)]
@@ -223,15 +227,14 @@ def chosen(searching: Search, answer: Answer, words: Sequence[str] = (), *, ever
             why=f"of the {len(rivals)} plans that were evaluated and fit; no other can be as good as {best.label}",
             fix="search among them alone, as with --strategy gpipe, or leave --filter out",
         )
-    if every or words:
+    if single:
         found = first_of_each(searching, named, does, EVERY)
     else:
         others = (one for one in rivals if family(one) != family(best))
         found = first_of_each(searching, others, family, 2 * SHOWN)
     distinct = {does(one): one for one in (*reversed(found), best)}
-    return [best, *(one for one in found if distinct[does(one)] is one and one.key != best.key)][
-        : EVERY if every or words else SHOWN
-    ]
+    rest = (one for one in found if distinct[does(one)] is one and one.key != best.key)
+    return [best, *rest][: EVERY if single else SHOWN]
 
 
 def outlined(searching: Search, shown: Sequence[Found], samples: int, seed: int) -> list[Outcome]:
