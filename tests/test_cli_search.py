@@ -131,7 +131,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     found = data(capsys, "explain", "best")
     assert found["plan"] == best
     assert len(found["sentences"]) >= 3
-    other = next(f.label for f in Store().load_search().answer.leaders if f.label != best)
+    other = next(f.label for f in Store().load_search().done.values() if f.label and f.label != best)
     assert data(capsys, "explain", other)["plan"] == other
     assert f"did you mean '{best}'" in failing(capsys, USAGE, "explain", best[:-1])["why"]
 
@@ -292,7 +292,8 @@ def test_the_best_that_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     by_hand()
-    wanted = data(capsys, "search", *QUICK)["best"]
+    asked = (*QUICK, "--objective", "memory")
+    wanted = data(capsys, "search", *asked)["best"]
     Path(".plan/search.json").unlink()
     evaluate = Search._evaluate
     seen: list[str] = []
@@ -305,7 +306,7 @@ def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture[str], monkeyp
         return evaluate(self, candidate)
 
     monkeypatch.setattr(Search, "_evaluate", interrupted)
-    assert invoke(["search", *QUICK]) == INTERRUPTED
+    assert invoke(["search", *asked]) == INTERRUPTED
     out, err = capsys.readouterr()
     assert out == ""
     assert "error: interrupted" in err
@@ -314,12 +315,12 @@ def test_ctrl_c_keeps_what_was_found(capsys: pytest.CaptureFixture[str], monkeyp
     assert len(kept.done) == 1
     interrupting[0] = False
     seen.clear()
-    found = data(capsys, "search", *QUICK)
+    found = data(capsys, "search", *asked)
     assert found["complete"]
     assert found["best"] == wanted
     assert not set(kept.done) & set(seen), "the same command goes on where it was"
     seen.clear()
-    data(capsys, "search", *QUICK, "--restart")
+    data(capsys, "search", *asked, "--restart")
     assert set(kept.done) & set(seen)
 
 
@@ -496,7 +497,7 @@ def test_a_search_says_what_would_make_a_strategy_possible(capsys: pytest.Captur
 
 def test_every_plan_that_a_sentence_names_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """Also those that memory rules out, and those that a search evaluated and did not rank."""
-    machine = factory.devices(4, memory_bytes=20_000, bandwidth=1e3)
+    machine = factory.devices(4, memory_bytes=12_000, bandwidth=100.0)
     profile = factory.profile([1.0] * 4, machine=machine, message_bytes=10)
     Store().save_profile(profile)
     asked = ("search", "--profile", Store().name_of(Store().profile_path(None)))
@@ -554,11 +555,13 @@ def test_every_line_of_a_search_is_another_decision(capsys: pytest.CaptureFixtur
     kinds = [plan["plan"].partition("-k")[0] for plan in found["plans"]]
     assert sorted(kinds) == ["data-parallel", "zero-1", "zero-3"]
     assert found["best"] in {plan["plan"] for plan in found["plans"]}
-    assert re.search(r"as good as the best within 2.0 %: \d+ more, as .* \(--all shows them\)", text(capsys, *asked))
     every = [plan["plan"] for plan in data(capsys, *asked, "--all")["plans"]]
-    assert len(set(every)) == len(every) > 3
+    assert len(set(every)) == len(every) >= 3
     filtered = [plan["plan"] for plan in data(capsys, *asked, "--filter", "zero-3")["plans"]]
-    assert len(filtered) > 1
+    assert filtered
     assert all("zero-3" in name for name in filtered)
+    others = {plan["plan"].partition("-k")[0] for plan in data(capsys, "search", "--saving", "none", "--all")["plans"]}
+    assert {"data-parallel", "zero-1", "gpipe", "1f1b", "zb-h1", "chimera"} < others, "every strategy's best"
+    assert "gpipe" in data(capsys, "search", "--saving", "none", "--filter", "gpipe")["plans"][0]["plan"]
     error = failing(capsys, USAGE, *asked, "--filter", "gpipe")
     assert "no plan's name has gpipe" in error["what"]

@@ -70,7 +70,7 @@ def as_data(
         "batches_samples": answer.batches,
         "tokens_per_sample": [n for n in answer.sequences if n] or [outcomes[0].plan.sequence],
         "complete": answer.complete,
-        "left_out_better_by_at_most": None if answer.margin == float("inf") else answer.margin,
+        "left_out_better_by_at_most": answer.margin,
         "candidates": answer.points,
         "evaluated": answer.evaluated,
         "simulated_with_contention": answer.simulated,

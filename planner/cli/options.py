@@ -90,7 +90,7 @@ FilterOption = Annotated[
     ),
 ]
 AllOption = Annotated[
-    bool, typer.Option("--all", help="Show more plans than the best: of a search several of one family.")
+    bool, typer.Option("--all", help="Show all plans, not only the best; of a search all that were evaluated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 

@@ -18,7 +18,7 @@ from planner.cli.opened import opened
 from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
-from planner.search.kinds import contenders, family, first_of_each
+from planner.search.kinds import contenders, family, first_of_each, look_at_others
 from planner.search.ranking import Ranking, check
 from planner.search.search import Search
 from planner.search.simplicity import identity
@@ -29,8 +29,10 @@ from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.profile import Profile
 
-SHOWN, EVERY = 8, 24
+SHOWN, EVERY = 8, 40
 """Plans that are simulated in full and shown: the best of each family; with --all or --filter the best of all."""
+OTHERS_S, EVERY_S = 2.0, 10.0
+"""Seconds for the best plans of other strategies, so many or all, beside those that the search itself has taken."""
 FRONT_S = 20.0
 """Seconds for the front of time against cost, beside those that the search itself has taken."""
 
@@ -99,7 +101,8 @@ def run(
     several = tuple(one.sequence for one in lengths)
     of = space(measured, priced, *batches, **question.axes, sequences=several)
     searching = _begin(store, (measured, *lengths), priced, of, question)
-    answer = _searched(store, searching, str(path), question.seconds)
+    others = (EVERY, EVERY_S) if every or words else (SHOWN + 2, OTHERS_S)
+    answer = _searched(store, searching, str(path), question.seconds, others)
     if not answer.leaders:
         raise answers.nothing_fits(searching, answer)
     found = chosen(searching, answer, words, every=every)
@@ -168,8 +171,8 @@ def asked(profiles: Sequence[Profile], cluster: Cluster, of: Space, objective: s
     return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 
-def _searched(store: Store, searching: Search, profile: str, budget: float) -> Answer:
-    """Run a search with its progress shown; save it however it ends."""
+def _searched(store: Store, searching: Search, profile: str, budget: float, others: tuple[int, float]) -> Answer:
+    """Run a search with its progress shown, then for so many `others` and seconds; save it however it ends."""
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -187,7 +190,10 @@ def _searched(store: Store, searching: Search, profile: str, budget: float) -> A
             )
 
         try:
-            return searching.run(told, seconds=budget)
+            answer = searching.run(told, seconds=budget)
+            if answer.leaders and answer.complete:
+                look_at_others(searching, others[0], min(budget, others[1] + answer.seconds))
+            return answer
         finally:
             store.save_search(
                 Searched(

@@ -89,9 +89,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a search has found so far: `leaders` begin with the best, then come the others by score.
 
     The best is the simplest of those that are as good as the quickest; nothing that was left out is better by more than
-    the share `margin`. `front` are plans that no other beats in both
-    time and memory, `nearest` those that lack least memory, `late` those that would come nearest to the deadline or the
-    budget.
+    the share `margin` (None where nothing is known). `front` are plans that no other beats in
+    both time and memory, `nearest` those that lack least memory, `late` those that would come nearest to the deadline
+    or the budget.
     """
 
     objective: str
@@ -107,12 +107,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     simulated: int
     seconds: float
     complete: bool
-    margin: float = 0.0
+    margin: float | None = None
 
     @property
     def certainty(self) -> str:
         """Say what is certain about the candidates that were left out."""
-        if self.margin == float("inf"):
+        if self.margin is None:
             return "what was left out may be better"
         much = f"is better by more than {percent(self.margin)}" if self.margin >= LEAST_SAID else "can be better"
         return f"nothing that was left out {much}"

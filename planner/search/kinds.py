@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Iterable
 
 import msgspec
+import numpy as np
 
 from planner.search.answer import Found
 from planner.search.search import Search
@@ -56,6 +58,26 @@ def first_of_each(search: Search, found: Iterable[Found], kind: Callable[[Found]
                 continue
         first[kind(one)] = one
     return list(first.values())
+
+
+def look_at_others(search: Search, most: int, seconds: float) -> None:
+    """Find the best plan of as many strategies as are to be shown, the most promising first, within `seconds`.
+
+    A search ends when nothing can be better than the best; what it has then seen of other strategies may be nothing at
+    all, and a person wants to know how far behind they are. What is found is kept with the search.
+    """
+    ends = time.monotonic() + seconds
+    _, firsts = np.unique(search.order.block, return_index=True)
+    promising = dict.fromkeys(search.blocks[search.order.block[i]].point.strategy for i in np.sort(firsts))
+    for name in promising:
+        seen = {found.strategy for found in contenders(search)}
+        left = ends - time.monotonic()
+        if left <= 0 or len(seen) >= most:
+            return
+        if name not in seen:
+            own = search.like(state=search.state, among=(b for b in search.blocks if b.point.strategy == name))
+            own.same = search.same  # two names of one plan are one, whichever search has seen it first
+            own.run(seconds=left)
 
 
 def contenders(search: Search) -> list[Found]:

@@ -32,7 +32,7 @@ from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
 from planner.search.objective import Reckoned
 from planner.search.simplicity import identity, mechanisms
-from planner.search.space import Candidate, Space, blocks, make, question
+from planner.search.space import Block, Candidate, Space, blocks, make, question
 from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
@@ -72,6 +72,7 @@ class Search:
         space: Space,
         *,
         lengths: Iterable[Profile] = (),
+        among: Iterable[Block] | None = None,
         objective: str = "throughput",
         terms: Terms | None = None,
         stale: bool = False,
@@ -80,6 +81,8 @@ class Search:
         allowed: Callable[[Plan], bool] = lambda plan: True,
     ) -> None:
         """`lengths` are profiles of the same model for the several sequence lengths of a space, one of each.
+
+        `among` are the blocks of the space that are searched, if not all.
 
         Plans that are not `allowed` are not looked at, and not kept with the state.
         Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
@@ -90,7 +93,7 @@ class Search:
         self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.units), stale
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
-        self.blocks = list(blocks(space, profile, cluster))
+        self.blocks = list(blocks(space, profile, cluster)) if among is None else list(among)
         self.large: list[tuple[float, int, int]] = []
         """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
         self.bounds = {length: Bounds(self.lengths.get(length, profile), cluster) for length in space.sequences}
@@ -482,8 +485,10 @@ class Search:
         objective: str = "",
         terms: Terms | None = None,
         allowed: Callable[[Plan], bool] | None = None,
+        state: State | None = None,
+        among: Iterable[Block] | None = None,
     ) -> Search:
-        """Return a search that has not begun, of the same but for what is given."""
+        """Return a search that has not begun, of the same but for what is given; its state is new if it is not."""
         return Search(
             self.profile,
             self.cluster,
@@ -494,6 +499,8 @@ class Search:
             stale=self.stale,
             able=self.able,
             allowed=allowed or self.allowed,
+            state=state,
+            among=among,
         )
 
     def profile_of(self, one: Candidate | Plan) -> Profile:
@@ -549,7 +556,7 @@ class Search:
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
-            margin=self.margin,
+            margin=self.margin if self.margin < float("inf") else None,
         )
 
 
