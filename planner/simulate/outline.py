@@ -7,6 +7,7 @@ import numpy as np
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
+from planner.orders.operations import OPERATIONS
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.evaluate import evaluate
@@ -65,8 +66,19 @@ def outline(placed: Placed) -> Outcome:
 
 
 def _exchanged(costs: Costs) -> float:
-    """Seconds, of all rows together, of the transfers that an action waits for as soon as it has posted them."""
+    """Seconds, of all rows together, of the transfers that an action waits for as soon as it has posted them.
+
+    And of those beside computing what is left when somebody comes to wait for them.
+    """
     linked = costs.linked
-    own = linked.posts[(linked.waits >= 0) & (linked.waits == linked.posts)]
     seconds = np.array([kind.seconds for kind in costs.kinds])
-    return float(seconds[costs.transfer_kind[own]].sum()) if len(own) else 0.0
+    own = linked.posts[(linked.waits >= 0) & (linked.waits == linked.posts)]
+    found = float(seconds[costs.transfer_kind[own]].sum()) if len(own) else 0.0
+    beside = np.array([OPERATIONS[kind.op].group == "holders" for kind in costs.kinds], bool)
+    waiting = np.flatnonzero((linked.needs >= 0) & (linked.waits < 0))
+    kinds = costs.transfer_kind[linked.needs[waiting]]
+    waiting, kinds = waiting[beside[kinds]], kinds[beside[kinds]]
+    if len(waiting):
+        walked = walk(costs)
+        found += float(np.minimum(walked.ready[waiting] - walked.end[waiting - 1], seconds[kinds]).sum())
+    return found

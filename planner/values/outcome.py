@@ -13,7 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from planner.values.plan import Plan, windows
+from planner.orders.action import parse
+from planner.orders.operations import OPERATIONS
+from planner.values.plan import Plan, steady_windows, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
 ROUNDING = 1e-9
@@ -95,7 +97,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if self.idle is not None:
             return _whole(self.idle)
         if self.source == "simulated" and self.step_times_s:
-            return max(0.0, 1.0 - self._steady(self.trace.computing) - self._steady(self.trace.synchronising))
+            return max(0.0, 1.0 - self._steady(self.trace.computing) - self.synchronising)
         return _whole(statistics.median(trace.makespan_bubble for trace in self.steps))
 
     @cached_property
@@ -107,7 +109,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if self.synchronised is not None:
             return self.synchronised
         if self.source == "simulated" and self.step_times_s:
-            return self._steady(self.trace.synchronising)
+            begin, end = self._full
+            spent = self.trace.agreeing(begin, end)
+            return sum(spent) / (len(spent) * (end - begin)) if end > begin else 0.0
         return statistics.median(
             sum(trace.synchronising) / (len(trace.devices) * trace.end) if trace.end else 0.0 for trace in self.steps
         )
@@ -115,6 +119,21 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def _steady(self, spent: tuple[float, ...]) -> float:
         """Share of the devices' time in the steady state, of seconds that were spent in all unrolled steps."""
         return sum(spent) / windows(self.plan) / (len(spent) * self.step_s)
+
+    @property
+    def _full(self) -> tuple[float, float]:
+        """When the steps are over between which the pipeline of a plan without flush is full."""
+        plan, count = self.plan, windows(self.plan)
+        edge = (count - steady_windows(plan)) // 2
+        share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
+        over = [0.0] * count
+        for event in self.trace.events:
+            if event.lane == COMPUTE:
+                action = parse(event.action)
+                if OPERATIONS[action.op].gradients == "adds":
+                    window = (action.microbatch or 0) % (share * count) // share
+                    over[window] = max(over[window], event.end)
+        return over[edge - 1], over[count - edge - 1]
 
     @property
     def peak(self) -> tuple[MemoryPoint, ...]:

@@ -89,7 +89,11 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def synchronising(self) -> tuple[float, ...]:
-        """Seconds in which each device agreed with others instead of computing: what of that nothing hides.
+        """Seconds in which each device agreed with others instead of computing: `agreeing` over the whole step."""
+        return self.agreeing(0.0, float("inf"))
+
+    def agreeing(self, since: float, until: float) -> tuple[float, ...]:
+        """Return the seconds between two moments in which each device agreed with others: what of that nothing hides.
 
         It reduces, pulls or pushes (from when the last device has come to that), or waits for what goes on beside its
         computing, a gather or a reduction: for what ends when one on its link ends, as long as any is there.
@@ -108,12 +112,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if event.lane != COMPUTE:
                 continue
             if event.op in SYNCHRONISING:
-                spent[event.device] += event.end - min(event.ready, max(event.start, come[event.action]))
+                begin = min(event.ready, max(event.start, come[event.action]))
+                spent[event.device] += max(0.0, min(event.end, until) - max(begin, since))
             elif event.ready > event.start and event.device in together:
                 ends, begins = together[event.device]
                 at = bisect.bisect_left(ends, event.ready - near)
                 if at < len(ends) and ends[at] <= event.ready + near:
-                    spent[event.device] += event.ready - max(event.start, begins[at])
+                    begin = max(event.start, begins[at])
+                    spent[event.device] += max(0.0, min(event.ready, until) - max(begin, since))
         return tuple(spent)
 
     @cached_property

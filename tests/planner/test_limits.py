@@ -62,15 +62,18 @@ def test_waiting_for_a_slower_replica_is_the_bubble() -> None:
     assert outcome.bubble == pytest.approx(0.25)
 
 
-def test_large_plans_count_what_their_actions_wait_for() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "layers", "m", "bandwidth"), [("data-parallel", 2, 2, 500.0), ("pipedream-replicated", 1, 256, 400.0)]
+)
+def test_large_plans_count_what_their_actions_wait_for(strategy: str, layers: int, m: int, bandwidth: float) -> None:
     """The outline walks no SimPy: its shares are those of the walked step."""
-    cluster = devices(2, bandwidth=500.0)
-    plan = strategies.get("data-parallel").spread(Question(profile([1.0, 1.0]), cluster, 2, 2, 4))
-    placed = Placed(profile([1.0, 1.0]), plan, cluster)
-    small, large = simulate(profile([1.0, 1.0]), plan, cluster), outline(placed)
+    cluster, costs = devices(2, bandwidth=bandwidth), profile([1.0] * layers)
+    plan = strategies.get(strategy).spread(Question(costs, cluster, 2, m, layers * m))
+    small, large = simulate(costs, plan, cluster), outline(Placed(costs, plan, cluster))
     assert large.step_s == pytest.approx(small.step_s)
-    assert large.synchronising == pytest.approx(small.synchronising)
-    assert large.bubble == pytest.approx(small.bubble, abs=1e-9)
+    assert small.synchronising > 0.1
+    assert large.synchronising == pytest.approx(small.synchronising, rel=0.02), "the last steps drain the pipeline"
+    assert large.bubble == pytest.approx(small.bubble, abs=0.01)
 
 
 def test_an_uneven_pipeline_is_bound_by_its_slowest_stage() -> None:
