@@ -11,6 +11,7 @@ Operational Research 1982).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -45,6 +46,40 @@ _ROUNDING = 1e-9
 """What a transfer keeps its engine for beyond its seconds, relative to them, is none: the same buckets, added up."""
 
 
+class Passing(NamedTuple):
+    """What passes shared links: transfers that somebody waits for (`numbers`), then updates on hosts.
+
+    `plane` tells of which operation each is, `kind` the transfers' kinds. Each begins no earlier than its `head`, and
+    behind it the step goes on for `behind` at least. `total` are the seconds for which all of them keep each link,
+    `by_kind` those of one transfer of a kind, `updating` those of each update. `following` is what goes on behind each
+    action; it is written where asked for, or where there are updates.
+    """
+
+    numbers: npt.NDArray[np.int64]
+    plane: npt.NDArray[np.int64]
+    kind: npt.NDArray[np.int32]
+    head: Floats
+    behind: Floats
+    total: dict[int, float]
+    by_kind: dict[int, dict[int, float]]
+    updating: dict[int, Floats]
+    following: Floats
+
+    def busy(self, link: int) -> Floats:
+        """Return the seconds for which each keeps a link."""
+        of = np.zeros(int(self.kind.max(initial=-1)) + 1)
+        for kind, seconds in self.by_kind.get(link, {}).items():
+            if kind < len(of):
+                of[kind] = seconds
+        updates = len(self.head) - len(self.numbers)
+        return np.append(of[self.kind], self.updating.get(link, np.zeros(updates)))
+
+
+def heaviest(total: Mapping[int, float]) -> list[int]:
+    """Return the links with most to carry, of those that carry anything."""
+    return [link for _, link in sorted((busy, link) for link, busy in total.items() if busy > 0)[-LOOKED_AT:]]
+
+
 def link_bound(
     placed: Placed,
     linked: Linked,
@@ -57,40 +92,79 @@ def link_bound(
     `begun` is when the walk begins each transfer. Where `linked` is one replica for all, the others' transfers
     (`everybody`) begin when its own do.
     """
+    found = passing(placed, linked, prices, everybody, begun)
+    bound = 0.0
+    for link in heaviest(found.total):
+        busy = found.busy(link)
+        mine = np.flatnonzero(busy > 0)
+        plane, head, busy, behind = found.plane[mine], found.head[mine], busy[mine], found.behind[mine]
+        planes, heads, rests = by_plane(plane, head, behind)
+        together: Floats = np.bincount(plane, busy)[planes].astype(np.float64)
+        bound = max(bound, one_machine(head, busy, behind), one_machine(heads, together, rests))
+    return bound
+
+
+def by_plane(
+    plane: npt.NDArray[np.int64], head: Floats, behind: Floats
+) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """Put everything of an operation together: return the operations, their first heads and what is behind the last.
+
+    That may be more than all from a moment on: what is short behind another operation is left out.
+    """
+    starts = np.flatnonzero(np.append(True, plane[1:] != plane[:-1]))
+    return plane[starts], np.minimum.reduceat(head, starts), np.minimum.reduceat(behind, starts)
+
+
+def one_machine(head: Floats, busy: Floats, behind: Floats) -> float:
+    """Return how long a link takes at least for what begins after its head, keeps it busy, and has a step behind it."""
+    order = np.argsort(head)
+    rest = np.cumsum(busy[order][::-1])[::-1]
+    least = np.minimum.accumulate(behind[order][::-1])[::-1]
+    return float((head[order] + rest + least).max(initial=0.0))
+
+
+def passing(
+    placed: Placed,
+    linked: Linked,
+    prices: Prices,
+    everybody: Everybody,
+    begun: Floats,
+    *,
+    everywhere: bool = False,
+) -> Passing:
+    """Return what passes the links; with `everywhere`, what goes on behind every action."""
     kinds, transfer_kind = prices.kinds, prices.transfer_kind
     waiting = _waiting(linked)
     used = np.flatnonzero((linked.parties > 0) & (waiting > 0))  # what nobody waits for may outlast the step
-    numbers = transfer_kind[used]
-    counts = np.bincount(numbers, minlength=len(kinds))
+    kind = transfer_kind[used]
+    counts = np.bincount(kind, minlength=len(kinds))
     on_link, on_host = _busy(placed.cluster, everybody), updates(placed, linked, prices)
     total = _total(on_link, counts, on_host)
-    heavy = sorted((busy, link) for link, busy in total.items() if busy > 0)[-LOOKED_AT:]
-    if not heavy:
-        return 0.0
-    tails, following = np.full(linked.transfers, -1.0), np.zeros(len(linked.flat) if on_host.places.size else 0)
+    none = np.zeros(0)
+    if not any(total.values()):
+        return Passing(used[:0], used[:0], kind[:0], none, none, {}, {}, {}, none)
+    tails = np.full(linked.transfers, -1.0)
+    following = np.zeros(len(linked.flat) if everywhere or on_host.places.size else 0)
     _tails(
         len(linked.flat),
         *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.needs),
         *(len(OPS), prices.shift, prices.by_number),
         *(taken(prices), transfer_kind, waiting, tails, following),
     )
-    bound = 0.0
-    for _, link in heavy:
-        busy_of = np.zeros(len(kinds))
-        busy_of[list(on_link.get(link, ()))] = list(on_link.get(link, {}).values())
-        mine = used[busy_of[numbers] > 0]
-        kind = transfer_kind[mine]
-        early = np.array([k.early for k in kinds])
-        hidden = np.array([k.busy > k.seconds * (1 + _ROUNDING) for k in kinds])
-        updating = on_host.busy.get(link, np.zeros(len(on_host.places)))
-        head = np.concatenate((begun[mine] - early[kind], on_host.begun))
-        behind = np.concatenate((np.where(hidden[kind], 0.0, tails[mine]), following[on_host.places]))
-        order = np.flatnonzero(np.concatenate((busy_of[kind], updating)) > 0)
-        order = order[np.argsort(head[order])]
-        rest = np.cumsum(np.concatenate((busy_of[kind], updating))[order][::-1])[::-1]
-        least = np.minimum.accumulate(behind[order][::-1])[::-1]
-        bound = max(bound, float((head[order] + rest + least).max(initial=0.0)))
-    return bound
+    early = np.array([k.early for k in kinds])
+    hidden = np.array([k.busy > k.seconds * (1 + _ROUNDING) for k in kinds])
+    plane = np.searchsorted([base for _, base in linked.planes], used, side="right")
+    return Passing(
+        numbers=used,
+        plane=np.append(plane, np.zeros(len(on_host.places), np.int64)),
+        kind=kind,
+        head=np.concatenate((begun[used] - early[kind], on_host.begun)),
+        behind=np.concatenate((np.where(hidden[kind], 0.0, tails[used]), following[on_host.places])),
+        total=total,
+        by_kind=on_link,
+        updating=on_host.busy,
+        following=following,
+    )
 
 
 def link_seconds(placed: Placed, linked: Linked, prices: Prices) -> float:
@@ -113,7 +187,7 @@ def updates(placed: Placed, linked: Linked, prices: Prices) -> Updates:
     if not placed.plan.host_optimizer:
         return Updates(np.zeros(0, np.int64), np.zeros(0), {})
     places = np.flatnonzero(codes.has(linked.flat, OPTIMIZER))
-    ready, seconds = timed(linked, prices)
+    ready, _, seconds, _ = timed(linked, prices)
     busy: dict[int, Floats] = defaultdict(lambda: np.zeros(len(places)))
     bandwidth = placed.cluster.bandwidths
     stages, rows = codes.stages(linked.flat[places]).tolist(), linked.row[places].tolist()

@@ -92,13 +92,22 @@ def makespan(linked: Linked, prices: Prices) -> Makespan:
     return _run(linked, prices.shift, prices.by_number, prices, none, none)
 
 
-def timed(linked: Linked, prices: Prices) -> tuple[Floats, Floats]:
-    """Return when each action of a program has what it waits for, and its seconds, at its medians."""
+class Timed(NamedTuple):
+    """Seconds: when each action has what it waits for and is done, its own, and when each transfer begins."""
+
+    ready: Floats
+    end: Floats
+    seconds: Floats
+    begun: Floats
+
+
+def timed(linked: Linked, prices: Prices) -> Timed:
+    """Return when everything of a program happens, at its medians."""
     flat, ready, end = linked.flat, np.zeros(len(linked.flat)), np.zeros(len(linked.flat))
     kind = (codes.ports(flat) * linked.stages + codes.stages(flat)) * len(OPS) + codes.ops(flat)
     seconds = prices.by_number[prices.shift[linked.row] + kind]
-    _run(linked, np.zeros(linked.devices, np.int64), seconds, prices, ready, end)
-    return ready, seconds
+    begun = _run(linked, np.zeros(linked.devices, np.int64), seconds, prices, ready, end).begun
+    return Timed(ready, end, seconds, begun)
 
 
 def _run(

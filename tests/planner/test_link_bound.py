@@ -20,6 +20,7 @@ from planner.search.search import Search
 from planner.search.space import Space, candidates, make
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
+from planner.simulate.extrapolate import extrapolate
 from planner.simulate.predict import simulate
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import asynchronous
@@ -161,6 +162,55 @@ def test_one_replica_stands_only_for_those_with_equal_links(microbatches: int) -
     assert evaluate(placed, Linked(unroll(placed.plan))).step_s == pytest.approx(step_s, abs=1e-6)
     assert evaluate(placed).step_s == pytest.approx(step_s, abs=1e-6)
     assert simulate(costs, placed.plan, cluster).samples_s[0] == pytest.approx(step_s, abs=1e-6)
+
+
+def test_a_long_step_takes_what_its_links_carry() -> None:
+    """Two stages on each of two hosts, in turn: 2048 micro-batches bring three messages of 1 s each way over the NICs.
+
+    From host 0 the activations of stages 0 and 2 and the gradient of stage 2 go. The first begins behind a forward of
+    1 ms; behind the last, stage 1's backward of 2 ms sends its gradient back in 1 s, and stage 0's takes 2 ms:
+    0.001 + 3 x 2048 + 0.002 + 1 + 0.002 s. Nothing is walked to its end: the steady state is continued.
+    """
+    microbatches = 2048
+    costs = msgspec.structs.replace(profile([1e-3] * 4, [2e-3] * 4, message_bytes=100), batch=microbatches)
+    cluster = hosts_of(2, 1, nic=100.0)
+    plan = get("interleaved").spread(Question(costs, cluster, 2, microbatches, microbatches, chunks=2))
+    placed = Placed(costs, plan, cluster)
+    assert extrapolate(placed) is not None
+    assert evaluate(placed).step_s == pytest.approx(6145.005, rel=1e-9)
+    assert evaluate(placed).step_s <= simulated_step(placed)
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from([strategy for strategy in all_strategies() if not strategy.asynchronous]),
+    st.sampled_from([10.0, 100.0, 1000.0]),
+    st.sampled_from([0.0, 0.5]),
+    st.sampled_from([(1, 1, ""), (2, 1, ""), (2, 2, "stages"), (2, 2, "pipelines")]),
+    st.sampled_from(["all-reduce", "zero-1"]),
+    st.integers(0, 2000),
+)
+def test_a_long_step_is_bound_by_its_links_as_a_short_one(
+    strategy: Strategy, nic: float, latency_s: float, shape: tuple[int, int, str], agreed: str, message: int
+) -> None:
+    """Where the steady state is continued, its bound is nearly that of the step walked whole, and never above it."""
+    chunks, replicas, mapping = shape
+    cluster = hosts_of(2, 2, nic=nic, latency_s=latency_s)
+    costs = msgspec.structs.replace(profile([1.0, 2.0, 1.0, 3.0], message_bytes=message, optimizer_s=0.5), batch=384)
+    question = Question(costs, cluster, 4, 384, 384, replicas=replicas, chunks=chunks, mapping=mapping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planner.simulate.extrapolate.WORTH_IT", 4)
+        try:
+            synchronisation = agreed if replicas > 1 else ""
+            placed = Placed(costs, strategy.spread(question._replace(synchronisation=synchronisation)), cluster)
+            one = 1 if placed.alike else None
+            continued = extrapolate(placed, one)
+        except PlanError:
+            continued = None
+    if continued is not None:
+        whole = evaluate(placed, Linked(unroll(placed.plan, replicas=one))).step_s
+        assert 0.9 * whole <= continued[0] <= whole * (1 + 1e-9)
+        assert continued[0] <= simulated_step(placed) * (1 + 1e-9)
 
 
 def test_updates_on_a_host_share_its_memory() -> None:
