@@ -122,8 +122,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def _full(self) -> tuple[float, float]:
-        """When the steps are over between which the pipeline of a plan without flush is full."""
+        """When the steps are over between which the pipeline of a plan without flush is full; else the whole step."""
         plan, count = self.plan, windows(self.plan)
+        if count == 1:
+            return 0.0, self.trace.end
         edge = (count - steady_windows(plan)) // 2
         share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
         over = [0.0] * count
