@@ -14,6 +14,7 @@ from planner.orders.operations import (
     RECV_BACKWARD,
     RECV_FORWARD,
     REDUCE_GRAD,
+    REDUCE_TIED,
     SEND_BACKWARD,
     SEND_FORWARD,
 )
@@ -30,6 +31,7 @@ PERFORMS = {
     SEND_BACKWARD: "send_backward",
     RECV_BACKWARD: "receive_backward",
     REDUCE_GRAD: "reduce_gradients",
+    REDUCE_TIED: "add_up_gradients",
     OPTIMIZER: "optimize",
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""

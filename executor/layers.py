@@ -1,22 +1,24 @@
 """A model as a list of layers with the values that pass between them, and any run of layers as one module.
 
-The layers come from the model file's `layers(model)`, from an `nn.Sequential`, or from the traced graph of sub-module
-calls. Parameters keep the names they have in the whole model.
+The layers come from the model file's `layers(model)`, from an `nn.Sequential`, or from the captured graph of the
+model's step. Parameters keep the names they have in the whole model.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from executor.model_file import ModelFile, explained
+from executor.batch import Drawn, tensors
+from executor.capture import EXAMPLE, capture
+from executor.graph_layers import SAMPLES, Cutter, Piece
+from executor.model_file import Loss, ModelFile, explained
 from planner.basis.errors import PlanError
 
 MODEL_INPUT = -1
@@ -24,12 +26,18 @@ MODEL_INPUT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer: called with the tensors named `inputs`, it returns those named `outputs`."""
+    """One layer: called with the tensors named `inputs`, it returns those named `outputs`.
+
+    Behind the inputs it takes what is `ambient`, which no layer makes (`LayeredModel.ambient`). Into the inputs that it
+    `changes` it writes: they must be nobody else's.
+    """
 
     name: str
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    ambient: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,26 @@ class Wire:
 
 @dataclass(frozen=True, kw_only=True)
 class LayeredModel:
-    """A model, cut. `inputs` name the model's inputs; the last layer's return is the model's output, as it is."""
+    """A model, cut. `inputs` name the model's inputs; `loss` takes what the last layer returns, as it is, and targets.
+
+    Of the tensors of a batch's inputs, those numbered `late` are read by the loss alone: they go with the targets.
+    `surroundings` make what layers take of nobody. Inside the modules `opaque` torch could not follow the forward.
+    """
 
     model: nn.Module
     inputs: tuple[str, ...]
     layers: tuple[Layer, ...]
+    loss: Loss
+    late: tuple[int, ...] = ()
+    opaque: tuple[str, ...] = ()
+    surroundings: Surroundings | None = None
+
+    def parted(self, inputs: tuple[Any, ...], targets: Any) -> tuple[tuple[Any, ...], Any]:
+        """Return what the first stage and what the last needs of a batch."""
+        if not self.late:
+            return inputs, targets
+        early = tuple(tensor for i, tensor in enumerate(inputs) if i not in self.late)
+        return early, (tuple(inputs[i] for i in self.late), targets)
 
     @property
     def wires(self) -> tuple[Wire, ...]:
@@ -80,15 +103,29 @@ class LayeredModel:
             self.crossing(layers.start),
             () if last else self.crossing(layers.stop),
             recompute=recompute,
+            surroundings=self.surroundings,
         )
 
+    def saved_names(self) -> dict[int, tuple[str, ...]]:
+        """Names in the whole model's `state_dict` by the identity of the parameter or buffer.
+
+        Several where it is shared, none where it is not saved (a buffer that is not persistent).
+        """
+        names: dict[int, tuple[str, ...]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor):
+                names[id(tensor)] = (*names.get(id(tensor), ()), name)
+        return names
+
     def parameter_names(self) -> dict[int, str]:
-        """Names in the whole model by the identity of the parameter or buffer."""
-        return {
-            id(tensor): name
-            for tensors in (self.model.named_buffers(), self.model.named_parameters())
-            for name, tensor in tensors
-        }
+        """The name of every parameter in the whole model by its identity; of a shared one, the first."""
+        return {id(parameter): name for name, parameter in self.model.named_parameters()}
+
+    def unheld(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the model that no layer holds, under the names in its `state_dict`."""
+        held = {id(t) for layer in self.layers for t in (*layer.module.parameters(), *layer.module.buffers())}
+        state = self.model.state_dict(keep_vars=True)
+        return {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in held}
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Groups of layers that share a parameter: the parameter's name, then the layers' names."""
@@ -110,18 +147,31 @@ class StageModule(nn.Module):
     """
 
     def __init__(
-        self, layers: Sequence[Layer], inputs: tuple[str, ...], outputs: tuple[str, ...], *, recompute: bool
+        self,
+        layers: Sequence[Layer],
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        *,
+        recompute: bool,
+        surroundings: Surroundings | None = None,
     ) -> None:
         super().__init__()
         self.body = nn.ModuleList(layer.module for layer in layers)
         self.layers, self.inputs, self.outputs, self.recompute = tuple(layers), inputs, outputs, recompute
         self.on_repeat: Callable[[], None] | None = None
+        self.surroundings = surroundings
+        self.ambient = tuple(dict.fromkeys(name for layer in layers for name in layer.ambient))
+        self.changed = frozenset(name for layer in layers for name in layer.changes) & set(inputs)
         needed: set[str] = set(outputs)
         self._dropped: list[tuple[str, ...]] = []
         for layer in reversed(layers):
             self._dropped.append(tuple(name for name in layer.inputs if name not in needed))
             needed |= set(layer.inputs)
         self._dropped.reverse()
+
+    def surrounded(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return what the layers take of nobody, for a micro-batch of which some values are."""
+        return self.surroundings.around(self.ambient, values) if self.surroundings is not None else {}
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Take the values named `inputs`, return those named `outputs`, or on the last stage the model's output."""
@@ -139,10 +189,12 @@ class StageModule(nn.Module):
             self.on_repeat()
 
     def _walk(self, *tensors: torch.Tensor) -> Any:
-        live = dict(zip(self.inputs, tensors, strict=True))
+        live: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
+        live.update({name: live[name].clone() for name in self.changed})
+        live.update(self.surrounded(live))
         result: Any = None
         for layer, dropped in zip(self.layers, self._dropped, strict=True):
-            result = layer.module(*(live[name] for name in layer.inputs))
+            result = layer.module(*(live[name] for name in (*layer.inputs, *layer.ambient)))
             for name in dropped:
                 live.pop(name, None)
             if layer.outputs:
@@ -158,19 +210,96 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
-    """Cut a model into layers.
+class Surroundings:
+    """What layers take of nobody: the batch size, and tensors that follow from it and from constants.
 
-    Raises `PlanError` when it cannot be traced or a layer fails, with the layer's name.
+    `batched` says of values which of their dimensions is which multiple of the batch size; `make` returns a module from
+    the batch size to ambient tensors.
     """
-    inputs, _ = file.draw(2, seed=0)
-    names = tuple(f"input{i}" for i in range(len(inputs)))
+
+    def __init__(self, batched: dict[str, tuple[int, int]], make: Callable[[tuple[str, ...]], nn.Module]) -> None:
+        self.batched, self.make = batched, make
+        self.made: dict[tuple[tuple[str, ...], torch.device], nn.Module] = {}
+
+    def around(self, names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+        """Return the ambient tensors of these names, and the batch size, for a micro-batch of which some values are."""
+        if not names:
+            return {}
+        known = next(name for name in values if name in self.batched)
+        dim, factor = self.batched[known]
+        samples, device = values[known].shape[dim] // factor, values[known].device
+        tensors = tuple(name for name in names if name != SAMPLES)
+        if (tensors, device) not in self.made:
+            self.made[tensors, device] = on(self.make(tensors), device)
+        results = as_tuple(self.made[tensors, device](samples)) if tensors else ()
+        return {**dict(zip(tensors, results, strict=True)), SAMPLES: samples}
+
+
+def on(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a module on a device, also the tensors that it makes where it has been captured on another one."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if isinstance(node.kwargs.get("device"), torch.device):
+                    node.kwargs = {**node.kwargs, "device": device}
+            part.recompile()
+    moved: dict[int, torch.Tensor] = {}  # a buffer that several layers hold stays one
+    keep = list(module.buffers())
+    module._apply(lambda tensor: moved.setdefault(id(tensor), tensor.to(device)))
+    del keep
+    return module
+
+
+def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
+    """Cut a model into layers: those of `layers(model)`, an `nn.Sequential`'s, or those of its captured graph.
+
+    Raises `PlanError` when its forward cannot be followed or a layer fails, with the layer's name.
+    """
+    drawn = file.drawn(EXAMPLE, seed=0)
     if file.layers is not None:
         with explained(file.path, "layers(model)"):
-            return _chain(_named(file.layers(model), model), model, names, file)
+            return _chain(_named(file.layers(model), model), model, drawn.names, file)
     if isinstance(model, nn.Sequential):
-        return _chain(list(model.named_children()), model, names, file)
-    return _traced(model, inputs, file)
+        return _chain(list(model.named_children()), model, drawn.names, file)
+    with torch.random.fork_rng(devices=[]), unchanged_buffers(model), explained(file.path, "the model's forward"):
+        return _captured(file, model, drawn)
+
+
+def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
+    captured = capture(file, model, drawn)
+    cutter = Cutter(captured, model)
+    layers = [
+        Layer(name=p.name, module=p.module, inputs=p.inputs, outputs=p.outputs, ambient=p.ambient, changes=p.changes)
+        for p in cutter.pieces()
+    ]
+    layers[-1] = replace(layers[-1], outputs=())
+    every = {node.name: cutter.batched(node) for node in (*captured.inputs, *captured.targets, *captured.steps)}
+    batched = {name: found for name, found in every.items() if found is not None}
+    surroundings = Surroundings(batched, cutter.ambient)
+    return LayeredModel(
+        model=model,
+        inputs=tuple(node.name for node in captured.inputs if node not in cutter.late),
+        layers=tuple(layers),
+        loss=_CapturedLoss(cutter.loss(), surroundings),
+        late=tuple(i for i, node in enumerate(captured.inputs) if node in cutter.late),
+        opaque=tuple(captured.opaque.paths),
+        surroundings=surroundings,
+    )
+
+
+class _CapturedLoss(nn.Module):
+    """The part of a captured graph that is the loss: of what the last layer returns and of the targets' tensors."""
+
+    def __init__(self, piece: Piece, surroundings: Surroundings) -> None:
+        super().__init__()
+        self.module, self.piece, self.surroundings = piece.module, piece, surroundings
+
+    def forward(self, result: Any, targets: Any) -> torch.Tensor:
+        """Return the loss."""
+        values = dict(zip(self.piece.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
+        around = self.surroundings.around(self.piece.ambient, values)
+        loss: torch.Tensor = self.module(*values.values(), *(around[name] for name in self.piece.ambient))
+        return loss
 
 
 def _named(listed: Any, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -205,7 +334,7 @@ def _chain(
             made = tuple(f"v{i}" if len(values) == 1 else f"v{i}.{j}" for j in range(len(values)))
             layers.append(Layer(name=name, module=module, inputs=taken, outputs=made if i < len(named) - 1 else ()))
             taken = made
-    return LayeredModel(model=model, inputs=inputs, layers=tuple(layers))
+    return LayeredModel(model=model, inputs=inputs, layers=tuple(layers), loss=file.loss)
 
 
 @contextmanager
@@ -223,117 +352,3 @@ def _tried_out(model: nn.Module) -> Iterator[None]:
     """Run a model without leaving a trace in its buffers, gradients or the random state."""
     with torch.random.fork_rng(devices=[]), torch.no_grad(), unchanged_buffers(model):
         yield
-
-
-class _CallTracer(fx.Tracer):
-    """Records calls of sub-modules as they stand in the model's forward; only Sequentials are looked into."""
-
-    def __init__(self, inside: tuple[type[nn.Module], ...]) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, self.inside)
-
-
-def _traced(model: nn.Module, inputs: tuple[Any, ...], file: ModelFile) -> LayeredModel:
-    graph = _trace(model, len(inputs), (nn.Sequential,), file)
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    if len(calls) == 1:  # a wrapper around the real model: look into that one too
-        inner = model.get_submodule(str(calls[0].target))
-        graph = _trace(model, len(inputs), (nn.Sequential, type(inner)), file)
-    recorder = _TensorRecorder(fx.GraphModule(model, graph))
-    with _tried_out(model), explained(file.path, "the model's forward"):
-        try:
-            recorder.run(*inputs)
-        except Exception:
-            model(*inputs)  # fails likewise, but in the user's own lines
-            raise
-    groups = _group([n for n in graph.nodes if n.op not in ("placeholder", "output")], recorder.tensors)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"][: len(inputs)]
-    output = next(node for node in graph.nodes if node.op == "output")
-    group_of = {node: i for i, nodes in enumerate(groups) for node in nodes}
-    layers = []
-    for i, nodes in enumerate(groups):
-        last = i == len(groups) - 1
-        taken = _unique(arg for node in nodes for arg in node.all_input_nodes if group_of.get(arg, -1) < i)
-        if last:
-            taken = _unique([*taken, *(a for a in output.all_input_nodes if group_of.get(a, -1) < i)])
-        made = [n for n in nodes if any(group_of.get(u, len(groups)) > i for u in n.users)] if not last else []
-        layers.append(_graph_layer(model, nodes, taken, made, output if last else None))
-    return LayeredModel(model=model, inputs=tuple(p.name for p in placeholders), layers=tuple(layers))
-
-
-def _trace(model: nn.Module, inputs: int, inside: tuple[type[nn.Module], ...], file: ModelFile) -> fx.Graph:
-    """Trace the forward with its first `inputs` arguments open and the others at their defaults."""
-    arguments = list(inspect.signature(model.forward).parameters.values())[inputs:]
-    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
-    try:
-        return _CallTracer(inside).trace(model, concrete_args=defaults or None)
-    except Exception as error:
-        raise PlanError(
-            what="the model's forward cannot be traced into layers",
-            where=file.path,
-            why=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="add layers(model) to the model file: a list of modules, each taking what the one before returns",
-        ) from error
-
-
-class _TensorRecorder(fx.Interpreter):
-    """Runs a graph and notes which nodes are tensors."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.tensors: set[fx.Node] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
-            self.tensors.add(n)
-        return result
-
-
-def _group(nodes: list[fx.Node], tensors: set[fx.Node]) -> list[list[fx.Node]]:
-    """Put every module call into a layer of its own, with the operations that follow it.
-
-    Layers between which something else than tensors would pass (a size, a tuple) are joined: only tensors are sent.
-    """
-    groups: list[list[fx.Node]] = []
-    for node in nodes:
-        if not groups or (node.op == "call_module" and any(n.op == "call_module" for n in groups[-1])):
-            groups.append([])
-        groups[-1].append(node)
-    i = 0
-    while i < len(groups):
-        where = {node: j for j, group in enumerate(groups) for node in group}
-        reach = max((where.get(user, i) for node in groups[i] if node not in tensors for user in node.users), default=i)
-        if reach > i:
-            groups[i : reach + 1] = [[node for group in groups[i : reach + 1] for node in group]]
-        else:
-            i += 1
-    return groups
-
-
-def _unique(nodes: Any) -> list[fx.Node]:
-    return list(dict.fromkeys(nodes))
-
-
-def _graph_layer(
-    model: nn.Module, nodes: list[fx.Node], taken: list[fx.Node], made: list[fx.Node], output: fx.Node | None
-) -> Layer:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in taken}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    if output is not None:
-        graph.output(fx.map_arg(output.args[0], lambda n: copies[n]))
-    else:
-        results = tuple(copies[node] for node in made)
-        graph.output(results if len(results) > 1 else results[0] if results else ())
-    call = next((node for node in nodes if node.op == "call_module"), nodes[0])
-    return Layer(
-        name=str(call.target) if call.op == "call_module" else call.name,
-        module=fx.GraphModule(model, graph),
-        inputs=tuple(node.name for node in taken),
-        outputs=tuple(node.name for node in made),
-    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from executor.batch import Drawn
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -56,10 +57,15 @@ class ModelFile:
         return model
 
     def draw(self, samples: int, seed: int) -> tuple[tuple[Any, ...], Any]:
-        """Draw a batch that depends on `seed` alone: the inputs as a tuple of tensors, and the targets.
+        """Draw a batch that depends on `seed` alone: the tensors of its inputs, and the targets (`drawn`)."""
+        drawn = self.drawn(samples, seed)
+        return drawn.inputs, drawn.targets
 
-        The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails, its inputs are no
-        tensors, or its sequences of tokens are not as long as was asked for.
+    def drawn(self, samples: int, seed: int) -> Drawn:
+        """Draw a batch that depends on `seed` alone.
+
+        The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails, a tensor of its
+        inputs does not have `samples` samples, or its sequences of tokens are not as long as was asked for.
         """
         import random
 
@@ -75,26 +81,27 @@ class ModelFile:
         finally:
             random.setstate(state)
             np.random.set_state(legacy)
+        if isinstance(drawn, dict):  # a model that returns its own loss has its targets among its inputs
+            drawn = drawn, None
         if not isinstance(drawn, tuple) or len(drawn) != 2:
-            why = f"it returns {type(drawn).__name__}"
             raise PlanError(
                 what="batch(n) does not return (inputs, targets)",
                 where=self.path,
-                why=why,
-                fix="return a tuple of two: inputs and targets",
+                why=f"it returns {type(drawn).__name__}",
+                fix="return a tuple of two: inputs and targets; or a dict, for a model that returns its own loss",
             )
-        inputs = drawn[0] if isinstance(drawn[0], (tuple, list)) else (drawn[0],)
-        for tensor in inputs:
+        found = Drawn(samples=samples, given=drawn[0], targets=drawn[1])
+        for tensor in found.inputs or ("nothing",):
             if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != samples:
-                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
                 raise PlanError(
                     what=f"batch({samples}) does not return {samples} samples",
                     where=self.path,
                     why=f"an input is {shape}",
                     fix="make every input a tensor whose first dimension is n",
                 )
-        self._check_length(inputs)
-        return tuple(inputs), drawn[1]
+        self._check_length(found.inputs)
+        return found
 
     def tokens(self) -> int:
         """Return how many tokens a sample has: as is said, or as a drawn one has; 0 where samples are no sequences."""
@@ -143,7 +150,14 @@ class explained:  # noqa: N801 - reads as a clause: with explained(path, "model(
 
 
 def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
-    """Cross entropy for integer targets (classes in the last dimension of the outputs), mean squared error else."""
+    """Take the loss that the outputs have, else compare: the outputs' `logits`, where they have such, or themselves.
+
+    Cross entropy for integer targets (classes in the last dimension of the outputs), mean squared error else.
+    """
+    own = getattr(outputs, "loss", None)
+    if isinstance(own, torch.Tensor):
+        return own
+    outputs = getattr(outputs, "logits", outputs)
     if not targets.is_floating_point():
         return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
     return nn.functional.mse_loss(outputs, targets)

@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
+from executor.batch import tensors
 from executor.devices import Backend
-from executor.layers import LayeredModel, StageModule, as_tuple, unchanged_buffers
+from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.model_file import ModelFile
-from executor.reduction import Buckets, start_alike
+from executor.reduction import Buckets, Shared, start_alike
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
@@ -56,8 +57,12 @@ class Rank:
         pipelines = [dist.new_group([rows[r] for rows in plan.holders]) for r in range(plan.replicas)]
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples)
-        self.module = layered.stage(layers, recompute=plan.recompute).to(backend.device)
-        self.names = layered.parameter_names()
+        self.module = layered.stage(layers, recompute=plan.recompute)
+        self.saved = _places(self.module, layered.saved_names())
+        on(self.module, backend.device)
+        self.names, self.parted = layered.parameter_names(), layered.parted
+        self.unheld = layered.unheld() if rank == 0 else {}
+        self.loss = on(layered.loss, backend.device) if isinstance(layered.loss, torch.nn.Module) else layered.loss
         trained = [p for p in self.module.parameters() if p.requires_grad]
         group = holding[self.stage_index]
         where = f"stage {self.stage_index} of plan {plan}"
@@ -65,6 +70,7 @@ class Rank:
         if group is not None:
             start_alike(self.module, group)
             self.buckets = Buckets(trained, group, plan.bucket_bytes, where)
+        self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
         self.stage = PipeStage(
             self.module,
             self.stage_index,
@@ -130,7 +136,7 @@ class Rank:
     def load(self, action: Action) -> None:
         """Draw this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
         seed = share_seed(self.plan, self.seed + self.step_index, self.replica)
-        inputs, targets = self.file.draw(self.plan.loaded(self.stage_index), seed=seed)
+        inputs, targets = self.parted(*self.file.draw(self.plan.loaded(self.stage_index), seed=seed))
         mine = range(self.replica * self.share, (self.replica + 1) * self.share)
         if self.is_first:
             chunks = [_to(tensor, self.backend.device).chunk(self.share) for tensor in inputs]
@@ -148,7 +154,7 @@ class Rank:
         except RuntimeError as error:  # torch wraps what the user's layer raised
             raise error.__cause__ or error from None
         if self.is_last:
-            self.losses[m] = self.file.loss(output, self.targets[m]) / self.share
+            self.losses[m] = self.loss(output, self.targets[m]) / self.share
 
     def recompute(self, action: Action) -> Any:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
@@ -189,6 +195,10 @@ class Rank:
         assert self.buckets is not None, action
         self.buckets.reduce()
 
+    def add_up_gradients(self, action: Action) -> None:
+        """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
+        self.shared[action.stage].add_up()
+
     def optimize(self, action: Action) -> None:
         """Update the parameters and clear the gradients; those that are reduced stay in their buckets, as zeros."""
         if self.optimizer is not None:
@@ -203,7 +213,7 @@ class Rank:
         parameters = {id(p): p for p in self.module.parameters()}.values()
         state = self.optimizer.state.values() if self.optimizer is not None else ()
         held = [t for _, tensors in self.sending.items() if _.op == "SEND_B" for t in tensors[1]]
-        batch = pytree.tree_leaves((self.inputs, self.targets))
+        batch = tensors((self.inputs, self.targets))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch}
         return {
             "parameters": sum(p.nbytes for p in parameters),
@@ -215,9 +225,9 @@ class Rank:
         }
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The stage's parameters and buffers under the names they have in the whole model."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return {self.names[id(t)]: t.detach().cpu() for t in tensors if id(t) in self.names}
+        """The stage's part of the whole model's `state_dict`; the first rank's with what no stage holds."""
+        own = {name: getattr(*place) for name, place in self.saved.items()}
+        return {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients under the same names."""
@@ -239,6 +249,30 @@ def split(tree: Any, parts: int) -> list[Any]:
     return [pytree.tree_unflatten([c[i] for c in chunks], shape) for i in range(parts)]
 
 
+def _shared(plan: Plan, layered: LayeredModel, stage: int, replica: int, module: torch.nn.Module) -> dict[int, Shared]:
+    """Return what a rank shares with other stages of its replica, by the first of them. Makes process groups."""
+    stage_of = {name: s for s, own in enumerate(plan.stages) for name in own.layers}
+    names, found = layered.parameter_names(), dict[int, Shared]()
+    for group in plan.tied:
+        between = {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(group)}
+        for r in range(plan.replicas):
+            ranks = dist.new_group([plan.holders[s][r] for s in group])
+            if stage in group and r == replica:
+                held = {names[id(p)]: p for p in module.parameters()}
+                found[group[0]] = Shared({name: held[name] for name in between}, ranks)
+    return found
+
+
+def _places(module: torch.nn.Module, names: dict[int, tuple[str, ...]]) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Return where what is saved under each name is held: a module and its attribute, as tensors may be moved."""
+    return {
+        name: (part, attribute)
+        for part in module.modules()
+        for attribute, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        for name in names.get(id(tensor), ())
+    }
+
+
 def _microbatch(action: Action) -> int:
     assert action.microbatch is not None, action
     return action.microbatch
@@ -255,7 +289,7 @@ def _boundaries(
 
     One micro-batch goes through the whole model once, before it is cut down to the stage.
     """
-    values, _ = file.draw(samples, seed=0)
+    values, _ = layered.parted(*file.draw(samples, seed=0))
     whole: list[StageModule] = [layered.stage(range(layers.start))] if layers.start else []
     whole.append(layered.stage(layers))
     shapes = [values]

@@ -78,6 +78,26 @@ class Buckets:
         self.flats = [_bucket(group) for group in _filled(reversed(mine), self.bucket_bytes)]
 
 
+class Shared:
+    """Parameters that several stages of one pipeline hold, on one of their ranks: `named` by their names in the model.
+
+    All ranks of the group hold the same names; they start from the first one's values, and add up their gradients.
+    """
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.parameters = [named[name] for name in sorted(named)]
+        self.group = group
+        for parameter in self.parameters:
+            dist.broadcast(parameter.detach(), group_src=0, group=group)
+
+    def add_up(self) -> None:
+        """Replace the gradients by their sums over the stages; what has none adds zeros."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.group)
+
+
 def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:
     """Group parameters until each group has `bucket_bytes` (0: all of them) of one dtype, in the order given."""
     filled: list[torch.nn.Parameter] = []

@@ -7,9 +7,12 @@ operations (public class, undocumented methods), its receive tables, and the sch
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -194,3 +197,56 @@ def tensors_without_data() -> Iterator[None]:
             yield
     finally:
         logger.disabled = before
+
+
+def expression(value: Any) -> Any:
+    """Return a number of a captured graph as a sympy expression of unknown sizes; None for what is no number."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return value if isinstance(value, (bool, int, float)) else None
+
+
+def viewed(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the node of whose memory a node's value may be a part, None where it has memory of its own."""
+    return _argument(node, write=False)
+
+
+def mutated(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the node into whose memory a node writes, None where it writes nowhere."""
+    return _argument(node, write=True)
+
+
+def _argument(node: torch.fx.Node, *, write: bool) -> torch.fx.Node | None:
+    """The argument that an operation's schema says is written into, or returned as a view."""
+    if node.target is operator.getitem:
+        found = node.args[0]
+        return found if isinstance(found, torch.fx.Node) and not write else None
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return None
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write == write:
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if isinstance(given, torch.fx.Node):
+                return given
+    return None
+
+
+@contextmanager
+def following() -> Iterator[None]:
+    """Let torch follow a model on tensors without data: quietly, and without looking whether a mask is causal.
+
+    `nn.Transformer` compares its mask with a causal one to choose a faster kernel, which needs data.
+    """
+    from torch.nn.modules import transformer
+
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        transformer._detect_is_causal_mask = before

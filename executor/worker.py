@@ -16,9 +16,9 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils import _pytree as pytree
 
 from executor.allocator import AllocationRecorder
+from executor.batch import tensors
 from executor.devices import Backend, open_device
 from executor.layers import cut
 from executor.model_file import ModelFile, load
@@ -118,7 +118,7 @@ def check_batches(file: ModelFile) -> None:
     """Raise `PlanError` when the ranks draw different batches from one seed: inputs and targets would not match."""
     inputs, targets = file.draw(2, seed=0)
     digest = hashlib.sha256()
-    for tensor in pytree.tree_leaves((inputs, targets)):
+    for tensor in tensors((inputs, targets)):
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from executor.layers import Layer, LayeredModel, StageModule, as_tuple
+from executor.batch import tensors
+from executor.layers import Layer, LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile, explained
 
 Around = Callable[[int, str], AbstractContextManager[Any]]
@@ -41,13 +42,14 @@ class Chain:
         self.layers: Sequence[Layer] = layered.layers
         self.whole = layered.stage(range(len(self.layers)))
         if any(t.device != device for t in (*self.whole.parameters(), *self.whole.buffers())):
-            self.whole.to(device)
+            on(self.whole, device)
+        self.loss = on(layered.loss, device) if isinstance(layered.loss, nn.Module) else layered.loss
         self.optimizers = [_optimizer(file, layer.module) for layer in self.layers]
         self.whole_optimizer = _optimizer(file, self.whole)
 
     def draw(self, samples: int) -> tuple[Tensors, Any]:
         """A batch on the device."""
-        inputs, targets = self.file.draw(samples, seed=samples)
+        inputs, targets = self.layered.parted(*self.file.draw(samples, seed=samples))
         return tuple(t.to(self.device) for t in inputs), pytree.tree_map(
             lambda t: t.to(self.device) if isinstance(t, torch.Tensor) else t, targets
         )
@@ -55,20 +57,23 @@ class Chain:
     def forward(self, inputs: Tensors, targets: Any, around: Around, into: Pass | None = None) -> Pass:
         """Run all layers and the loss, each on detached inputs; what they leave goes `into` a pass as it comes."""
         done = into or Pass()
-        values = dict(zip(self.layered.inputs, inputs, strict=True))
+        values: dict[str, Any] = dict(zip(self.layered.inputs, inputs, strict=True))
+        around_them = self.whole.surrounded(values)
         result: Any = None
         for i, layer in enumerate(self.layers):
             taken = tuple(_leaf(values[name]) for name in layer.inputs)
+            given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
+            given += [around_them[name] for name in layer.ambient]
             with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(i, "forward"):
-                result = layer.module(*taken)
+                result = layer.module(*given)
             made = tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor))
             values.update(zip(layer.outputs, made, strict=False))
             done.inputs.append(taken)
             done.outputs.append(made)
         result = pytree.tree_map(lambda t: _leaf(t) if isinstance(t, torch.Tensor) else t, result)
         with explained(self.file.path, "loss(outputs, targets)"), around(len(self.layers), "forward"):
-            loss = self.file.loss(result, targets)
-        done.inputs.append(tuple(t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)))
+            loss = self.loss(result, targets)
+        done.inputs.append(tensors(result))
         done.outputs.append((loss,))
         return done
 
@@ -126,7 +131,9 @@ class Chain:
         """Let torch's checkpoint recompute every layer on its own; return each repetition's stamps (begin, end)."""
         stamps: list[list[Any]] = []
         for i, layer in enumerate(self.layers):
-            module = StageModule([layer], layer.inputs, layer.outputs, recompute=True)
+            module = StageModule(
+                [layer], layer.inputs, layer.outputs, recompute=True, surroundings=self.layered.surroundings
+            )
             result = as_tuple(module(*(_leaf(t) for t in done.inputs[i])))
             found: list[Any] = []
             stamps.append(found)

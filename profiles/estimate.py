@@ -27,6 +27,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from executor.batch import tensors
 from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import Loss, ModelFile, default_loss, default_optimizer, explained, lengths, load, sha256
 from executor.torch_adapter import tensors_without_data
@@ -209,7 +210,7 @@ def _count(
         for i, samples in enumerate(sizes):
             progress("operations of every layer", i, len(sizes))
             work[samples], found[samples], bytes_of[samples] = _counted(chain, samples)
-        names = [layer.name for layer in layered.layers]
+        names, tied = [layer.name for layer in layered.layers], layered.tied()
         splits = splits_of(chain, sizes[0], list(zip(names, standing, strict=True)))
         trained = [[p for p in layer.module.parameters() if p.requires_grad] for layer in shorter.layers]
         held = [_held(layer.module) for layer in shorter.layers]
@@ -226,7 +227,7 @@ def _count(
         static=[*(static[part] for part in standing), _NOTHING],
         values=_values(layered, shorter, standing, bytes_of),
         splits=splits,
-        tied=layered.tied(),
+        tied=tied,
         batch_bytes=tuple((n, _nbytes(batches[n][0]), _nbytes(batches[n][1])) for n in sizes),
         sequence=file.sequence or next(iter(lengths(drawn[2][0])), 0),
     )
@@ -273,7 +274,7 @@ def _input(value: Any, dtype: torch.dtype, *, empty: bool) -> Any:
 
 
 def _nbytes(tree: Any) -> int:
-    return sum(t.nbytes for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for t in tensors(tree))
 
 
 def _counted(chain: Chain, samples: int) -> tuple[list[Work], list[LayerSizes], dict[str, tuple[int, bool]]]:

@@ -296,7 +296,7 @@ def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
 
     def one_pass() -> float:
         begin = time.monotonic()
-        file.loss(chain.whole(*inputs), targets).backward()
+        chain.loss(chain.whole(*inputs), targets).backward()
         return time.monotonic() - begin
 
     one_pass()

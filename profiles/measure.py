@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from executor import devices
+from executor.agreement import agree
+from executor.batch import tensors
 from executor.layers import cut
-from executor.model_file import ModelFile, load, sha256
+from executor.model_file import load, sha256
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, Profile, ProfileKey, Timing
 from profiles import machine
@@ -37,6 +39,7 @@ def measure(
     tokens = file.tokens()
     backend = devices.open_device(device)
     layered = cut(file, file.build(seed=0))
+    agree(file, layered)
     chain = Chain(file, layered, backend.device)
     sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))
     if len(sizes) < 3 or sizes[0] < 1:
@@ -60,7 +63,7 @@ def measure(
     settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
     timer.run(budget_s)
-    loads = [_load(file, n, timer.evict) for n in _batches(file.batch_size)]
+    loads = [_load(chain, n, timer.evict) for n in _batches(file.batch_size)]
     progress("links, overheads and contention", 0, 1)
     probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)), tokens)
     progress("links, overheads and contention", 1, 1)
@@ -127,7 +130,7 @@ def _threads(device: str) -> list[int]:
     return sorted({max(1, cores // n) for n in (2**i for i in range(cores.bit_length() + 1))}, reverse=True)
 
 
-def _load(file: ModelFile, samples: int, between: Callable[[], object]) -> tuple[Timing, tuple[int, int, int]]:
+def _load(chain: Chain, samples: int, between: Callable[[], object]) -> tuple[Timing, tuple[int, int, int]]:
     """Seconds of drawing one batch, and the bytes of its inputs and targets.
 
     `between` two draws the model computes, as it does in training: it evicts what the drawing left in the caches.
@@ -136,7 +139,11 @@ def _load(file: ModelFile, samples: int, between: Callable[[], object]) -> tuple
     for i in range(8):
         between()
         begin = time.monotonic()
-        inputs, targets = file.draw(samples, seed=i)
+        inputs, targets = chain.file.draw(samples, seed=i)
         times.append(time.monotonic() - begin)
-    leaves = [t for t in torch.utils._pytree.tree_leaves(targets) if isinstance(t, torch.Tensor)]
-    return Timing.of(samples, times[1:]), (samples, sum(t.nbytes for t in inputs), sum(t.nbytes for t in leaves))
+    inputs, targets = chain.layered.parted(inputs, targets)
+    return Timing.of(samples, times[1:]), (
+        samples,
+        sum(t.nbytes for t in inputs),
+        sum(t.nbytes for t in tensors(targets)),
+    )

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from executor.allocator import AllocationRecorder
+from executor.batch import tensors
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
 from planner.values.profile import LayerSizes, Value
@@ -53,6 +54,7 @@ class _Saved:
         self.inside: dict[int, dict[int, int]] = {}
         self.outputs: set[int] = set()
         self.by_maker: set[int] = set()
+        self.once: set[int] = set()
         self.alive: list[torch.Tensor] = []
         self.nobody = {storage_of(t) for t in (*chain.whole.parameters(), *chain.whole.buffers())}
 
@@ -61,7 +63,8 @@ class _Saved:
             pointer = storage_of(tensor)
             if pointer in self.maker:
                 self.outputs.add(pointer)
-            elif pointer not in self.nobody:
+            elif pointer not in self.nobody and pointer not in self.once:
+                self.once.add(pointer)  # a mask that many layers keep is there once
                 self.inside.setdefault(part, {})[pointer] = tensor.untyped_storage().nbytes()
                 self.alive.append(tensor)
             return tensor
@@ -110,7 +113,7 @@ def recorded_sizes(
     inputs, targets = chain.draw(samples)
     saved = _Saved(chain)
     saved.nobody |= {storage_of(t) for t in inputs}
-    saved.nobody |= {storage_of(t) for t in torch.utils._pytree.tree_leaves(targets)}
+    saved.nobody |= {storage_of(t) for t in tensors(targets)}
     for parameter in chain.whole.parameters():
         parameter.grad = None
     flop: dict[int, int] = {}

@@ -119,7 +119,7 @@ class LayerTimer:
     def _whole(self, inputs: tuple[torch.Tensor, ...], targets: Any) -> None:
         chain, around = self.chain, self.watch.around
         with explained(chain.file.path, "the model's forward"), around(WHOLE, "forward"):
-            loss = chain.file.loss(chain.whole(*inputs), targets)
+            loss = chain.loss(chain.whole(*inputs), targets)
         with around(WHOLE, "backward"):
             loss.backward()
         with around(WHOLE, "optimizer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -56,6 +57,73 @@ def tied() -> nn.Module:
     return Tied()
 
 
+class Twice(nn.Module):
+    """Calls one module several times: a stage shares it with another; the first activation changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.block, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.active = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        for _ in range(3):
+            x = self.active(self.block(x))
+        return self.out(x)
+
+
+def twice() -> nn.Module:
+    return Twice()
+
+
+class Kept(nn.Module):
+    """Has statistics, a buffer that is not saved, one that nobody uses, a frozen parameter, and an unused one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.BatchNorm1d(12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.register_buffer("scale", torch.full((12,), 0.5), persistent=False)
+        self.register_buffer("unread", torch.ones(3))
+        self.unused = nn.Linear(2, 2)
+        self.one.weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.relu(self.one(self.norm(x) * self.scale)))
+
+
+def kept() -> nn.Module:
+    return Kept()
+
+
+class Fields(nn.Module):
+    """Takes its inputs by name, an optional one among them, and returns its own loss beside a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(12, 12), nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> SimpleNamespace:
+        x = self.table(tokens)
+        at = torch.arange(tokens.shape[1], device=x.device)
+        causal = (at[:, None] >= at[None, :]).to(x.dtype)
+        causal = causal / causal.sum(-1, keepdim=True)
+        for block in self.blocks:
+            x = x + torch.relu(block(causal @ x if mask is None else causal @ (x * mask[..., None])))
+        loss = None if labels is None else nn.functional.cross_entropy(x.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(loss=loss, logits=x, cache=list(self.blocks))
+
+
+def fields() -> nn.Module:
+    return Fields()
+
+
+def fields_batch(n: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 12, (n, 5))
+    return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
+
+
 class Dynamic(nn.Module):
     """Cannot be traced: its forward looks at values. Its file says what the layers are."""
 
@@ -73,6 +141,45 @@ class Dynamic(nn.Module):
 
 def untraceable() -> nn.Module:
     return Dynamic()
+
+
+class Partly(nn.Module):
+    """Only the module in its middle looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.middle, self.out = nn.Linear(12, 12), Dynamic(), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.middle(torch.relu(self.into(x))))
+
+
+def partly() -> nn.Module:
+    return Partly()
+
+
+def forgets() -> nn.Module:
+    return Dynamic()
+
+
+def forgets_layers(model: Dynamic) -> list[nn.Module]:
+    return [model.parts[0], model.parts[2]]
+
+
+def reorders() -> nn.Module:
+    return Dynamic()
+
+
+def reorders_layers(model: Dynamic) -> list[nn.Module]:
+    return [model.parts[1], model.parts[0], model.parts[2]]
+
+
+def adds() -> nn.Module:
+    return Dynamic()
+
+
+def adds_layers(model: Dynamic) -> list[nn.Module]:
+    return [*model.parts[:2], nn.Linear(12, 12)]
 
 
 def listed() -> nn.Module:

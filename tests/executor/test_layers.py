@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from executor.agreement import agree
 from executor.layers import LayeredModel, cut
 from executor.model_file import load
 from planner.basis.errors import PlanError
@@ -82,7 +83,6 @@ def test_listed_layers_keep_their_names_in_the_model() -> None:
 @pytest.mark.parametrize(
     ("name", "what", "fix"),
     [
-        ("untraceable", "cannot be traced", "layers(model)"),
         ("failing", "forward", "correct it"),
         ("nothing", "has no nothing()", "define nothing()"),
     ],
@@ -99,6 +99,39 @@ def test_a_failing_forward_names_the_line() -> None:
         layered(f"{MODELS}:failing")
     line = next(i for i, text in enumerate(MODELS.read_text().splitlines(), 1) if "self.second(self.first(x))" in text)
     assert f"small_models.py:{line}" in raised.value.where
+
+
+def test_what_cannot_be_followed_stays_whole() -> None:
+    """A module that looks at values is one layer; what is around it is cut as ever."""
+    assert [layer.name for layer in layered(f"{MODELS}:untraceable").layers] == ["dynamic"]
+    file = load(f"{MODELS}:partly")
+    parts = cut(file, file.build(0))
+    assert [layer.name for layer in parts.layers] == ["into", "middle", "out"]
+    agree(file, parts)
+    for samples in (1, 4, 7):
+        (x,), _ = file.draw(samples, seed=samples)
+        assert torch.equal(parts.stage(range(3))(x), parts.model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("forgets", "no layer trains parts.1.bias"),
+        ("reorders", "the loss of a batch is"),
+        ("adds", "no layer trains"),
+    ],
+)
+def test_layers_that_compute_something_else_are_refused(name: str, why: str) -> None:
+    file = load(f"{MODELS}:{name}")
+    with pytest.raises(PlanError, match="do not compute what the model computes") as raised:
+        agree(file, cut(file, file.build(0)))
+    assert why in raised.value.why
+
+
+@pytest.mark.parametrize("name", ["model", "skips", "tied", "twice", "kept", "fields", "listed", "untraceable"])
+def test_a_cut_model_agrees_with_the_whole(name: str) -> None:
+    file = load(f"{MODELS}:{name}")
+    agree(file, cut(file, file.build(0)))
 
 
 def test_batches_depend_on_the_seed_alone() -> None:

@@ -1,0 +1,88 @@
+"""Whether a cut model computes what the whole model computes: loss and gradients of one batch, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from executor.batch import Drawn
+from executor.layers import LayeredModel, unchanged_buffers
+from executor.model_file import ModelFile, explained
+from planner.basis.errors import PlanError
+
+SAMPLES, SEED = 2, 0
+
+ROUNDING = 2.0**10
+"""Differences of so many units in the last place of the largest gradient are rounding: kernels sum in other orders."""
+
+
+def agree(file: ModelFile, layered: LayeredModel) -> None:
+    """Check that the layers compute the model's loss and gradients, before anything is measured of them.
+
+    Raises `PlanError` (exit 2) that names what differs: layers left out, in another order, or run apart.
+    """
+    model = layered.model
+    whole_loss, whole = _gradients(file, layered, cut=False)
+    loss, parts = _gradients(file, layered, cut=True)
+    names = {name for name, _ in model.named_parameters()}
+    missing = sorted(name for name in names if (name in whole) and name not in parts)
+    if missing:
+        raise _refused(file, f"no layer trains {_some(missing)}, which the model's own step trains")
+    added = sorted(name for name in names if name in parts and name not in whole)
+    if added:
+        raise _refused(file, f"the layers train {_some(added)}, which the model's own step does not")
+    if not _close(loss, whole_loss, whole_loss):
+        raise _refused(file, f"the loss of a batch is {float(loss):.6g}, the model's {float(whole_loss):.6g}")
+    other = [name for name in sorted(whole) if not _close(parts[name], whole[name], whole[name])]
+    if other:
+        raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
+
+
+def _gradients(file: ModelFile, layered: LayeredModel, *, cut: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = layered.model
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    drawn = file.drawn(SAMPLES, SEED).on(where)
+    kept = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    try:
+        with torch.random.fork_rng(devices=[]), unchanged_buffers(model):
+            torch.manual_seed(SEED)
+            with explained(file.path, "a training step"):
+                loss = _cut_loss(layered, drawn.inputs, drawn.targets) if cut else _whole_loss(file, model, drawn)
+                loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = kept[name]
+
+
+def _whole_loss(file: ModelFile, model: nn.Module, drawn: Drawn) -> torch.Tensor:
+    args, keywords = drawn.arguments()
+    return file.loss(model(*args, **keywords), drawn.targets)
+
+
+def _cut_loss(layered: LayeredModel, inputs: tuple[torch.Tensor, ...], targets: Any) -> torch.Tensor:
+    inputs, targets = layered.parted(inputs, targets)
+    return layered.loss(layered.stage(range(len(layered.layers)))(*inputs), targets)
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    room = ROUNDING * torch.finfo(expected.dtype).eps * max(1e-30, float(scale.detach().abs().max()))
+    return bool(torch.allclose(found, expected, rtol=0.0, atol=room, equal_nan=True))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _refused(file: ModelFile, why: str) -> PlanError:
+    return PlanError(
+        what="the layers do not compute what the model computes",
+        where=f"{file.path}, {'layers(model)' if file.layers is not None else 'the cut model'}",
+        why=why,
+        fix="let layers(model) return every module in the order in which it is called, or leave it out",
+    )

@@ -1,0 +1,71 @@
+"""A batch as a model file draws it: inputs of any structure, and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def tensors(tree: Any) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of a structure, in its order."""
+    return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A batch of `samples`: the inputs as `batch()` gave them (a tensor, a tuple, a dict), and the targets."""
+
+    samples: int
+    given: Any
+    targets: Any
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of the inputs, in the order of their structure."""
+        return tensors(self.given)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of these tensors: the keys of a dict, else numbers."""
+        if isinstance(self.given, dict) and all(isinstance(value, torch.Tensor) for value in self.given.values()):
+            return tuple(map(str, pytree.tree_structure(self.given).context))
+        return tuple(f"input{i}" for i in range(len(self.inputs)))
+
+    def on(self, device: torch.device) -> Drawn:
+        """Return the batch on a device."""
+
+        def moved(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+        given, targets = pytree.tree_map(moved, (self.given, self.targets))
+        return Drawn(samples=self.samples, given=given, targets=targets)
+
+    def with_samples(self, samples: int) -> Drawn:
+        """Return a batch of the same kind with more samples: the first again, as often as is needed."""
+
+        def longer(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or not leaf.dim() or leaf.shape[0] != self.samples:
+                return leaf
+            return torch.cat([leaf, *[leaf[:1]] * (samples - self.samples)])
+
+        given, targets = pytree.tree_map(longer, (self.given, self.targets))
+        return Drawn(samples=samples, given=given, targets=targets)
+
+    def split(self, parts: int) -> list[Drawn]:
+        """Return equal parts of the batch, one behind the other: its micro-batches."""
+
+        def chunk(leaf: Any, part: int) -> Any:
+            return leaf.chunk(parts)[part] if isinstance(leaf, torch.Tensor) else leaf
+
+        whole = self.given, self.targets
+        found = [pytree.tree_map(lambda leaf, part=part: chunk(leaf, part), whole) for part in range(parts)]
+        return [Drawn(samples=self.samples // parts, given=given, targets=targets) for given, targets in found]
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with: a dict's entries by keyword, a tuple's or a single tensor by position."""
+        if isinstance(self.given, dict):
+            return (), dict(self.given)
+        return (tuple(self.given) if isinstance(self.given, (tuple, list)) else (self.given,)), {}
