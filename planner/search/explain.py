@@ -60,7 +60,8 @@ def explain(
     if changes:
         if answer.objective != "memory":
             text += _bandwidth(search, best, everything)
-        text += _memory(search, best, larger, everything)
+        sure = not any(family.too_large for family in answer.families)
+        text += _memory(search, best, larger, everything, sure=sure)
         text += _microbatches(search, best, everything)
         text += _batches(search, best, everything)
         text += _lengths(search, best, everything)
@@ -172,14 +173,14 @@ def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
     return evaluate(placed).step_s
 
 
-def _memory(search: Search, best: Found, better: list[Found], known: list[Found]) -> list[str]:
-    """What more memory would buy, and how much less the plan can do with."""
+def _memory(search: Search, best: Found, better: list[Found], known: list[Found], *, sure: bool) -> list[str]:
+    """What more memory would buy (`sure`: nothing was too large), and how much less the plan can do with."""
     text = []
     if better:
         nearest = min(better, key=lambda f: f.lack)
         more = percent(nearest.lack - 1)
         text.append(f"With {more} more memory, {nearest.label} would be {_better(best, nearest)}.")
-    else:
+    elif sure:
         text.append("More memory would not change the answer.")
     smaller = [f for f in known if f.lack < min(0.8, 0.8 * best.lack)]
     if smaller:

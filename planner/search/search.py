@@ -35,13 +35,15 @@ from planner.search.simplicity import identity, mechanisms
 from planner.search.space import Block, Candidate, Space, blocks, make, question
 from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
-from planner.simulate.evaluate import evaluate
+from planner.simulate.evaluate import Evaluation, evaluate
 from planner.values.cluster import Cluster
 from planner.values.plan import Plan, actions, asynchronous
 from planner.values.profile import Profile
 
 LEADERS = 12
 """Plans that a search keeps beside the best."""
+LARGER = 4
+"""Of the plans that are ruled out as too large before they are made so many are looked at in the end."""
 ACTIONS = 100_000
 """Programs with more actions are not walked by SimPy within a search: their time is the fast interpreter's."""
 
@@ -197,6 +199,7 @@ class Search:
                 self._spare(score, item)
             else:
                 self._look_closer(item)
+        self._look_at_larger()
         self.complete = True
         return self.answer()
 
@@ -205,10 +208,10 @@ class Search:
 
         Before a plan is made only its mechanisms are known: one with as many is not looked at for its memory.
         """
-        if self.choice is None or bound >= self.reach:
-            return self.choice is not None
-        if bound < self.floor:
-            return False
+        if bound == float("inf") or self.choice is None:
+            return bound == float("inf")
+        if bound >= self.reach or bound < self.floor:
+            return bound >= self.reach
         if isinstance(item, Candidate):
             return item.mechanisms >= self.choice.mechanisms
         return (item.mechanisms, False, item.peak_bytes) >= self.choice.merit.simplicity
@@ -233,12 +236,10 @@ class Search:
         return len(self.queue) > before
 
     @property
-    def margin(self) -> float:
-        """By what share something that was left out could be better than the choice, at most."""
-        if self.choice is None:
-            return float("inf")
+    def margin(self) -> float | None:
+        """By what share something that was left out could be better than the choice, at most; None if unknown."""
         least = min((self.frontier, *(bound for bound, *_ in self.spared)))
-        return max(0.0, self.choice.score / least - 1) if least > 0 else float("inf")
+        return max(0.0, self.choice.score / least - 1) if self.choice and least > 0 else None
 
     def _lacks_less(self) -> bool:
         """Whether nothing has been found that fits, and a point that cannot might lack less than what has been seen."""
@@ -296,6 +297,20 @@ class Search:
         found = self._evaluate(candidate)
         if found is not None:
             self._note(candidate, found)
+
+    def _look_at_larger(self) -> None:
+        """Look at those that lack least of what was put aside without a plan: a person asks what memory would buy."""
+        if not self.leaders:
+            return
+        wanted = LARGER
+        for _, key in heapq.nsmallest(4 * LARGER, self.larger):
+            try:
+                candidate, placed = Candidate.parse(key), self._placed(Candidate.parse(key))
+                if wanted and self.score(placed.plan, plan_bound(placed), 0.0) < self.best:
+                    self.state.done[key] = self._found(candidate, placed, evaluate(placed))
+                    wanted -= 1
+            except PlanError:
+                continue
 
     def _takes(self, candidate: Candidate) -> float:
         """Return the least score of a candidate's plan that fits, by what it computes, saves and keeps."""
@@ -416,6 +431,11 @@ class Search:
             evaluation = evaluate(placed)
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
+        return self._found(candidate, placed, evaluation)
+
+    def _found(self, candidate: Candidate, placed: Placed, evaluation: Evaluation) -> Found:
+        """What is known of a candidate that has been evaluated."""
+        plan = placed.plan
         step_s, peaks, _ = evaluation
         lack, full = evaluation.worst(placed)
         return Found(
@@ -556,7 +576,7 @@ class Search:
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
-            margin=self.margin if self.margin < float("inf") else None,
+            margin=self.margin,
         )
 
 

@@ -205,6 +205,7 @@ def the_simplest_of_the_quickest(answer: Answer, tried: list[Tried]) -> None:
     quickest, chosen = min(f.score for f in answer.leaders), answer.leaders[0].merit
     assert chosen.score <= best * (1 + TIE) * (1 + 1e-9)
     assert chosen.score <= quickest * (1 + TIE) * (1 + 1e-9)
+    assert answer.margin is not None
     assert min(quickest, chosen.score / (1 + answer.margin)) <= best * (1 + 1e-9), "of what was left out, too"
     least = min(one.merit.mechanisms for one in tried if one.score <= quickest * (1 + TIE) * (1 - 1e-9))
     assert chosen.mechanisms <= least
@@ -352,7 +353,7 @@ def test_a_stopped_search_is_taken_up(objective: str, count: int, monkeypatch: p
     assert same(answer, whole)
     assert set(closely.values()) == {1}
     # A candidate whose plan's bound rules it out is not kept: making its plan again costs less than keeping it.
-    assert {looked[key] for key in kept.done} == {1}
+    assert {looked[key] for key in kept.done if kept.done[key].lack <= 1} == {1}
 
 
 def test_a_budget_stops_a_search_and_it_goes_on() -> None:
@@ -426,7 +427,7 @@ def test_less_memory_names_the_simplest_of_those_as_good() -> None:
     some = {"lack": 0.1 * best.lack, "exact": True}
     quick = msgspec.structs.replace(best, label="quick", score=1.5 * best.score, mechanisms=9, **some)
     simple = msgspec.structs.replace(best, label="simple", score=1.51 * best.score, mechanisms=1, **some)
-    assert "; simple needs 90.0 % less" in _memory(search, best, [], [quick, simple])[1]
+    assert "; simple needs 90.0 % less" in _memory(search, best, [], [quick, simple], sure=True)[1]
 
 
 def test_everything_is_explained() -> None:
