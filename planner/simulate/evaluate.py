@@ -19,7 +19,7 @@ from planner.costs.priced import costs_of, prices_of
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.extrapolate import extrapolate
-from planner.simulate.link_bound import crowded, everybody, link_bound, link_seconds
+from planner.simulate.link_bound import busiest, crowded, everybody, link_bound
 from planner.simulate.longest_path import makespan, walk
 from planner.simulate.steady import steady_step
 from planner.values.plan import asynchronous, windows
@@ -59,7 +59,7 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
             return Evaluation(*continued)
         linked = Linked(unroll(plan, replicas=replicas))
     if asynchronous(plan):
-        carried = link_seconds(placed, linked, prices_of(placed, linked)) / windows(plan)
+        carried = busiest(placed, linked, prices_of(placed, linked)) / windows(plan)
         step_s = max(steady_step(plan, linked, walk(costs_of(placed, linked)).end), carried)
     else:
         walked = linked.buffered() if placed.cluster.buffered else linked

@@ -26,7 +26,7 @@ from planner.costs.priced import Prices
 from planner.costs.prices import TransferKind
 from planner.orders import codes
 from planner.orders.codes import OP, STAGE, STAGES
-from planner.orders.operations import FETCH, OPS, OPTIMIZER, named
+from planner.orders.operations import FETCH, OPS, OPTIMIZER, PUSH, named
 from planner.programs.waits import Linked
 from planner.simulate.longest_path import taken, timed
 from planner.simulate.network import carried
@@ -167,11 +167,18 @@ def passing(
     )
 
 
-def link_seconds(placed: Placed, linked: Linked, prices: Prices) -> float:
-    """Return seconds for which the busiest link carries a program's transfers: no steady state is quicker."""
+def busiest(placed: Placed, linked: Linked, prices: Prices) -> float:
+    """Return seconds for which a program keeps its busiest link at work, or its servers: no steady state is quicker.
+
+    Servers apply what each worker has pushed, one after the other.
+    """
     counts = np.bincount(prices.transfer_kind[linked.parties > 0], minlength=len(prices.kinds))
     on_link = _busy(placed.cluster, everybody(placed, prices, linked.devices))
-    return max(_total(on_link, counts, updates(placed, linked, prices)).values(), default=0.0)
+    total = _total(on_link, counts, updates(placed, linked, prices))
+    pushes = np.bincount(codes.stages(linked.flat[codes.has(linked.flat, PUSH)]), minlength=linked.stages)
+    alike = len(placed.plan.groups) / linked.devices
+    applying = sum(alike * pushes[stage] * seconds for stage, seconds in prices.applying.items())
+    return max(float(applying), *total.values(), 0.0)
 
 
 class Updates(NamedTuple):

@@ -213,6 +213,19 @@ def test_a_long_step_is_bound_by_its_links_as_a_short_one(
         assert continued[0] <= simulated_step(placed) * (1 + 1e-9)
 
 
+def test_a_server_applies_one_push_after_the_other() -> None:
+    """Four workers nobody waits for, one server that needs 16 s for an update: 4 x 16 s a step, with quick links.
+
+    A worker alone would be back after 12 s of passes and its own update.
+    """
+    cluster = devices(4, bandwidth=1e5)
+    costs = msgspec.structs.replace(profile([1.0, 2.0, 2.0, 1.0], message_bytes=50, optimizer_s=4.0), batch=4)
+    plan = get("parameter-server-async").spread(Question(costs, cluster, 4, 4, 4))
+    placed = Placed(costs, msgspec.structs.replace(plan, servers=("d0",)), cluster)
+    assert evaluate(placed).step_s == pytest.approx(64.0)
+    assert simulated_step(placed) == pytest.approx(64.0)
+
+
 def test_updates_on_a_host_share_its_memory() -> None:
     """Eight replicas on one host update there at the same time: eight times what one update needs of its memory.
 
