@@ -84,6 +84,7 @@ class PriceList:
         stages = zip(self.ranges, placed.checkpoints, strict=True)
         self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
         self.tables: dict[object, object] = {}
+        self.choices: dict[tuple[tuple[int, ...], int], collectives.Choice] = {}
 
     def action(self, op: str, stage: int, device: Device, port: int = 0) -> Spread:
         """Seconds that an action keeps its device from computing, at every quantile."""
@@ -170,8 +171,10 @@ class PriceList:
 
     def _among(self, rows: tuple[int, ...], passes: int) -> collectives.Choice:
         """What these rows can do together: of devices that split tensors each with its like, all at the same time."""
-        groups = tuple(zip(*(self.groups[row] for row in rows), strict=True))
-        return collectives.over(self.cluster, groups, passes)
+        if (rows, passes) not in self.choices:
+            groups = tuple(zip(*(self.groups[row] for row in rows), strict=True))
+            self.choices[rows, passes] = collectives.over(self.cluster, groups, passes)
+        return self.choices[rows, passes]
 
     def _buckets(self, stage: int) -> tuple[list[float], list[float], float]:
         """The bytes that a stage reduces at once, when in its last backward they are ready, and when that ends.
@@ -334,6 +337,10 @@ class PriceList:
         """
         return self._copied(self.groups[row][0], size, back=back)
 
+    def copying(self, row: int, size: float, *, back: bool = False) -> tuple[Flow, ...]:
+        """Return the flow of a copy between a row's device and its host's memory."""
+        return (Flow(self._copying(self.groups[row][0], back=back)[1], size),)
+
     def _copied(self, device: str, size: float, *, back: bool = False) -> tuple[tuple[Flow, ...], float]:
         path, through = self._copying(device, back=back)
         flows = (Flow(through, size),)
@@ -372,11 +379,14 @@ class PriceList:
     def updating(self, stage: int, row: int) -> tuple[Flow, ...]:
         """Return what an update of a stage on a row's host brings over its device's link and through its memory."""
         gradients, parameters, moved = self._updated(stage)
-        (down, _), (up, _) = self.copied(row, gradients), self.copied(row, parameters, back=True)
+        down, up = self.copying(row, gradients), self.copying(row, parameters, back=True)
         return (*down, *up, Flow(down[0].path[-1:], moved))
 
     def _updated(self, stage: int) -> tuple[float, float, float]:
         """Bytes of gradients and parameters that an update needs and makes, and what it reads and writes for that."""
+        return memoised(self, ("updated", stage), lambda: self._moved(stage))
+
+    def _moved(self, stage: int) -> tuple[float, float, float]:
         layers = [self.profile.layers[i] for i in self.ranges[stage]]
         shards = len(self.holders[stage]) if "optimizer" in self.agreed.shards else 1
         parameters = float(sum(layer.parameter_bytes for layer in layers)) / shards

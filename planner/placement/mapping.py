@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from planner.basis.memo import memoised
 from planner.orders import schedules, synchronisation
 from planner.placement.devices import Levels, levels
 from planner.placement.filling import crossing
@@ -38,11 +39,15 @@ def positions(q: Question, depth: int, mapping: Mapping) -> tuple[Position, ...]
     >>> [[group[0].name for group in place] for place in positions(q, 2, "pipelines")]
     [['d0', 'd2'], ['d1', 'd3']]
     """
-    own, width = q.devices, q.tensor
-    groups = [own[i : i + width] for i in range(0, len(own), width)]
-    if mapping == "stages":
-        return tuple(tuple(groups[place * q.replicas : (place + 1) * q.replicas]) for place in range(depth))
-    return tuple(tuple(groups[place::depth]) for place in range(depth))
+
+    def make() -> tuple[Position, ...]:
+        own, width = q.devices, q.tensor
+        groups = [own[i : i + width] for i in range(0, len(own), width)]
+        if mapping == "stages":
+            return tuple(tuple(groups[place * q.replicas : (place + 1) * q.replicas]) for place in range(depth))
+        return tuple(tuple(groups[place::depth]) for place in range(depth))
+
+    return memoised(q.cluster, ("positions", q.k, q.replicas, q.tensor, depth, mapping), make)
 
 
 def mappings(q: Question, depth: int) -> tuple[Mapping, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -208,7 +209,7 @@ def space(profile: Profile, cluster: Cluster, *batches: int, **chosen: tuple[obj
     ks = tuple(range(1, count + 1)) if count <= SMALL else tuple(sorted({*powers, count}))
     shares = ((copies, batch // copies) for batch in batches for copies in ks if batch % copies == 0)
     divisors = sorted({copies * m for copies, share in shares for m in _divisors(share)})
-    inside = max((sum(d.host == h.name for d in cluster.devices) for h in cluster.hosts), default=1)
+    inside = max(Counter(device.host for device in cluster.devices).values(), default=1)
     splits = any(layer.split for layer in profile.layers)
     most = max(1, len(profile.layers))
     axes: dict[str, tuple[object, ...]] = {

@@ -209,8 +209,9 @@ def updates(placed: Placed, linked: Linked, prices: Prices) -> Updates:
 def _total(on_link: dict[int, dict[int, float]], counts: npt.NDArray[np.int64], on_host: Updates) -> dict[int, float]:
     """Seconds for which all transfers, so many of each kind, and updates keep each link busy."""
     total = {link: float(busy.sum()) for link, busy in on_host.busy.items()}
+    many = counts.tolist()
     for link, users in on_link.items():
-        total[link] = total.get(link, 0.0) + sum(counts[kind] * busy for kind, busy in users.items())
+        total[link] = total.get(link, 0.0) + sum(many[kind] * busy for kind, busy in users.items())
     return total
 
 
@@ -248,12 +249,18 @@ def crowded(placed: Placed, prices: Prices, everybody: Everybody) -> Prices:
 
 def _pattern(kind: TransferKind, cluster: Cluster, common: frozenset[int]) -> tuple[object, ...]:
     """What a transfer's paths are to others: common links by their numbers, the device's own by how quick they are."""
-    links = 2 * len(cluster.links)
+    looks = _looks(cluster)
+    return tuple(tuple(n if n in common else looks[n] for n in flow.path) for flow in kind.flows)
 
-    def own(number: int) -> object:
-        return cluster.figures((number,)) if number < links else cluster.bandwidths[number]
 
-    return tuple(tuple(n if n in common else own(n) for n in flow.path) for flow in kind.flows)
+def _looks(cluster: Cluster) -> list[object]:
+    """How quick each directed link, port and memory is, by its number."""
+
+    def make() -> list[object]:
+        links = 2 * len(cluster.links)
+        return [cluster.figures((number,)) for number in range(links)] + list(cluster.bandwidths[links:])
+
+    return memoised(cluster, "looks of links", make)
 
 
 def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:
@@ -266,8 +273,8 @@ def everybody(placed: Placed, prices: Prices, rows: int) -> Everybody:
         if kind.source >= 0 and kind.op not in COPIED and (common or kind.op in SERVED):
             alike += [prices.listing.again(kind, kind.source + shift, kind.target + shift) for shift in shifts]
         elif kind.op in COPIED:
-            copy = partial(prices.listing.copied, size=kind.bytes, back=kind.op == FETCH)
-            alike += [kind._replace(flows=copy(kind.source + shift)[0]) for shift in shifts]
+            copy = partial(prices.listing.copying, size=kind.bytes, back=kind.op == FETCH)
+            alike += [kind._replace(flows=copy(kind.source + shift)) for shift in shifts]
         found.append(alike)
     return found
 

@@ -108,7 +108,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
         if synchronisation.get(self.synchronisation).server and not self.servers and self.replicas > 1:
             raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
-        if len(set(self.device_names)) != len(self.device_names):
+        if not self._dealt.once:
             raise ValueError("stages: a device holds more than its share of the stages")
         strangers = set(self.servers) - set(self.device_names)
         if synchronisation.get(self.synchronisation).server == "devices" and strangers:
@@ -183,29 +183,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Replica by replica, device by device of the pipeline; stage by stage where replicas are uneven.
         Raises `ValueError` when a device's stages are not those that the schedule places there.
         """
-        if self.uneven:
-            return tuple(group for stage in self.stages for group in self._cut(stage))
-        depth, schedule = self.depth, self._schedule
-        if schedule.copies == 1:  # device d's first stage is stage d, wherever its others come from
-            for s, stage in enumerate(self.stages[depth:], depth):
-                (home,) = schedule.homes(s, depth)
-                if stage.devices != self.stages[home].devices:
-                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with stage {home}")
-            return tuple(group for row in zip(*map(self._cut, self.stages[:depth]), strict=True) for group in row)
-        rows: dict[int, tuple[str, ...]] = {}
-        for s, stage in enumerate(self.stages):
-            homes = schedule.homes(s, depth)
-            for index, group in enumerate(self._cut(stage)):
-                replica, copy = divmod(index, len(homes))
-                row = replica * depth + homes[copy]
-                if rows.setdefault(row, group) != group:
-                    raise ValueError(f"stages: the schedule {self.schedule} places stage {s} with {rows[row]}")
-        return tuple(rows[row] for row in sorted(rows))
+        return self._dealt.groups
+
+    @functools.cached_property
+    def _dealt(self) -> _Dealt:
+        own = tuple(stage.devices for stage in self.stages)
+        return _dealt(self.schedule, own, self.depth, self.tensor, self.uneven)
 
     def _cut(self, stage: Stage) -> list[tuple[str, ...]]:
-        if self.tensor == 1:
-            return [(name,) for name in stage.devices]
-        return [stage.devices[i : i + self.tensor] for i in range(0, len(stage.devices), self.tensor)]
+        return _cut(stage.devices, self.tensor)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -215,7 +201,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @functools.cached_property
     def device_names(self) -> tuple[str, ...]:
         """All devices, group by group."""
-        return tuple(itertools.chain.from_iterable(self.groups))
+        return self._dealt.names
 
     @property
     def samples(self) -> int:
@@ -289,11 +275,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @functools.cached_property
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """Rows that hold each stage: those that reduce its gradients together."""
-        found: list[list[int]] = [[] for _ in self.stages]
-        for row, held in enumerate(self.stages_of):
-            for stage in held:
-                found[stage].append(row)
-        return tuple(map(tuple, found))
+        return _holders(self.stages_of, len(self.stages))
 
     @property
     def edges(self) -> Edges:
@@ -414,3 +396,57 @@ def _check_shape(plan: Plan) -> None:
 def to_toml(plan: Plan) -> str:
     """Return the plan as TOML, the form `read` takes."""
     return msgspec.toml.encode(plan).decode()
+
+
+class _Dealt(NamedTuple):
+    """The devices behind each row, all of them, and whether each is there only once."""
+
+    groups: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    once: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _dealt(name: str, own: tuple[tuple[str, ...], ...], depth: int, tensor: int, uneven: bool) -> _Dealt:
+    """Deal stages' devices to rows: kept, as a search makes many plans for the same ones."""
+    groups = _rows(name, own, depth, tensor, uneven)
+    names = tuple(itertools.chain.from_iterable(groups))
+    return _Dealt(groups, names, len(set(names)) == len(names))
+
+
+def _rows(
+    name: str, own: tuple[tuple[str, ...], ...], depth: int, tensor: int, uneven: bool
+) -> tuple[tuple[str, ...], ...]:
+    if uneven:
+        return tuple(group for devices in own for group in _cut(devices, tensor))
+    schedule = schedules.get(name)
+    if schedule.copies == 1:  # device d's first stage is stage d, wherever its others come from
+        for s, devices in enumerate(own[depth:], depth):
+            (home,) = schedule.homes(s, depth)
+            if devices != own[home]:
+                raise ValueError(f"stages: the schedule {name} places stage {s} with stage {home}")
+        return tuple(group for row in zip(*(_cut(one, tensor) for one in own[:depth]), strict=True) for group in row)
+    rows: dict[int, tuple[str, ...]] = {}
+    for s, devices in enumerate(own):
+        homes = schedule.homes(s, depth)
+        for index, group in enumerate(_cut(devices, tensor)):
+            replica, copy = divmod(index, len(homes))
+            row = replica * depth + homes[copy]
+            if rows.setdefault(row, group) != group:
+                raise ValueError(f"stages: the schedule {name} places stage {s} with {rows[row]}")
+    return tuple(rows[row] for row in sorted(rows))
+
+
+def _cut(devices: tuple[str, ...], tensor: int) -> list[tuple[str, ...]]:
+    if tensor == 1:
+        return [(name,) for name in devices]
+    return [devices[i : i + tensor] for i in range(0, len(devices), tensor)]
+
+
+@functools.lru_cache(maxsize=64)
+def _holders(stages_of: tuple[tuple[int, ...], ...], stages: int) -> tuple[tuple[int, ...], ...]:
+    found: list[list[int]] = [[] for _ in range(stages)]
+    for row, held in enumerate(stages_of):
+        for stage in held:
+            found[stage].append(row)
+    return tuple(map(tuple, found))
