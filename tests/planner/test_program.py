@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
 from pathlib import Path
 
 import networkx as nx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.basis import compiled
 from planner.basis.errors import PlanError
 from planner.orders import schedules
 from planner.orders.action import Action, actions, parse
@@ -17,10 +20,11 @@ from planner.orders.codes import PORTS
 from planner.orders.edges import chain
 from planner.orders.operations import OPS
 from planner.orders.schedules import Shape
+from planner.programs.lowering import unroll
 from planner.programs.messages import communicate
 from planner.programs.program import SENDS, Program
 from planner.programs.proof import prove
-from planner.programs.waits import completions
+from planner.programs.waits import Linked, completions
 from tests.factory import needs, pipeline, shapes
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -57,6 +61,21 @@ def test_golden(name: str) -> None:
     chunks = 2 if chosen.placement == "looped" else chosen.chunks[0]
     _, program = pipeline(name, 4, 8, chunks=chunks)
     assert program.to_csv() == (GOLDEN / f"{name}-k4-m8.csv").read_text()
+
+
+@pytest.mark.parametrize("name", schedules.names())
+def test_programs_and_links_are_the_same_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba must find no index that Python would count from the end, and the same numbers."""
+    chosen = schedules.get(name)
+    plan, _ = pipeline(name, 4, 8, chunks=2 if chosen.placement == "looped" else chosen.chunks[0])
+    monkeypatch.setattr(compiled, "WORTH_COMPILING", 0)
+    fast = Linked(unroll(plan))
+    monkeypatch.setattr(compiled, "WORTH_COMPILING", 1 << 60)
+    with monkeypatch.context() as context:
+        context.delitem(sys.modules, "numba", raising=False)
+        slow = Linked(unroll(plan))
+    for field in ("flat", "posts", "waits", "needs", "parties", "source", "target"):
+        assert np.array_equal(getattr(slow, field), getattr(fast, field)), field
 
 
 @given(shapes(only=lambda schedule: schedule.copies == 1 and not schedule.splits))
