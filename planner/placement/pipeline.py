@@ -16,7 +16,7 @@ from planner.placement import partition, savings
 from planner.placement.cutting import balanced, cut_of, ranges_of, reordered, slowest, tables_of
 from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, positions
 from planner.placement.question import Question
-from planner.values.plan import Plan, Stage
+from planner.values.plan import Plan, Stage, shares_without_flush
 from planner.values.profile import Profile
 
 ALONE = "1f1b"
@@ -58,7 +58,16 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         plan = _placed(seen, trial, places) if cut != "equal" and count > 1 else trial
         seconds = _estimated(seen, plan) if len(choice) > 1 else 0.0
         plans.append((seconds, measured(seen, plan) if chosen.measured else plan))
-    return savings.apply(q, min(plans, key=lambda one: one[0])[1], behind)
+    found = min(plans, key=lambda one: one[0])[1]
+    shared = shares_without_flush(found)
+    if shared is not None:
+        raise PlanError(
+            what="a pipeline without a flush cannot cut between layers that share parameters",
+            where=f"strategy {strategy}, K={q.k}",
+            why=shared,
+            fix="choose a schedule that flushes (1f1b), or a model whose layers do not share",
+        )
+    return savings.apply(q, found, behind)
 
 
 def arranged(schedule: Schedule, depth: int, chunks: int) -> tuple[Schedule, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from planner.basis.errors import PlanError
 from planner.basis.memo import memoised
 from planner.costs import collectives
 from planner.costs import placed as costs
@@ -22,6 +23,7 @@ from planner.placement.question import Question
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Device
 from planner.values.plan import Plan, Stage
+from planner.values.profile import Profile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +59,10 @@ def _or_straight(q: Question, plan: Plan) -> Plan:
     if len({(device.speed, device.memory_bytes) for device in q.devices}) == 1:
         return plan
     alone = q._replace(k=min(q.k, len(q.profile.layers)), replicas=1, chunks=1, tensor=1, synchronisation="")
-    straight = pipeline(alone, plan.strategy, plan.schedule)
+    try:
+        straight = pipeline(alone, plan.strategy, plan.schedule)
+    except PlanError:  # its cuts separate what shares parameters, or its schedule cannot arrange them
+        return plan
 
     def worth(of: Plan) -> tuple[bool, float]:
         return not _fits(q, of), evaluate(costs.Placed(q.profile, of, q.cluster)).step_s
@@ -94,6 +99,8 @@ def _quickest(q: Question, plans: Sequence[Plan]) -> Plan | None:
 def _partitions(q: Question, whole: Plan, hosts: Sequence[Sequence[Device]], fits: Fits | None) -> tuple[Plan, ...]:
     """Solve for each choice of levels, and put the stages on devices; without savings."""
     computing = tables_of(q._replace(savings=()), whole).computing(0)
+    if schedules.get(whole.schedule).asynchronous:
+        computing = computing + _separating(q.profile)
 
     def make() -> tuple[Plan, ...]:
         solved = [solve(computing, inner, outer, fits) for inner, outer in _levels(q, whole, hosts)]
@@ -102,6 +109,23 @@ def _partitions(q: Question, whole: Plan, hosts: Sequence[Sequence[Device]], fit
 
     saved = whole.recompute, whole.host_optimizer, fits is not None
     return memoised(q.profile, ("replicated", q.cluster.identity, q.k, q.batch, q.m, whole.strategy, saved), make)
+
+
+def _separating(profile: Profile) -> Table:
+    """Tabulate what may not be a stage without a flush (infinite): runs with some of the layers that share a parameter.
+
+    Each stage updates as soon as it has its own gradients (`shares_without_flush`).
+    """
+    import numpy as np
+
+    layers = len(profile.layers)
+    found = np.zeros((layers + 1, layers + 1))
+    places = {layer.name: i for i, layer in enumerate(profile.layers)}
+    start, stop = np.ogrid[: layers + 1, : layers + 1]
+    for _, *names in profile.tied:
+        inside = sum(((start <= places[name]) & (places[name] < stop)).astype(int) for name in names)
+        found[(inside > 0) & (inside < len(names))] = np.inf
+    return found
 
 
 def _dealt(q: Question, stages: Sequence[Stage]) -> bool:

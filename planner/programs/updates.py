@@ -123,6 +123,9 @@ def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
     over stages of averages over replicas is the average of the replicas' sums. So replicas reduce a stage's gradients
     as soon as it has them, behind its backward, instead of when the last of the stages has them; Megatron-LM, too,
     reduces over replicas first (`finalize_model_grads`).
+
+    Where stages have different numbers of replicas there are no pipelines of their own: all rows join in one reduction.
+    Each brings its stage's average divided by the number of the stage's replicas, so that the sum has every stage once.
     """
     held = set(codes.stages(row[codes.has(row, FORWARD)]).tolist())
     mine = [codes.code(REDUCE_TIED, group[0]) for group in tied if held & set(group)]

@@ -383,6 +383,21 @@ def read(path: Path) -> Plan:
         ) from error
 
 
+def shares_without_flush(plan: Plan) -> str | None:
+    """Return why stages of a plan cannot share parameters, or None where they can or do not.
+
+    A shared parameter's gradient is there when all its stages have had a micro-batch. Without a flush each stage
+    updates as soon as it has its own, long before the first stage has.
+    """
+    if not (plan.tied and schedules.get(plan.schedule).asynchronous):
+        return None
+    names = [f"stages {' and '.join(map(str, group))}" for group in plan.tied]
+    return (
+        f"{', '.join(names)} share parameters, and without a flush ({plan.schedule}) each updates before it has the "
+        f"others' gradients"
+    )
+
+
 def _check_shape(plan: Plan) -> None:
     """Raise `ValueError` when the schedule cannot arrange the plan's stages, or does not place them where they are."""
     replicas = plan.turns if plan.uneven else ()
@@ -391,6 +406,9 @@ def _check_shape(plan: Plan) -> None:
     reason = schedules.why_not(schedules.get(plan.schedule), shape)
     if reason is not None:
         raise ValueError(f"schedule: {plan.schedule} cannot arrange {shape.stages} stages, M={share}: {reason}")
+    shared = shares_without_flush(plan)
+    if shared is not None:
+        raise ValueError(f"tied: {shared}")
 
 
 def to_toml(plan: Plan) -> str:

@@ -590,6 +590,35 @@ def test_replicas_of_tied_stages_meet_in_their_own_pipeline() -> None:
     assert of.parties[posts].tolist() == [2] * 4
 
 
+@pytest.mark.parametrize("replicas", [(1, 3), (3, 1), (2, 1, 3)])
+def test_tied_stages_with_different_numbers_of_replicas(replicas: tuple[int, ...]) -> None:
+    """All rows of both stages join once, with a part of their stage's average each: a ring of all of them.
+
+    4 rows, 1000 bytes, a link of 1000 bytes/s: 2 x 3/4 s; of 2 + 3 rows (the middle stage stays out) 2 x 4/5 s.
+    """
+    count, last = len(replicas), f"layer{len(replicas) - 1}"
+    plain, tied = (profile([1.0] * count, tied=t) for t in ((), (("w", "layer0", last),)))
+    cluster = devices(sum(replicas), bandwidth=1000.0)
+    plan = msgspec.structs.replace(taking_turns(replicas, 6, "1f1b"), tied=((0, count - 1),))
+    of = Linked(lower(plan))
+    joining = [of.row[i] for i, action in enumerate(of.actions) if action.op == "REDUCE_TIED"]
+    assert joining == [*plan.holders[0], *plan.holders[-1]]
+    assert set(of.parties[of.posts[[a.op == "REDUCE_TIED" for a in of.actions]]].tolist()) == {len(joining)}
+    one, other = simulate(plain, msgspec.structs.replace(plan, tied=()), cluster), simulate(tied, plan, cluster)
+    assert other.step_s == pytest.approx(one.step_s + 2 * (len(joining) - 1) / len(joining))
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-vertical", "pipedream-2bw"])
+def test_nothing_is_shared_between_stages_without_a_flush(schedule: str) -> None:
+    """A shared parameter's gradient is there when all its stages had a micro-batch: they update before that."""
+    costs = profile([1.0] * 4, tied=(("w", "layer0", "layer3"),))
+    with pytest.raises(PlanError, match="stages 0 and 3 share parameters, and without a flush"):
+        spread(schedule, costs, 4, 8)
+    whole = spread("pipedream-replicated", costs, 4, 8)
+    assert [len(stage.devices) for stage in whole.stages] == [4], "its partition does not cut between them"
+    assert len(spread("1f1b", costs, 4, 8).stages) == 4
+
+
 def test_tied_stages_of_one_host_stay_in_it() -> None:
     """Two pipelines of two stages, each on a host with a NIC of 1 GB/s; both stages share 1 GB.
 
