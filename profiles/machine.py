@@ -36,7 +36,7 @@ POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
 PROBE_STEPS = 8
 PROBE_MICROBATCHES = 8
-CONTENTION_PASSES = 8
+CONTENTION_ROUNDS, CONTENTION_PASSES = 3, 8
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +46,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     samples: int
     sequence: int
+    budget_s: float
     folder: str
 
 
@@ -72,8 +73,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     action_s: float
 
 
-def measure(model: str, kind: str, samples: int, sequence: int = 0) -> Machine:
+def measure(model: str, kind: str, samples: int, budget_s: float, sequence: int = 0) -> Machine:
     """Measure this machine with the devices of one kind; samples of a model of sequences have so many tokens.
+
+    `budget_s` are the seconds for which the model may be run.
 
     A single GPU has no link to measure. Raises `PlanError` (exit 6) when a rank of the probe fails.
     """
@@ -95,7 +98,7 @@ def measure(model: str, kind: str, samples: int, sequence: int = 0) -> Machine:
     if ranks < 2:
         return Machine(cluster=cluster, action_s=0.0)
     with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
-        probe = Probe(model=model, device=kind, samples=samples, sequence=sequence, folder=folder)
+        probe = Probe(model=model, device=kind, samples=samples, sequence=sequence, budget_s=budget_s, folder=folder)
         path = Path(folder) / "probe.json"
         path.write_bytes(msgspec.json.encode(probe))
         launch(main, str(path), ranks, Path(folder) / "logs")
@@ -300,13 +303,16 @@ def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
         return time.monotonic() - begin
 
     one_pass()
-    for _ in range(3):
+    took = torch.tensor(one_pass(), dtype=torch.float64, device=backend.device)
+    dist.all_reduce(took, dist.ReduceOp.MAX)  # all at once: the slowest of those passes that are to come
+    passes = int(probe.budget_s / (CONTENTION_ROUNDS * 2 * len(counts) * max(float(took), 1e-6)))
+    for _ in range(CONTENTION_ROUNDS):
         for n in counts:
             torch.set_num_threads(max(1, cores // n))
             for busy, found in ((1, alone), (n, together)):
                 dist.barrier()
                 if dist.get_rank() < busy:
-                    found[n] += [one_pass() for _ in range(CONTENTION_PASSES)]
+                    found[n] += [one_pass() for _ in range(max(1, min(passes, CONTENTION_PASSES)))]
                 dist.barrier()
     if dist.get_rank() > 0:
         return ()

@@ -22,6 +22,9 @@ from profiles.sizes import Static, measure_sizes, measure_static, values_of
 from profiles.splits import splits_of
 from profiles.times import LayerTimer
 
+LAYERS, LOADS, CROWD = 0.7, 0.1, 0.2
+"""Of the budget, for the layers' times, for drawing batches, and for how busy cores slow each other."""
+
 Progress = Callable[[str, int, int], None]
 """Told what is being measured, and how much of how much is done."""
 
@@ -33,7 +36,8 @@ def measure(
 
     `sequence` asks for samples of so many tokens; by default the model file decides.
     `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
-    bounds the time spent on timing layers. Raises `PlanError` when the model file fails.
+    bounds the seconds for which the model is run to be timed: sizes for which it is too short have no times, only
+    bytes; what counts bytes and probes links comes on top. Raises `PlanError` when the model file fails.
     """
     file = load(path, sequence)
     tokens = file.tokens()
@@ -62,10 +66,13 @@ def measure(
     splits = splits_of(chain, sizes[0])
     settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
-    timer.run(budget_s)
-    loads = [_load(chain, n, timer.evict) for n in _batches(file.batch_size)]
+    timer.run(LAYERS * budget_s)
+    drawn = _batches(file.batch_size)
+    loads = [_load(chain, n, timer.evict, LOADS * budget_s / len(drawn)) for n in drawn]
     progress("links, overheads and contention", 0, 1)
-    probed = machine.measure(path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)), tokens)
+    probed = machine.measure(
+        path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)), CROWD * budget_s, tokens
+    )
     progress("links, overheads and contention", 1, 1)
     names = [*(layer.name for layer in layered.layers), "loss"]
     profiles = tuple(
@@ -130,13 +137,18 @@ def _threads(device: str) -> list[int]:
     return sorted({max(1, cores // n) for n in (2**i for i in range(cores.bit_length() + 1))}, reverse=True)
 
 
-def _load(chain: Chain, samples: int, between: Callable[[], object]) -> tuple[Timing, tuple[int, int, int]]:
+def _load(
+    chain: Chain, samples: int, between: Callable[[], object], budget_s: float
+) -> tuple[Timing, tuple[int, int, int]]:
     """Seconds of drawing one batch, and the bytes of its inputs and targets.
 
     `between` two draws the model computes, as it does in training: it evicts what the drawing left in the caches.
     """
-    times = []
+    times: list[float] = []
+    begun = time.monotonic()
     for i in range(8):
+        if i > 1 and time.monotonic() - begun > budget_s:
+            break
         between()
         begin = time.monotonic()
         inputs, targets = chain.file.draw(samples, seed=i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from executor.model_file import explained
 from planner.values.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 40
+MAX_ROUNDS = 40
 EXTRA_ROUNDS = 3
 """Rounds of the measurements that only some plans need: halves of the backward, recomputes."""
+LEAST_SIZES = 3
+"""Micro-batch sizes that are measured in any case, the smallest: time is not linear in the size."""
+FIRST_SHARE = 0.5
+"""Of the budget, for the first look at every size; the rest is for repeating it."""
 
 Setting = tuple[int, int]
 """(threads, samples)"""
@@ -58,7 +63,10 @@ WHOLE = -1
 
 
 class LayerTimer:
-    """Measures a chain. `progress` is told after every pass how many of how many are done."""
+    """Measures a chain. `progress` is told after every pass how much of the budget is spent, in per cent.
+
+    `settings` are those that are to be measured, and after `run` those that were.
+    """
 
     def __init__(
         self, chain: Chain, backend: Backend, settings: list[Setting], progress: Callable[[int, int], None]
@@ -66,33 +74,67 @@ class LayerTimer:
         self.chain, self.settings, self.progress = chain, settings, progress
         self.watch = Stopwatch(backend)
         self.batches = {samples: chain.draw(samples) for _, samples in settings}
+        self.cost: dict[tuple[Setting, bool], float] = {}
+        """Seconds of the last pass of each setting, without and with what only some plans need."""
+        self.begun = self.budget_s = 0.0
 
     def run(self, budget_s: float) -> None:
-        """Warm up, then do rounds over all settings for about `budget_s` seconds, at least `MIN_ROUNDS`."""
+        """Look at every size once, the smallest first, then go round over all for `budget_s` seconds at most.
+
+        A size whose first look would take more than its share of the budget is left out, with all larger ones; the
+        smallest are measured whatever they take.
+        """
         before = torch.get_num_threads()
+        self.begun, self.budget_s = time.monotonic(), budget_s
         try:
             with unchanged_buffers(self.chain.layered.model):
-                self.watch.on = False
-                for setting in self.settings:
-                    self._pass(setting)
-                self.watch.on = True
-                stamp = self.watch.backend
-                begin = stamp.stamp()
-                self._round(0, MIN_ROUNDS, extra=True)
-                stamp.synchronize()
-                took = stamp.seconds(stamp.stamp()) - stamp.seconds(begin)
-                rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(took, 1e-6))))
-                for done in range(1, rounds):
-                    self._round(done, rounds, extra=done < EXTRA_ROUNDS)
+                self._first_look()
+                for done in range(1, MAX_ROUNDS):
+                    if not self._round(extra=done < EXTRA_ROUNDS):
+                        break
         finally:
             torch.set_num_threads(before)
             for parameter in self.chain.whole.parameters():
                 parameter.grad = None
 
-    def _round(self, done: int, rounds: int, *, extra: bool) -> None:
-        for i, setting in enumerate(self.settings):
-            self._pass(setting, extra=extra)
-            self.progress(done * len(self.settings) + i + 1, rounds * len(self.settings))
+    def _first_look(self) -> None:
+        sizes = sorted({samples for _, samples in self.settings})
+        took, kept = 0.0, list[int]()
+        for samples in sizes:
+            expected = took * samples / kept[-1] if kept else 0.0
+            if len(kept) >= LEAST_SIZES and self.spent + expected > FIRST_SHARE * self.budget_s:
+                break
+            begin = time.monotonic()
+            for setting in (own for own in self.settings if own[1] == samples):
+                self.watch.on = False
+                self._timed(setting, extra=False)
+                self.watch.on = True
+                self._timed(setting, extra=True)
+            took = time.monotonic() - begin
+            kept.append(samples)
+        self.settings = [setting for setting in self.settings if setting[1] in kept]
+
+    def _round(self, *, extra: bool) -> bool:
+        """Measure every setting once more for which there is time; return whether there was for any."""
+        fitting = False
+        for setting in self.settings:
+            if self.spent + self.cost[setting, extra] <= self.budget_s:
+                self._timed(setting, extra=extra)
+                fitting = True
+        return fitting
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the measuring began."""
+        return time.monotonic() - self.begun
+
+    def _timed(self, setting: Setting, *, extra: bool) -> None:
+        """Do a pass, and note what it costs."""
+        begin = time.monotonic()
+        self._pass(setting, extra=extra)
+        self.watch.backend.synchronize()
+        self.cost[setting, extra] = time.monotonic() - begin
+        self.progress(min(100, int(100 * self.spent / max(self.budget_s, 1e-9))), 100)
 
     def _pass(self, setting: Setting, *, extra: bool = False) -> None:
         threads, samples = setting

@@ -28,7 +28,9 @@ def profile(
         list[int] | None,
         typer.Option(help="Tokens per sample; may be repeated: a profile of each. Default: the model file's.", min=1),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds to spend on timing the layers, of all lengths.", min=1.0)] = 30,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for which the model is run to be timed, for all lengths together.", min=1.0)
+    ] = 30,
     estimate: Annotated[
         str | None, typer.Option(help="Measure nothing: compute the times on this hardware.", metavar="HARDWARE")
     ] = None,
@@ -74,6 +76,8 @@ def profile(
             f"note: the measurements vary by {percent(noise)}: close other programs, or measure longer with "
             f"--budget {2 * budget:.0f}"
         )
+    for note in filter(None, (_left_out(measured, budget) for _, measured in made)):
+        output.progress.print(note, soft_wrap=True)
     if json:
         documents = [{"path": str(path), **summary(measured)} for path, measured in made]
         output.document("profile", documents[0] if len(made) == 1 else {"profiles": documents})
@@ -101,6 +105,24 @@ def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=of)
 
         yield told
+
+
+def _left_out(measured: Profile, budget: float) -> str:
+    """Say which micro-batch sizes have no times, as the budget was too short for them; nothing where all have."""
+    timed, every = _timed(measured), [s.samples for s in measured.layers[0].sizes]
+    missing = [samples for samples in every if samples not in timed]
+    if not missing:
+        return ""
+    enough = 2 * budget * max(missing) / max(timed)
+    return (
+        f"note: {budget:g} s are too short for times of {samples_words(missing, [measured.sequence])}: they continue "
+        f"those of fewer (bytes are counted of all); --budget {enough:.0f} measures them, or choose among --sizes"
+    )
+
+
+def _timed(measured: Profile) -> list[int]:
+    """The micro-batch sizes whose times were measured."""
+    return [timing.samples for timing in measured.layers[0].times[0].forward]
 
 
 def _sizes(text: str | None) -> list[int] | None:
@@ -148,7 +170,7 @@ def summary(measured: Profile) -> dict[str, Any]:
 
 
 def _representative(measured: Profile) -> tuple[int, int]:
-    sizes = [s.samples for s in measured.layers[0].sizes]
+    sizes = _timed(measured)
     return sizes[len(sizes) // 2], measured.layers[0].times[-1].threads
 
 

@@ -95,6 +95,38 @@ def test_measuring_changes_nothing() -> None:
     assert timer.noise() >= 0
 
 
+@pytest.mark.parametrize(
+    ("budget_s", "sizes"), [(0.0, 3), (1.0, 3), (2.0, 3), (4.0, 4), (10.0, 5), (20.0, 6), (200.0, 6)]
+)
+def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch, budget_s: float, sizes: int) -> None:
+    """On a clock by hand: a pass takes 0.02 s per sample, and 0.1 s with what only some plans need.
+
+    The first looks at 1, 2 and 4 samples, 0.12 s each per sample, are taken in any case: 0.84 s. That at 8 ends at 1.8,
+    at 16 at 3.72, at 32 at 7.56 s: each within half of the budget, or not taken.
+    """
+    now, measured = 0.0, tuple(2**i for i in range(sizes))
+    passes: list[tuple[int, bool]] = []
+
+    def passed(self: LayerTimer, setting: tuple[int, int], *, extra: bool = False) -> None:
+        nonlocal now
+        now += setting[1] * (0.1 if extra else 0.02)
+        passes.append((setting[1], extra))
+
+    monkeypatch.setattr(LayerTimer, "_pass", passed)
+    monkeypatch.setattr("profiles.times.time.monotonic", lambda: now)
+    settings = [(1, 2**i) for i in range(6)]
+    told: list[int] = []
+    timer = LayerTimer(
+        chain_of(nn.Sequential(nn.Linear(2, 2)), 2), devices.Cpu(), settings, lambda done, of: told.append(done)
+    )
+    timer.run(budget_s)
+    assert tuple(samples for _, samples in timer.settings) == measured
+    assert now <= max(budget_s, 0.84) + 1e-9
+    assert all(passes.count((samples, True)) >= 1 for samples in measured)
+    assert told == sorted(told)
+    assert not {samples for samples, _ in passes} - set(measured), "nothing is spent on what is left out"
+
+
 def test_chain_computes_the_gradients_of_the_model() -> None:
     """The seams change nothing: forward and backward through them give the gradients of the whole."""
     file = load(f"{MODELS}:skips")
