@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 
 import msgspec
@@ -46,13 +47,13 @@ def ends(cluster: Cluster, *messages: tuple[str, str, float]) -> list[float]:
     network = Network(env, cluster.bandwidths)
     found = [0.0] * len(messages)
 
-    def over(index: int) -> None:
+    def over(index: int, _: object) -> None:
         found[index] = env.now
 
     for index, (source, target, size) in enumerate(messages):
         path = cluster.path(source, target)
         seconds = cluster.transfer_seconds(path, size)
-        network.send(load((Flow(path, size),), seconds, cluster.bandwidths), seconds, lambda i=index: over(i))  # type: ignore[misc]
+        network.send(load((Flow(path, size),), seconds, cluster.bandwidths), seconds, partial(over, index))
     env.run()
     return found
 
