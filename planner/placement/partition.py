@@ -105,27 +105,44 @@ def cut(
     import numpy as np
     from numpy.typing import NDArray
 
-    def limited(stage: int, limit: float) -> Table:
+    below = np.tri(len(_at(seconds, 0)), dtype=bool)
+    known: dict[tuple[int, ...], Table] = {}  # stages that are alike have the same tables
+    alive: list[Table] = []
+
+    def once(make: Callable[[], Table], *tables: Table) -> Table:
+        """Return what follows from some tables, made once for all stages that have them."""
+        key = tuple(map(id, tables))
+        if key not in known:
+            known[key] = make()
+            alive.extend(tables)
+        return known[key]
+
+    def held(stage: int) -> Table:
         """Seconds of what a stage may hold, infinite where it may not."""
         table = _at(seconds, stage)
-        allowed = ~np.tri(len(table), dtype=bool) & (table <= limit)
-        if filled is not None:
-            allowed &= _at(filled, stage) <= 1
-        return np.where(allowed, table, np.inf)
+        if filled is None:
+            return once(lambda: np.where(below, np.inf, table), table)
+        share = _at(filled, stage)
+        return once(lambda: np.where(below | ~(share <= 1), np.inf, table), table, share)
 
-    slowest = np.where(np.arange(len(_at(seconds, 0))) > 0, np.inf, 0.0)
+    def squared(stage: int, limit: float) -> Table:
+        """The squares of what a stage may hold that is not slower than the limit, infinite elsewhere."""
+        own, value = tables[stage], tables[stage] if even is None else _at(even, stage)
+        return once(lambda: np.square(np.where((own <= limit) & (own < np.inf), value, np.inf)), own, value, below)
+
+    slowest = np.where(np.arange(len(below)) > 0, np.inf, 0.0)
     squares, starts = slowest.copy(), list[NDArray[np.intp]]()
-    for stage in range(stages):
-        slowest = np.maximum(slowest[:, None], limited(stage, np.inf)).min(axis=0)
-    if not slowest[-1] < np.inf:
+    tables = [held(stage) for stage in range(stages)]
+    for table in tables:
+        slowest = np.maximum(slowest[:, None], table).min(axis=0)
+    limit = float(slowest[-1])
+    if not limit < np.inf:
         return None
     for stage in range(stages):
-        table = limited(stage, slowest[-1])
-        if even is not None:
-            table = np.where(table < np.inf, _at(even, stage), np.inf)
-        squared = squares[:, None] + np.square(table)
-        starts.append(squared.argmin(axis=0))
-        squares = squared.min(axis=0)
+        sums = squares[:, None] + squared(stage, limit)
+        start = sums.argmin(axis=0)
+        starts.append(start)
+        squares = np.take_along_axis(sums, start[None, :], axis=0)[0]
     edges = [len(slowest) - 1]
     for start in reversed(starts):
         edges.append(int(start[edges[-1]]))

@@ -146,11 +146,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             parts.append(self.mark)
         return "-".join(parts)
 
-    @property
+    @functools.cached_property
     def _schedule(self) -> Schedule:
         return schedules.get(self.schedule)
 
-    @property
+    @functools.cached_property
     def uneven(self) -> bool:
         """Whether stages have different numbers of replicas."""
         return len({len(stage.devices) for stage in self.stages}) > 1
@@ -160,12 +160,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Devices (or tensor groups) of one pipeline."""
         return len(self.stages) // self.chunks
 
-    @property
+    @functools.cached_property
     def replicas(self) -> int:
         """Copies of the pipeline, each with its share of the micro-batches; the most of any stage where uneven."""
         return max(len(stage.devices) for stage in self.stages) // (self.tensor * self._schedule.copies)
 
-    @property
+    @functools.cached_property
     def turns(self) -> tuple[int, ...]:
         """How many replicas of each stage take micro-batches in turn: of whole pipelines each has its own."""
         if not self.uneven:
