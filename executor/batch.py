@@ -34,6 +34,19 @@ class Drawn:
             return tuple(map(str, pytree.tree_structure(self.given).context))
         return tuple(f"input{i}" for i in range(len(self.inputs)))
 
+    def distinct(self) -> Drawn:
+        """Return the batch with a tensor of its own in every place: inputs that are targets, too, are told apart."""
+        seen: set[int] = set()
+
+        def own(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor) or id(leaf) not in seen:
+                seen.add(id(leaf))
+                return leaf
+            return leaf.clone()
+
+        given, targets = pytree.tree_map(own, (self.given, self.targets))
+        return Drawn(samples=self.samples, given=given, targets=targets)
+
     def on(self, device: torch.device) -> Drawn:
         """Return the batch on a device."""
 

@@ -81,6 +81,7 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn) -> Captured:
 
     What torch cannot follow stays whole (`executor.opaque`). Raises `PlanError` when the loss cannot be followed.
     """
+    drawn = drawn.distinct()
     step, arguments = _Step(file, model), (*drawn.arguments(), drawn.targets)
     opaque = Opaques(model)
 
