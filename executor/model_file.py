@@ -22,6 +22,9 @@ from planner.basis.errors import PlanError
 Loss = Callable[[Any, Any], torch.Tensor]
 DEFAULT_BATCH = 64
 
+IGNORED = -100
+"""The target that cross entropy ignores (`torch.nn.functional.cross_entropy`, `ignore_index`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
@@ -39,6 +42,7 @@ class ModelFile:
     layers: Callable[[nn.Module], Any] | None
     batch_size: int
     splits: Callable[[nn.Module], Any] | None = None
+    weight: Callable[[Any, Any], float] | None = None
     sequence: int = 0
     takes_sequence: bool = False
 
@@ -235,6 +239,7 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         layers=find("layers"),
         batch_size=int(find("batch_size") or DEFAULT_BATCH),
         splits=find("splits"),
+        weight=find("weight"),
         sequence=length,
         takes_sequence=own is not None,
     )

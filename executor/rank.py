@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
+from executor.averaging import Averaging, zero
 from executor.batch import tensors
 from executor.devices import Backend
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
@@ -83,6 +84,8 @@ class Rank:
         self.stage.prepare(plan.microbatches)
         self.optimizer = file.optimizer(trained) if trained else None
         self.share = plan.microbatches // plan.replicas
+        self.averaging = Averaging(file, holding[-1], plan.replicas, backend.device)
+        self.factors: dict[int, float] = {}
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
         self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
@@ -136,7 +139,8 @@ class Rank:
     def load(self, action: Action) -> None:
         """Draw this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
         seed = share_seed(self.plan, self.seed + self.step_index, self.replica)
-        inputs, targets = self.parted(*self.file.draw(self.plan.loaded(self.stage_index), seed=seed))
+        drawn = self.file.drawn(self.plan.loaded(self.stage_index), seed=seed)
+        inputs, targets = self.parted(drawn.inputs, drawn.targets)
         mine = range(self.replica * self.share, (self.replica + 1) * self.share)
         if self.is_first:
             chunks = [_to(tensor, self.backend.device).chunk(self.share) for tensor in inputs]
@@ -144,6 +148,7 @@ class Rank:
         if self.is_last:
             parts = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.share)
             self.targets = dict(zip(mine, parts, strict=True))
+            self.factors = dict(zip(mine, self.averaging.factors(drawn.split(self.share)), strict=True))
 
     def forward(self, action: Action) -> None:
         """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
@@ -154,7 +159,8 @@ class Rank:
         except RuntimeError as error:  # torch wraps what the user's layer raised
             raise error.__cause__ or error from None
         if self.is_last:
-            self.losses[m] = self.loss(output, self.targets[m]) / self.share
+            factor = self.factors[m]
+            self.losses[m] = self.loss(output, self.targets[m]) * factor if factor else zero(output)
 
     def recompute(self, action: Action) -> Any:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from executor import devices
+from executor import averaging, devices
 from executor.agreement import agree
 from executor.batch import tensors
 from executor.layers import cut
@@ -44,6 +44,7 @@ def measure(
     backend = devices.open_device(device)
     layered = cut(file, file.build(seed=0))
     agree(file, layered)
+    averaging.check(file, layered.model)
     chain = Chain(file, layered, backend.device)
     sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))
     if len(sizes) < 3 or sizes[0] < 1:

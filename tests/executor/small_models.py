@@ -124,6 +124,45 @@ def fields_batch(n: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
 
 
+def ignoring() -> nn.Module:
+    return model()
+
+
+def ignoring_batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some targets are ignored, of the first micro-batches all."""
+    inputs, targets = batch(n)
+    targets[: n // 4] = -100
+    targets[n // 2 :: 3] = -100
+    return inputs, targets
+
+
+def weighted() -> nn.Module:
+    return model()
+
+
+def weighted_batch(n: int) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    inputs, targets = batch(n)
+    return inputs, (targets, torch.rand(n))
+
+
+def weighted_loss(outputs: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    classes, weights = targets
+    each = nn.functional.cross_entropy(outputs, classes, reduction="none")
+    return (each * weights).sum() / weights.sum()
+
+
+def weighted_weight(inputs: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> float:
+    return float(targets[1].sum())
+
+
+def summed() -> nn.Module:
+    return model()
+
+
+def summed_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+
 class Dynamic(nn.Module):
     """Cannot be traced: its forward looks at values. Its file says what the layers are."""
 

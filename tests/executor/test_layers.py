@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from executor import averaging
 from executor.agreement import agree
 from executor.layers import LayeredModel, cut
 from executor.model_file import load
@@ -132,6 +133,20 @@ def test_layers_that_compute_something_else_are_refused(name: str, why: str) -> 
 def test_a_cut_model_agrees_with_the_whole(name: str) -> None:
     file = load(f"{MODELS}:{name}")
     agree(file, cut(file, file.build(0)))
+
+
+@pytest.mark.parametrize("name", ["model", "ignoring", "weighted", "fields"])
+def test_a_loss_is_a_mean_of_micro_batches(name: str) -> None:
+    file = load(f"{MODELS}:{name}")
+    averaging.check(file, file.build(0))
+
+
+def test_a_loss_that_is_a_sum_is_refused() -> None:
+    file = load(f"{MODELS}:summed")
+    with pytest.raises(PlanError, match="not the mean") as raised:
+        averaging.check(file, file.build(0))
+    assert raised.value.why.endswith("it is a sum")
+    assert "weight(inputs, targets)" in raised.value.fix
 
 
 def test_batches_depend_on_the_seed_alone() -> None:
