@@ -54,6 +54,12 @@ def test_what_cannot_be_run_yet(strategy: str, words: tuple[str, ...]) -> None:
     assert set(words) <= set(missing(spread(strategy)))
 
 
+def test_reductions_beside_computing_cannot_be_run_yet() -> None:
+    words = "reducing gradients beside computing (REDUCE_ASYNC)"
+    assert words in missing(spread("pipedream", 4, 8, replicas=2))
+    assert words not in missing(spread("pipedream-2bw", 4, 8, replicas=2))
+
+
 def test_savings_that_cannot_be_run_yet() -> None:
     plan = spread("gpipe", m=8)
     for change, words in (

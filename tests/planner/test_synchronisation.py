@@ -32,7 +32,7 @@ from planner.values.hardware import Device, Host, Link
 from planner.values.plan import Plan, Stage, windows
 from planner.values.profile import Profile, Split, Value
 from planner.values.trace import KINDS
-from tests.factory import SIZES, devices, pipeline, profile
+from tests.factory import SIZES, devices, pipeline, profile, shared_cores
 
 
 def spread(strategy: str, costs: Profile, k: int, m: int, *, batch: int | None = None, **question: Any) -> Plan:
@@ -538,6 +538,17 @@ def test_pipedream_of_one_stage_is_data_parallelism_without_a_flush(r: int, redu
     assert outcome.synchronising == pytest.approx((period - 2.0) / period)
     assert outcome.bubble == pytest.approx(0.0, abs=1e-9)
     assert staleness(outcome) == 1
+
+
+def test_cores_that_compute_hide_no_reduction() -> None:
+    """Four processes on four cores: 2 s of computing and a ring of 1.5 s on them per micro-batch of each."""
+    machine = msgspec.structs.replace(shared_cores(4), links=devices(1, bandwidth=1000.0).links).take(4)
+    costs = profile([1.0], [1.0], machine=machine)
+    plan = get("pipedream").spread(Question(costs, machine, 4, 16, 16, replicas=4))
+    outcome = simulate(costs, plan, machine)
+    assert outcome.step_s == pytest.approx(4 * 3.5)
+    assert evaluate(Placed(costs, plan, machine)).step_s == pytest.approx(4 * 3.5)
+    assert outcome.synchronising == pytest.approx(1.5 / 3.5)
 
 
 def test_waiting_for_a_replica_that_has_not_come_is_no_synchronising() -> None:
