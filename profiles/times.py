@@ -82,13 +82,15 @@ class LayerTimer:
         """Look at every size once, the smallest first, then go round over all for `budget_s` seconds at most.
 
         A size whose first look would take more than its share of the budget is left out, with all larger ones; the
-        smallest are measured whatever they take.
+        smallest are measured whatever they take. What is measured is measured twice at least.
         """
         before = torch.get_num_threads()
         self.begun, self.budget_s = time.monotonic(), budget_s
         try:
             with unchanged_buffers(self.chain.layered.model):
                 self._first_look()
+                for setting in self.settings:  # a second time in any case: one alone has no spread
+                    self._timed(setting, extra=False)
                 for done in range(1, MAX_ROUNDS):
                     if not self._round(extra=done < EXTRA_ROUNDS):
                         break
