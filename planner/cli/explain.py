@@ -11,10 +11,9 @@ from planner.cli import output
 from planner.cli.answer import nothing_fits
 from planner.cli.complete import plans
 from planner.cli.opened import of_length
-from planner.cli.searching import asked
-from planner.search.answer import State
+from planner.cli.options import JsonOption
+from planner.cli.searching import asking
 from planner.search.explain import explain as sentences
-from planner.search.search import Search
 from planner.simulate.predict import simulate
 from planner.store import Store
 
@@ -23,10 +22,9 @@ def explain(
     plan: Annotated[
         str, typer.Argument(help="best, or a plan that the last search evaluated.", autocompletion=plans)
     ] = "best",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Say in a few sentences why this plan, what bounds it, what the next best is and what would change the answer."""
-    from executor.abilities import able
     from profiles import shipped
 
     store = Store(catalogue=shipped)
@@ -34,15 +32,9 @@ def explain(
     path = store.profile_path(searched.profile)
     profile = store.load_profile(path)
     lengths = [of_length(store, path, profile, tokens)[1] for tokens in searched.space.sequences if tokens]
-    question = asked(
-        (profile, *lengths),
-        searched.cluster,
-        searched.space,
-        searched.objective,
-        searched.terms,
-        searched.stale,
-    )
-    if question != searched.question:
+    profiles = (profile, *lengths)
+    searching = asking(profiles, searched.cluster, searched.space, searched.objective, searched.terms, searched.stale)
+    if searching.state.question != searched.question:
         raise PlanError(
             what="the search is stale",
             where=str(store.root / "search.json"),
@@ -50,17 +42,7 @@ def explain(
             fix="plan search",
             code=ARTEFACT,
         )
-    searching = Search(
-        profile,
-        searched.cluster,
-        searched.space,
-        lengths=lengths,
-        objective=searched.objective,
-        terms=searched.terms,
-        stale=searched.stale,
-        state=State(question=searched.question, done=searched.done),
-        able=able,
-    )
+    searching.state.done = searched.done
     answer = searched.answer
     if not answer.leaders:
         raise nothing_fits(searching, answer)

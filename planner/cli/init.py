@@ -11,12 +11,13 @@ import typer
 from planner.basis import files
 from planner.basis.errors import PlanError
 from planner.cli import output
+from planner.cli.options import JsonOption
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("model.py"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Write a commented model file to start from."""
     if path.exists() and not force:

@@ -12,6 +12,7 @@ import typer
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output
+from planner.cli.options import JsonOption
 from planner.store import Store
 from planner.values.profile import Profile
 
@@ -37,7 +38,7 @@ def profile(
     dtype: Annotated[
         str | None, typer.Option(help="With --estimate: bf16, fp16 or fp32. Default: the model's.", metavar="DTYPE")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Measure each layer's time and bytes, and this machine's links, on the real device, or estimate them."""
     chosen = _sizes(sizes)

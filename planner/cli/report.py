@@ -16,6 +16,7 @@ from planner.cli import output
 from planner.cli.comparison import compared
 from planner.cli.complete import plans
 from planner.cli.opened import is_of_own_machine, meant
+from planner.cli.options import JsonOption
 from planner.search.ranking import Ranking
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store
@@ -35,7 +36,7 @@ def report(
         str | None, typer.Option(help="With --simulated: another plan than the best.", autocompletion=plans)
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
     from profiles import shipped

@@ -13,6 +13,7 @@ from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
 from planner.cli.line import LINE, again
 from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
+from planner.cli.options import JsonOption
 from planner.cli.report import write_page
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
@@ -32,7 +33,7 @@ def run(
     check: Annotated[
         float | None, typer.Option(help="Fail (exit 7) when the step time is off by more than so many per cent.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Run a plan with real processes, record every action, and compare it with the prediction."""
     if steps < 1:

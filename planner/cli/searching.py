@@ -140,35 +140,39 @@ def run(
 
 def _begin(store: Store, profiles: Sequence[Profile], cluster: Cluster, of: Space, question: Question) -> Search:
     """Make a search, with what the same one has evaluated before."""
-    from executor.abilities import able
-
-    terms = question.terms(of)
-    digest = asked(profiles, cluster, of, question.objective, terms, question.stale)
-    state = State(question=digest)
+    searching = asking(profiles, cluster, of, question.objective, question.terms(of), question.stale)
     if not question.restart and (store.root / "search.json").exists():
         try:
             before = store.load_search()
-            if before.question == digest:
-                state.done = before.done
+            if before.question == searching.state.question:
+                searching.state.done = before.done
         except PlanError:
             pass  # a damaged file is searched again, and replaced
+    return searching
+
+
+def asking(
+    profiles: Sequence[Profile], cluster: Cluster, of: Space, objective: str, terms: Terms, stale: bool
+) -> Search:
+    """Make the search of a question; the other profiles are those of its lengths.
+
+    Its state has nothing but a digest of all that the answer depends on: what the same question has evaluated before
+    belongs to it.
+    """
+    from executor.abilities import able
+
+    question = [__version__, [(one.key, one.created) for one in profiles], cluster, of, objective, terms, stale]
     return Search(
         profiles[0],
         cluster,
         of,
         lengths=profiles[1:],
-        objective=question.objective,
+        objective=objective,
         terms=terms,
-        stale=question.stale,
-        state=state,
+        stale=stale,
+        state=State(question=hashlib.sha256(msgspec.json.encode(question)).hexdigest()),
         able=able,
     )
-
-
-def asked(profiles: Sequence[Profile], cluster: Cluster, of: Space, objective: str, terms: Terms, stale: bool) -> str:
-    """Return a digest of all that a search's answer depends on; the other profiles are those of its lengths."""
-    question = [__version__, [(one.key, one.created) for one in profiles], cluster, of, objective, terms, stale]
-    return hashlib.sha256(msgspec.json.encode(question)).hexdigest()
 
 
 def _searched(store: Store, searching: Search, profile: str, budget: float, others: tuple[int, float]) -> Answer:

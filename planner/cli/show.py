@@ -10,6 +10,7 @@ from planner.basis.units import samples_words, seconds, size
 from planner.cli import output
 from planner.cli.complete import clusters, plans, profiles
 from planner.cli.opened import Meant, meant
+from planner.cli.options import JsonOption
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of
@@ -40,7 +41,7 @@ def show(
         str | None, typer.Option(help="Other hardware than the simulation's.", autocompletion=clusters)
     ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print all actions instead, a line per device.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Print a plan's stages (layers, devices, seconds and bytes) and its schedule as a grid."""
     question = meant(plan, profile, cluster)
