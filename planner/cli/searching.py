@@ -18,7 +18,7 @@ from planner.cli.opened import opened
 from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
-from planner.search.kinds import contenders, family, first_of_each, look_at_others
+from planner.search.kinds import contenders, decision, family, first_of_each, look_at_others
 from planner.search.ranking import Ranking, check
 from planner.search.search import Search
 from planner.search.simplicity import identity
@@ -223,10 +223,7 @@ def chosen(searching: Search, answer: Answer, words: Sequence[str] = (), *, ever
     single = every or bool(words)
 
     def does(found: Found) -> object:
-        plan = searching.plan(found)
-        if len(plan.stages) == 1 and not single:  # of two families without a pipeline M is no difference
-            plan = msgspec.structs.replace(plan, microbatches=plan.replicas)
-        return identity(plan)
+        return identity(searching.plan(found)) if single else decision(searching, found)
 
     best, rivals = answer.leaders[0], contenders(searching)
     named = [found for found in rivals if all(word in found.label for word in words)]

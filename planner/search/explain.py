@@ -11,7 +11,7 @@ from planner.basis.units import percent, samples_words, seconds, size
 from planner.costs.placed import Placed
 from planner.search.answer import Answer, Found
 from planner.search.choice import choose
-from planner.search.kinds import QUICK_ACTIONS, first_of_each, settled, strategy
+from planner.search.kinds import QUICK_ACTIONS, decision, first_of_each, settled, strategy
 from planner.search.search import Search, shares
 from planner.search.space import Candidate
 from planner.simulate.contention import simulated_step
@@ -50,9 +50,13 @@ def explain(
             rank = f"not competing, as its gradients are stale, {against}"
         return [_what(search, outcome, of, answer, rank), *_bounds(outcome, cluster)]
     text = [_what(search, outcome, best, answer, f"the best for {answer.objective}"), *_bounds(outcome, cluster)]
-    rivals = first_of_each(
-        search, (f for f in everything if f.lack <= 1 and f.strategy != best.strategy), strategy, NAMED
-    )
+    own = decision(search, best)
+
+    def kind(found: Found) -> object:
+        return own if decision(search, found) == own else found.strategy  # another name is no other kind
+
+    others = (f for f in everything if f.lack <= 1 and f.strategy != best.strategy)
+    rivals = [f for f in first_of_each(search, others, kind, NAMED + 1) if kind(f) != own][:NAMED]
     larger = [
         f for f in first_of_each(search, (f for f in everything if f.lack > 1), strategy, NAMED) if f.score < best.score
     ]

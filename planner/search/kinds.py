@@ -11,6 +11,7 @@ import numpy as np
 
 from planner.search.answer import Found
 from planner.search.search import Search
+from planner.search.simplicity import identity
 from planner.values.plan import actions
 
 QUICK_ACTIONS = 20_000
@@ -27,6 +28,12 @@ def family(found: Found) -> object:
 def strategy(found: Found) -> object:
     """Return the strategy alone."""
     return found.strategy
+
+
+def decision(search: Search, found: Found) -> object:
+    """Return what a plan does, equal for two names of one plan: of a plan without a pipeline M is no difference."""
+    plan = search.plan(found)
+    return identity(msgspec.structs.replace(plan, microbatches=plan.replicas) if len(plan.stages) == 1 else plan)
 
 
 def settled(search: Search, found: Found) -> Found:
