@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import inspect
 import sys
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from executor.batch import Drawn
+from planner.basis import sources
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -172,9 +172,17 @@ def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-def sha256(path: str) -> str:
-    """Hash of the file behind a `file.py[:name]`. Raises `PlanError` (exit 2) when there is none."""
-    return hashlib.sha256(_source(path).read_bytes()).hexdigest()
+def sha256(path: str, files: Iterable[str] = ()) -> str:
+    """Hash of the file behind a `file.py[:name]` and of those that it imports from its folder.
+
+    Raises `PlanError` (exit 2) when there is none.
+    """
+    return sources.digest(_source(path), files)
+
+
+def imported(path: str) -> tuple[str, ...]:
+    """Return the files that the file behind a `file.py[:name]` has imported from its folder."""
+    return sources.imported(_source(path))
 
 
 def _source(path: str) -> Path:

@@ -75,6 +75,7 @@ class _Keyed(msgspec.Struct):
     """What is read of a profile to find it."""
 
     key: ProfileKey
+    model_path: str = ""
 
 
 class Store:
@@ -96,8 +97,19 @@ class Store:
         stem = profile.key.model.removesuffix(".py").replace(":", "-").replace(".py", "")
         stem += f"-s{profile.sequence}" if profile.sequence else ""
         path = self.root / "profiles" / f"{stem}-{device}.json"
+        if self._is_of_another(path, profile):
+            folder = Path(profile.model_path.partition(":")[0]).resolve().parent.name
+            path = self.root / "profiles" / f"{folder}-{stem}-{device}.json"
         write(path, msgspec.json.format(msgspec.json.encode(profile), indent=1))
         return path
+
+    def _is_of_another(self, path: Path, profile: Profile) -> bool:
+        """Whether a profile is kept at a path that is of a model file of the same name in another folder."""
+        try:
+            kept = msgspec.json.decode(path.read_bytes(), type=_Keyed).model_path
+        except (OSError, msgspec.DecodeError):
+            return False
+        return bool(kept) and Path(kept).resolve() != Path(profile.model_path).resolve()
 
     def profile_path(self, given: str | None) -> Path:
         """Return the path of a profile: as given, by its name in the store or the catalogue, or the one written last.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from executor import averaging, devices
 from executor.agreement import agree
 from executor.batch import tensors
 from executor.layers import cut
-from executor.model_file import load, sha256
+from executor.model_file import imported, load, sha256
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, Profile, ProfileKey, Timing
 from profiles import machine
@@ -90,8 +91,10 @@ def measure(
         )
         for part, name in enumerate(names)
     )
+    files, dtype = imported(path), _dtype(layered.model)
     return Profile(
-        key=key_of(path, device, tokens),
+        key=key_of(path, device, tokens, files, dtype),
+        sources=files,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=path,
         layers=profiles[:-1],
@@ -108,18 +111,30 @@ def measure(
     )
 
 
-def key_of(path: str, device: str, sequence: int) -> ProfileKey:
-    """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for."""
+def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str) -> ProfileKey:
+    """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for.
+
+    `files` are what it imports from its folder, `dtype` the model's own: neither is known without running it.
+    """
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
-        source_sha256=sha256(path),
+        source_sha256=sha256(path, files),
         device=devices.describe(device),
-        dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+        dtype=dtype,
         cores=devices.cores(),
         torch=str(torch.__version__),
         python=platform.python_version(),
         sequence=sequence,
     )
+
+
+def _dtype(model: torch.nn.Module) -> str:
+    """The dtype of most of a model's parameters."""
+    counts = Counter[torch.dtype]({torch.get_default_dtype(): 0})
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _powers_of_two(batch: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError, unknown
+from planner.basis.sources import digest
 from planner.cli import output
 from planner.search.ranking import Ranking
 from planner.store import Store, is_table
@@ -216,9 +217,7 @@ def check_fresh(measured: Profile, path: Path) -> None:
     source = Path(measured.model_path.partition(":")[0])
     current: dict[str, Any] = {"torch": importlib.metadata.version("torch"), "schema": SCHEMA}
     if source.is_file():
-        import hashlib
-
-        current["source_sha256"] = hashlib.sha256(source.read_bytes()).hexdigest()
+        current["source_sha256"] = digest(source, measured.sources)
     key = measured.key
     fields = {f: current.get(f, getattr(key, f)) for f in key.__struct_fields__}
     require_same(measured, ProfileKey(**fields), path)

@@ -63,7 +63,9 @@ def run(
     from profiles.measure import key_of
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
-    require_same(measured_profile, key_of(measured_profile.model_path, kind, measured_profile.sequence), path)
+    of = measured_profile
+    now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype)
+    require_same(measured_profile, now, path)
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     asked = _asked(store, plan, wanted, path)

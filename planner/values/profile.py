@@ -192,7 +192,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     `layers` are in execution order; `loss` is what the last stage does after its last layer. `action_s` is the
     executor's own time per forward or backward action, on top of the layers. `tied` names parameters shared by
     several layers. `load` is the time to produce one batch. `machine` is where all of it was measured, or, of an
-    `estimated` profile, the hardware it was computed for from counted operations.
+    `estimated` profile, the hardware it was computed for from counted operations. `sources` are the files that the
+    model file imports from its own folder, by their paths from there: the key's hash is of these, too.
     """
 
     key: ProfileKey
@@ -211,6 +212,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     noise: float
     machine: Cluster
     estimated: bool = False
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
