@@ -27,8 +27,7 @@ from planner.programs.waits import Linked
 from planner.values.plan import Plan, asynchronous, windows
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 
 class Flight(NamedTuple):
@@ -116,23 +115,25 @@ def _on_their_way(order: Order, edges: Edges, turns: tuple[int, ...]) -> tuple[t
     import numpy as np
 
     linked = Linked(Program(messages(order, edges, turns), edges))
-    flat, stage = linked.flat, codes.stages(linked.flat)
-    back = codes.has(flat, BACKWARD, BACKWARD_WEIGHT)
-    ends = back if back.any() else codes.has(flat, FORWARD)
-    found: list[tuple[int, int, int]] = []
-    for s in range(edges.stages):
-        sends, enters, returns = (
-            codes.has(flat, op) & (stage == s) for op in (SEND_BACKWARD, RECV_FORWARD, RECV_BACKWARD)
+    back = codes.has(linked.flat, BACKWARD, BACKWARD_WEIGHT)
+    ends = back if back.any() else codes.has(linked.flat, FORWARD)
+    stage, begins = codes.stages(linked.flat), linked.offsets.tolist()
+    sends, enters, returns = (codes.has(linked.flat, op) for op in (SEND_BACKWARD, RECV_FORWARD, RECV_BACKWARD))
+
+    def on_row(s: int, row: int) -> tuple[int, int, int]:
+        own = slice(begins[row], begins[row + 1])
+        mine = stage[own] == s
+        over = (mine & ends[own]).astype(int)
+        left = (mine & sends[own]).astype(int)
+        known = linked.completions[linked.posts[own][left > 0]]
+        np.subtract.at(left, known[known >= 0] - own.start, 1)
+        entering, returning = (
+            np.cumsum(change - over * bool(change.any())) for change in (mine & enters[own], mine & returns[own])
         )
-        over = (ends & (stage == s)).astype(int)
-        left = sends.astype(int)
-        known = linked.completions[linked.posts[sends]]
-        np.subtract.at(left, known[known >= 0], 1)
-        entering = enters - over * bool(enters.any())
-        returning = returns - over * bool(returns.any())
+        most = int(entering.max(initial=0))
+        both = int((entering + np.cumsum(left)).max(initial=0))
+        return most, int(returning.max(initial=0)), both - most
 
-        def most(change: NDArray[np.int64]) -> int:
-            return max(int(np.cumsum(row).max(initial=0)) for row in codes.cut(change, linked.offsets))
-
-        found.append((most(entering), most(returning), most(entering + left) - most(entering)))
-    return tuple(zip(*found, strict=True))
+    rows_of = enumerate(linked.program.holders)
+    of_stage = [tuple(map(max, zip(*(on_row(s, row) for row in rows), strict=True))) for s, rows in rows_of]
+    return tuple(zip(*of_stage, strict=True))

@@ -229,11 +229,13 @@ def _play(flat, offsets, kinds, what, stages, width, home, played, turns, early)
         for row in range(len(turns.first)):
             while following[row] < ends[row] and backwards[following[row]] < rows[row * _WIDTH + _AT]:
                 following[row] += 1
+        fewest = 0
         for row in range(len(turns.first)):  # up to the second backward that not all of its stage have come to
-            fewest = ends[row] - begins[row]
-            for other in range(first_of[row], behind_of[row]):
-                if following[other] < ends[other]:  # one at its end has come to all turns that are whole
-                    fewest = min(fewest, following[other] - begins[other])
+            if row == first_of[row]:
+                fewest = len(flat)
+                for other in range(row, behind_of[row]):
+                    if following[other] < ends[other]:  # one at its end has come to all turns that are whole
+                        fewest = min(fewest, following[other] - begins[other])
             last = begins[row] + fewest + 1
             stop = backwards[last] + 1 if last < ends[row] else offsets[row + 1]
             if gate[row] >= 0 and stop > rows[row * _WIDTH + _STOP]:
