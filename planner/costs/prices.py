@@ -10,7 +10,7 @@ import numpy as np
 from planner.basis.memo import memoised
 from planner.costs import collectives
 from planner.costs.blocks import blocks
-from planner.costs.flows import Flow, carrying, together
+from planner.costs.flows import Flow, carrying, latency, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
 from planner.costs.stage_memory import of_stage
@@ -270,7 +270,11 @@ class PriceList:
         flows, waiting = self._flows(ends, each), self._latencies(op, stage, row)
         alone = (self.cluster.transfer_seconds(path, each) - self._latency(path) for path in self._paths(ends))
         seconds = waiting + max((*alone, carrying(self.cluster, flows)))
-        at_once = self._all_served(op, stage, each, waiting) if not self.agreed.asynchronous else 0.0
+        at_once = (
+            self._all_served(op, stage, each, latency(self.cluster, flows, seconds))
+            if not self.agreed.asynchronous
+            else 0.0
+        )
         return TransferKind(op, stage, row, row, size, seconds, 0.0, flows, at_once=at_once)
 
     def _ends(self, op: str, row: int) -> list[tuple[str, str]]:

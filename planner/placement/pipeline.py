@@ -16,6 +16,7 @@ from planner.placement import partition, savings
 from planner.placement.cutting import balanced, cut_of, ranges_of, reordered, slowest, tables_of
 from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, positions
 from planner.placement.question import Question
+from planner.programs import extent
 from planner.values.plan import Plan, Stage, shares_without_flush
 from planner.values.profile import Profile
 
@@ -43,6 +44,8 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
         )
     count = depth * chunks
     _enough_layers(q, count)
+    passes = 3 if chosen.splits else 2
+    extent.check(passes * count * shape.microbatches, f"{strategy}-k{q.k}-m{q.m}", q.m)
     agreed = synchronisation or q.synchronisation or synchronisations.USUAL
     layers = len(q.profile.layers)
     choice = mappings(q, depth)

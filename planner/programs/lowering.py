@@ -8,12 +8,13 @@ from planner.orders import codes, schedules, synchronisation
 from planner.orders.codes import Codes, Order
 from planner.orders.operations import OPTIMIZER, REDUCTIONS, UNSHARD_BACKWARD, UNSHARD_FORWARD
 from planner.orders.schedules import Shape
+from planner.programs import extent
 from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.proof import InTurn, prove
 from planner.programs.savings import offload, recompute
 from planner.programs.updates import advance, frame, gather, optimize, reduce_beside, send_first, tie
-from planner.values.plan import Plan, asynchronous, windows
+from planner.values.plan import Plan, actions, asynchronous, windows
 
 ONCE = 1 << 32
 """Between two updates there are all micro-batches of a step."""
@@ -35,8 +36,11 @@ def lower(plan: Plan, *, in_turn: InTurn = "per pair") -> Program:
 def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself.
 
-    Only the first `replicas` of the pipeline are unrolled, where they are all alike; all by default.
+    Only the first `replicas` of the pipeline are unrolled, where they are all alike; all by default. Raises
+    `PlanError` (exit 2) where that is more than fits into this machine's memory.
     """
+    every = 1 if plan.uneven or not replicas else plan.replicas // replicas
+    extent.check(actions(plan) // every, str(plan), plan.microbatches)
     schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     share = _between_updates(plan)
     rows = messages(compute_order(plan, replicas), plan.edges, taking_turns(plan))

@@ -21,7 +21,7 @@ from planner.placement.devices import choose
 from planner.placement.filling import layers_bytes, sizes_of
 from planner.placement.flight import flight
 from planner.placement.freeing import worth_a_checkpoint
-from planner.search.room import Need, held, homes, need, swapped
+from planner.search.room import ARRANGED, Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate
 from planner.search.weighing import Rows, Work, least_seconds
 from planner.values.cluster import Cluster
@@ -74,7 +74,7 @@ class Bounds:
         begin = n * float(passes.both[0]) / point.depth
         chosen = "recompute-layers" in point.savings
         shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
-        fills = not steady and shape.stages <= len(profile.layers)
+        fills = not steady and shape.stages <= len(profile.layers) and shape.stages * shape.microbatches <= ARRANGED
         if not fills or schedules.why_not(schedule, shape) is not None:  # steps without a flush fill once
             seconds = work.seconds if chosen else work.seconds + work.again
             return max(begin, (float((seconds * work.number).sum()) - work.quicker) / point.depth)

@@ -24,6 +24,11 @@ from planner.values.profile import Profile
 
 Floats = npt.NDArray[np.float64]
 
+ARRANGED = 1 << 20
+"""Stages times micro-batches up to which a schedule is arranged for a bound: more takes longer than making the plan."""
+KEPT = 64
+"""Shapes of which it is kept where stages are: a search asks for one again and again, then for another."""
+
 
 class Need(NamedTuple):
     """The share of the roomiest device that the fullest row fills at least, and what recomputing a layer lowers it by.
@@ -43,6 +48,8 @@ def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
         return nothing
     shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
     if schedules.why_not(schedule, shape) is not None or shape.stages > len(profile.layers):
+        return nothing
+    if shape.stages * shape.microbatches > ARRANGED:
         return nothing
     holders = point.replica_count * schedule.copies
     of = layers_bytes(profile)
@@ -77,7 +84,7 @@ class Homes(NamedTuple):
     many: Floats
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT)
 def homes(schedule: str, shape: schedules.Shape) -> Homes:
     """Return where a schedule has its stages, and how full each row is of them at its fullest moment."""
     here, many = np.zeros((shape.stages, shape.devices)), np.zeros((shape.stages, shape.devices))
@@ -90,7 +97,7 @@ def homes(schedule: str, shape: schedules.Shape) -> Homes:
     return Homes(here, many)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=KEPT)
 def swapped(schedule: str, shape: schedules.Shape) -> Floats:
     """Return how many micro-batches each row copies to its host and back of each stage, where all are offloaded."""
     found = np.zeros((shape.stages, shape.devices))
