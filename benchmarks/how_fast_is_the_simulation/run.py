@@ -56,7 +56,7 @@ LARGEST_BUILDING = 1.0
 """Building a program, in times of simulating it."""
 SMALLEST_SHARE = 1 / 3
 """Of the plain model's actions per second."""
-LONG_S, WIDE_S, PLAN_S, SEARCH_S, LARGE_SEARCH_S = 1.0, 10.0, 0.1, 5.0, 60.0
+LONG_S, WIDE_S, PLAN_S, SEARCH_S, LARGE_SEARCH_S, PROOF_S = 1.0, 10.0, 0.1, 5.0, 60.0, 20.0
 WIDE = 1024
 """Devices up to which a search has `SEARCH_S`; larger ones have `LARGE_SEARCH_S`."""
 LARGEST_ERROR = 1e-9
@@ -481,8 +481,23 @@ def searching(quick: bool) -> Iterator[Figure]:
         yield Figure(question, f"{name}: candidates", answer["points"], "")
         yield Figure(question, f"{name}: evaluated", answer["evaluated"], "")
         most = LARGE_SEARCH_S if large else SEARCH_S
-        yield Figure(question, f"{name}: the best is proved after", answer["seconds"], "s", most)
+        how = "the best is proved after" if answer["complete"] else "stopped without a proof after"
+        yield Figure(question, f"{name}: {how}", answer["seconds"], "s", most)
         yield Figure(question, f"{name}: memory", answer["bytes"], "bytes", LARGE_SEARCH_BYTES if large else None)
+
+
+def proofs(quick: bool) -> Iterator[Figure]:
+    """How much of a processor does the proof of the best plan of real models on 16 devices take?"""
+    clusters = ("dgx1-v100",) if quick else ("v100-4x4", "v100-2x8", "dgx1-v100")
+    for model in ("vgg16", "resnet50"):
+        profile = shipped.read(shipped.profiles()[model])
+        for name in clusters:
+            cluster = cluster_file.read(shipped.clusters()[name])
+            begin = time.process_time()
+            answer = Search(profile, cluster, space(profile, cluster, 1024)).run(seconds=10 * PROOF_S)
+            how = "proved after" if answer.complete else "stopped without a proof after"
+            taken = time.process_time() - begin
+            yield Figure("search, batch 1,024", f"{model}, {name}: {how}", taken, "s", PROOF_S)
 
 
 def one_search(count: int, name: str, seconds: float) -> None:
@@ -511,7 +526,7 @@ def memory(quick: bool) -> Iterator[Figure]:
 
 
 QUESTIONS: tuple[Callable[[bool], Iterator[Figure]], ...] = (
-    *(compiling, critical_path, simpy_pass, long_steps, wide, predictions, searching),
+    *(compiling, critical_path, simpy_pass, long_steps, wide, predictions, proofs, searching),
     memory,  # the last: it speaks of all the others
 )
 

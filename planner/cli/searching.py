@@ -19,6 +19,7 @@ from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
 from planner.search.kinds import contenders, decision, family, first_of_each, look_at_others
+from planner.search.outlook import outlook
 from planner.search.ranking import Ranking, check
 from planner.search.search import Search
 from planner.search.simplicity import identity
@@ -179,6 +180,9 @@ def _searched(store: Store, searching: Search, profile: str, budget: float, othe
     """Run a search with its progress shown, then for so many `others` and seconds; save it however it ends."""
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
 
+    expected = outlook(searching)
+    if expected is not None and expected.long:
+        output.progress.print(str(expected))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Bar(*columns, console=output.progress, transient=True) as bar:
         task = bar.add_task("searching", total=None)

@@ -11,6 +11,9 @@ from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs import extent
 from planner.programs.lowering import unroll
+from planner.search.outlook import outlook
+from planner.search.search import Search
+from planner.search.space import space
 from tests.factory import devices, profile
 
 
@@ -33,3 +36,16 @@ def test_a_plan_is_refused_before_its_schedule_is_arranged() -> None:
     with pytest.raises(PlanError, match="too large for this machine"):
         get("1f1b").spread(q)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000, "kilobytes"
+
+
+def test_what_a_search_takes_is_said_where_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, cluster = profile([1.0] * 4), devices(4)
+    search = Search(costs, cluster, space(costs, cluster, 16))
+    assert outlook(search) is None, "a small space"
+    monkeypatch.setattr("planner.search.outlook.POINTS", 1)
+    expected = outlook(search)
+    assert expected is not None
+    assert (expected.points, expected.rows, expected.microbatches) == (search.tally.points, 4, 16)
+    assert 0 < expected.each_s < 60
+    assert not search.state.done, "nothing is counted as evaluated"
+    assert f"{expected.points:,} candidates" in str(expected)
