@@ -398,7 +398,7 @@ def plan_bound(placed: Placed) -> float:
         work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return max(found, _reducing(placed, sums, seams))
+    return max(found, _reducing(placed, sums, seams), _crossing(placed))
 
 
 def _repeated(table: LayerTable, run: range) -> float:
@@ -436,6 +436,30 @@ def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
     if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
         return 0.0
     return min(begins) + leaving / sum(bandwidth[host] for host in hosts)
+
+
+def _crossing(placed: Placed) -> float:
+    """Seconds for which the NICs of the busiest host send, or receive, what stages send to each other."""
+    plan, schedule = placed.plan, placed.schedule
+    host_of, bandwidth = placed.cluster.routes.host_of, _leaving(placed.cluster)
+    if asynchronous(plan) or plan.uneven or len(bandwidth) < 2:
+        return 0.0
+    sent, received = dict.fromkeys(bandwidth, 0.0), dict.fromkeys(bandwidth, 0.0)
+    hosts = [[host_of[name] for name in group] for group in plan.groups]
+    share = plan.microbatches // plan.replicas / schedule.copies
+    homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
+    for edge in plan.edges:
+        forward = share * placed.edge_bytes(edge, gradients=False)
+        back = share * placed.edge_bytes(edge, gradients=True) if schedule.trains else 0.0
+        for first in range(0, len(hosts), plan.depth):
+            for producer, consumer in zip(homes[edge.producer], homes[edge.consumer], strict=True):
+                for one, other in zip(hosts[first + producer], hosts[first + consumer], strict=True):
+                    if one != other:
+                        sent[one] += forward
+                        received[other] += forward
+                        sent[other] += back
+                        received[one] += back
+    return max(max(sent[host], received[host]) / bandwidth[host] for host in bandwidth if bandwidth[host] > 0)
 
 
 def _leaving(cluster: Cluster) -> dict[str, float]:
