@@ -32,8 +32,8 @@ from planner.values.profile import Profile
 
 SHOWN, EVERY = 8, 40
 """Plans that are simulated in full and shown: the best of each family; with --all or --filter the best of all."""
-OTHERS_S, EVERY_S = 2.0, 10.0
-"""Seconds for the best plans of other strategies, so many or all, beside those that the search itself has taken."""
+OTHERS_S, EVERY_S = 4.0, 12.0
+"""Seconds for the best plans of other strategies, so many or all."""
 FRONT_S = 20.0
 """Seconds for the front of time against cost, beside those that the search itself has taken."""
 
@@ -200,7 +200,7 @@ def _searched(store: Store, searching: Search, profile: str, budget: float, othe
         try:
             answer = searching.run(told, seconds=budget)
             if answer.leaders and answer.complete:
-                look_at_others(searching, others[0], min(budget, others[1] + answer.seconds))
+                look_at_others(searching, others[0], min(budget, others[1]))
             return answer
         finally:
             store.save_search(

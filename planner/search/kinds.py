@@ -16,8 +16,8 @@ from planner.values.plan import actions
 
 QUICK_ACTIONS = 20_000
 """Programs up to so many actions go through SimPy while somebody waits for a sentence or a table."""
-LOOKS = 12
-"""So many plans are put through SimPy, so that a figure stands in a sentence and not a bound."""
+LOOKS, LOOKS_S = 12, 10.0
+"""So many plans are put through SimPy, and for so long, so that a figure stands in a sentence and not a bound."""
 
 
 def family(found: Found) -> object:
@@ -52,12 +52,12 @@ def first_of_each(search: Search, found: Iterable[Found], kind: Callable[[Found]
     waiting = [(f.score, not f.exact, f.key, f) for f in found]
     heapq.heapify(waiting)
     first: dict[object, Found] = {}
-    looks = 0
+    looks, ends = 0, time.monotonic() + LOOKS_S
     while waiting and len(first) < most:
         *_, one = heapq.heappop(waiting)
         if kind(one) in first:
             continue
-        if not one.exact and looks < LOOKS:
+        if not one.exact and looks < LOOKS and time.monotonic() < ends:
             looks += 1
             exact = settled(search, one)
             if exact.exact:
