@@ -19,7 +19,7 @@ from planner.search.answer import Answer, Found
 from planner.search.cost import Terms
 from planner.search.ranking import Ranking
 from planner.search.space import Space
-from planner.values import plan as plans
+from planner.values import plan_file
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
@@ -184,7 +184,7 @@ class Store:
     def save_ranking(self, ranking: Ranking) -> None:
         """Save a simulation, and each of its plans as a file that can be edited and run."""
         for outcome in ranking.outcomes:
-            write(self.root / "plans" / f"{outcome.plan}.toml", plans.to_toml(outcome.plan).encode())
+            write(self.root / "plans" / f"{outcome.plan}.toml", plan_file.to_toml(outcome.plan).encode())
         write(self.root / "simulation.json", msgspec.json.encode(ranking))
 
     def load_ranking(self) -> Ranking:
@@ -224,7 +224,7 @@ class Store:
         Raises `PlanError` with the nearest name (exit 2), or exit 3 when nothing fits.
         """
         if reference.endswith(".toml") or os.sep in reference:
-            return plans.read(Path(reference))
+            return plan_file.read(Path(reference))
         ranking = self.load_ranking()
         if reference == "best":
             return ranking.runnable(able).plan

@@ -30,7 +30,7 @@ from planner.orders.operations import (
 )
 from planner.programs.waits import MESSAGES
 from planner.values.cluster import Device, by_size
-from planner.values.plan import replicas_of
+from planner.values.holding import replicas_of
 from planner.values.routes import Path
 
 BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("pair", "tied", "host", "server"))

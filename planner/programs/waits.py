@@ -23,7 +23,7 @@ from planner.orders.action import Action, actions, grid
 from planner.orders.codes import MICROBATCH, OP, PORT, PORTS, STAGE, STAGES
 from planner.orders.operations import ALONE, ALWAYS, HOLDERS, NUMBER, OPERATIONS, OPS, PAIR, TABLE, TIED, named
 from planner.programs.program import Program
-from planner.values.plan import replicas_of
+from planner.values.holding import replicas_of
 
 Ints = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]

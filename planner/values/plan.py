@@ -6,11 +6,9 @@ It knows no costs. `planner.programs.lowering` turns it into a program.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +18,7 @@ from planner.orders import schedules, synchronisation
 from planner.orders.edges import Edges, chain
 from planner.orders.schedules import Schedule
 from planner.orders.synchronisation import USUAL
+from planner.values import holding
 
 STEADY_WINDOWS, LONG_WINDOW = 3, 64
 """Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
@@ -186,12 +185,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self._dealt.groups
 
     @functools.cached_property
-    def _dealt(self) -> _Dealt:
+    def _dealt(self) -> holding.Dealt:
         own = tuple(stage.devices for stage in self.stages)
-        return _dealt(self.schedule, own, self.depth, self.tensor, self.uneven)
+        return holding.dealt(self.schedule, own, self.depth, self.tensor, self.uneven)
 
     def _cut(self, stage: Stage) -> list[tuple[str, ...]]:
-        return _cut(stage.devices, self.tensor)
+        return holding.in_groups(stage.devices, self.tensor)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -275,7 +274,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @functools.cached_property
     def holders(self) -> tuple[tuple[int, ...], ...]:
         """Rows that hold each stage: those that reduce its gradients together."""
-        return _holders(self.stages_of, len(self.stages))
+        return holding.holders(self.stages_of, len(self.stages))
 
     @property
     def edges(self) -> Edges:
@@ -310,23 +309,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return tuple(range(end - len(stage.layers), end) for stage, end in zip(self.stages, ends, strict=True))
 
 
-def replicas_of(holders: Sequence[tuple[int, ...]], rows: int) -> tuple[int, ...]:
-    """Return which replica of the pipeline each row belongs to: its place among the holders of its stages.
-
-    Of a stage that a pipeline holds twice, both copies count. Rows of stages with different numbers of replicas are all
-    of one, the first.
-
-    >>> replicas_of([(0, 2), (1, 3)], 4)
-    (0, 0, 1, 1)
-    """
-    found = [0] * rows
-    if len({len(own) for own in holders}) == 1:
-        for own in holders:
-            for place, row in enumerate(own):
-                found[row] = place
-    return tuple(found)
-
-
 def windows(plan: Plan) -> int:
     """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on.
 
@@ -359,30 +341,6 @@ def asynchronous(plan: Plan) -> bool:
     return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
 
 
-def read(path: Path) -> Plan:
-    """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
-    try:
-        plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
-        _check_shape(plan)
-        return plan
-    except OSError as error:
-        why, fix = error.strerror or str(error), "plan simulate   (writes the plans it compares)"
-        raise PlanError(what="the plan cannot be read", where=str(path), why=why, fix=fix, code=ARTEFACT) from error
-    except PlanError as error:  # a name that is in no registry
-        raise PlanError(
-            what=error.what,
-            where=f"{path}, {error.where.removeprefix('plan.')}",
-            why=error.why,
-            fix="correct that field, or run plan simulate to write the plan again",
-            code=ARTEFACT,
-        ) from error
-    except (msgspec.DecodeError, ValueError) as error:
-        fix = "correct that field, or run plan simulate to write the plan again"
-        raise PlanError(
-            what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT
-        ) from error
-
-
 def shares_without_flush(plan: Plan) -> str | None:
     """Return why stages of a plan cannot share parameters, or None where they can or do not.
 
@@ -396,75 +354,3 @@ def shares_without_flush(plan: Plan) -> str | None:
         f"{', '.join(names)} share parameters, and without a flush ({plan.schedule}) each updates before it has the "
         f"others' gradients"
     )
-
-
-def _check_shape(plan: Plan) -> None:
-    """Raise `ValueError` when the schedule cannot arrange the plan's stages, or does not place them where they are."""
-    replicas = plan.turns if plan.uneven else ()
-    share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
-    shape = schedules.Shape(plan.depth, share, plan.chunks, replicas)
-    reason = schedules.why_not(schedules.get(plan.schedule), shape)
-    if reason is not None:
-        raise ValueError(f"schedule: {plan.schedule} cannot arrange {shape.stages} stages, M={share}: {reason}")
-    shared = shares_without_flush(plan)
-    if shared is not None:
-        raise ValueError(f"tied: {shared}")
-
-
-def to_toml(plan: Plan) -> str:
-    """Return the plan as TOML, the form `read` takes."""
-    return msgspec.toml.encode(plan).decode()
-
-
-class _Dealt(NamedTuple):
-    """The devices behind each row, all of them, and whether each is there only once."""
-
-    groups: tuple[tuple[str, ...], ...]
-    names: tuple[str, ...]
-    once: bool
-
-
-@functools.lru_cache(maxsize=64)
-def _dealt(name: str, own: tuple[tuple[str, ...], ...], depth: int, tensor: int, uneven: bool) -> _Dealt:
-    """Deal stages' devices to rows: kept, as a search makes many plans for the same ones."""
-    groups = _rows(name, own, depth, tensor, uneven)
-    names = tuple(itertools.chain.from_iterable(groups))
-    return _Dealt(groups, names, len(set(names)) == len(names))
-
-
-def _rows(
-    name: str, own: tuple[tuple[str, ...], ...], depth: int, tensor: int, uneven: bool
-) -> tuple[tuple[str, ...], ...]:
-    if uneven:
-        return tuple(group for devices in own for group in _cut(devices, tensor))
-    schedule = schedules.get(name)
-    if schedule.copies == 1:  # device d's first stage is stage d, wherever its others come from
-        for s, devices in enumerate(own[depth:], depth):
-            (home,) = schedule.homes(s, depth)
-            if devices != own[home]:
-                raise ValueError(f"stages: the schedule {name} places stage {s} with stage {home}")
-        return tuple(group for row in zip(*(_cut(one, tensor) for one in own[:depth]), strict=True) for group in row)
-    rows: dict[int, tuple[str, ...]] = {}
-    for s, devices in enumerate(own):
-        homes = schedule.homes(s, depth)
-        for index, group in enumerate(_cut(devices, tensor)):
-            replica, copy = divmod(index, len(homes))
-            row = replica * depth + homes[copy]
-            if rows.setdefault(row, group) != group:
-                raise ValueError(f"stages: the schedule {name} places stage {s} with {rows[row]}")
-    return tuple(rows[row] for row in sorted(rows))
-
-
-def _cut(devices: tuple[str, ...], tensor: int) -> list[tuple[str, ...]]:
-    if tensor == 1:
-        return [(name,) for name in devices]
-    return [devices[i : i + tensor] for i in range(0, len(devices), tensor)]
-
-
-@functools.lru_cache(maxsize=64)
-def _holders(stages_of: tuple[tuple[int, ...], ...], stages: int) -> tuple[tuple[int, ...], ...]:
-    found: list[list[int]] = [[] for _ in range(stages)]
-    for row, held in enumerate(stages_of):
-        for stage in held:
-            found[stage].append(row)
-    return tuple(map(tuple, found))

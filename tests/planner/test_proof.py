@@ -22,7 +22,8 @@ from planner.programs.proof import prove, stuck
 from planner.programs.waits import Linked
 from planner.simulate.contention import interpret
 from planner.simulate.longest_path import walk
-from planner.values.plan import Plan, Stage, read, to_toml
+from planner.values.plan import Plan, Stage
+from planner.values.plan_file import read, to_toml
 from tests.factory import devices, profile
 
 K, M, V = 8, 16, 3
