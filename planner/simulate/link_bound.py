@@ -27,7 +27,7 @@ from planner.costs.prices import TransferKind
 from planner.orders import codes
 from planner.orders.codes import OP, STAGE, STAGES
 from planner.orders.operations import FETCH, OPS, OPTIMIZER, PUSH, named
-from planner.programs.waits import Linked
+from planner.programs.waits import Linked, Numbers
 from planner.simulate.longest_path import taken, timed
 from planner.simulate.network import carried
 from planner.values.cluster import Cluster
@@ -147,9 +147,9 @@ def passing(
     following = np.zeros(len(linked.flat) if everywhere or on_host.places.size else 0)
     _tails(
         len(linked.flat),
-        *(linked.flat, linked.offsets, linked.posts, linked.waits, linked.needs),
-        *(len(OPS), prices.shift, prices.by_number),
-        *(taken(prices), transfer_kind, waiting, tails, following),
+        _Rows(linked.flat, linked.offsets, linked.posts, linked.waits, linked.needs),
+        _Seconds(len(OPS), prices.shift, prices.by_number),
+        _Behind(taken(prices), transfer_kind, waiting, tails, following),
     )
     early = np.array([k.early for k in kinds])
     hidden = np.array([k.busy > k.seconds * (1 + _ROUNDING) for k in kinds])
@@ -310,13 +310,44 @@ def _waiting(linked: Linked) -> npt.NDArray[np.int64]:
     return found
 
 
+class _Rows(NamedTuple):
+    """A program's actions and what of transfers each posts, waits for and needs (`Linked`)."""
+
+    flat: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    posts: Numbers
+    waits: Numbers
+    needs: Numbers
+
+
+class _Seconds(NamedTuple):
+    """Seconds of actions by their number: operation, stage and the row's shift."""
+
+    ops: int
+    shift: npt.NDArray[np.int64]
+    by_number: Floats
+
+
+class _Behind(NamedTuple):
+    """What is found: `tails` behind every transfer of a kind with a price, `following` behind every action."""
+
+    price: Floats
+    kind: Numbers
+    left: npt.NDArray[np.int64]
+    tails: Floats
+    following: Floats
+
+
 @kernel
-def _tails(flat, offsets, posts, waits, needs, ops, shift, seconds, price, kind, left, tails, following):  # type: ignore[no-untyped-def]
+def _tails(rows_of, seconds_of, found):  # type: ignore[no-untyped-def]
     """Write for how long a step goes on at least behind each transfer: rows are walked from their ends.
 
     `left` counts the actions that wait for a transfer and have not been met yet; what posts a transfer is passed when
     there is none. `following` is what goes on behind each action, written where it has room.
     """
+    flat, offsets, posts, waits, needs = rows_of
+    ops, shift, seconds = seconds_of
+    price, kind, left, tails, following = found
     written = len(following) > 0
     rows = len(offsets) - 1
     at = [offsets[d + 1] - 1 for d in range(rows)]
