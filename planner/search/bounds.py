@@ -441,25 +441,39 @@ def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
 def _crossing(placed: Placed) -> float:
     """Seconds for which the NICs of the busiest host send, or receive, what stages send to each other."""
     plan, schedule = placed.plan, placed.schedule
-    host_of, bandwidth = placed.cluster.routes.host_of, _leaving(placed.cluster)
+    bandwidth = _leaving(placed.cluster)
     if asynchronous(plan) or plan.uneven or len(bandwidth) < 2:
         return 0.0
-    sent, received = dict.fromkeys(bandwidth, 0.0), dict.fromkeys(bandwidth, 0.0)
-    hosts = [[host_of[name] for name in group] for group in plan.groups]
+    sent, received = np.zeros(len(bandwidth)), np.zeros(len(bandwidth))
     share = plan.microbatches // plan.replicas / schedule.copies
     homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
     for edge in plan.edges:
         forward = share * placed.edge_bytes(edge, gradients=False)
         back = share * placed.edge_bytes(edge, gradients=True) if schedule.trains else 0.0
-        for first in range(0, len(hosts), plan.depth):
-            for producer, consumer in zip(homes[edge.producer], homes[edge.consumer], strict=True):
-                for one, other in zip(hosts[first + producer], hosts[first + consumer], strict=True):
-                    if one != other:
-                        sent[one] += forward
-                        received[other] += forward
-                        sent[other] += back
-                        received[one] += back
-    return max(max(sent[host], received[host]) / bandwidth[host] for host in bandwidth if bandwidth[host] > 0)
+        for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True):
+            leaving, entering = _between_hosts(placed, *pair)
+            sent += forward * leaving + back * entering
+            received += forward * entering + back * leaving
+    able = np.array(list(bandwidth.values()))
+    busy = np.maximum(sent, received)[able > 0] / able[able > 0]
+    return float(busy.max(initial=0.0))
+
+
+def _between_hosts(placed: Placed, producer: int, consumer: int) -> tuple[Floats, Floats]:
+    """How many devices at one place of all pipelines have their next on another host, by their host and by its."""
+    cluster, plan = placed.cluster, placed.plan
+
+    def make() -> tuple[Floats, Floats]:
+        places = {host: number for number, host in enumerate(_leaving(cluster))}
+        host_of = cluster.routes.host_of
+        rows = zip(plan.groups[producer :: plan.depth], plan.groups[consumer :: plan.depth], strict=True)
+        each = (pair for one, other in rows for pair in zip(one, other, strict=True))
+        pairs = ((places[host_of[a]], places[host_of[b]]) for a, b in each)
+        apart = np.array([pair for pair in pairs if pair[0] != pair[1]], np.int64).reshape(-1, 2)
+        leaving, entering = (np.bincount(apart[:, end], minlength=len(places)).astype(float) for end in (0, 1))
+        return leaving, entering
+
+    return memoised(cluster, ("between hosts", plan.groups, plan.depth, producer, consumer), make)
 
 
 def _leaving(cluster: Cluster) -> dict[str, float]:
