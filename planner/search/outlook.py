@@ -13,7 +13,7 @@ from planner.search.space import Candidate, make
 from planner.simulate.evaluate import evaluate
 
 LOOKED_AT = 300
-"""Candidates that a proof takes, about: 179 to 345 in the searches of benchmarks/how_fast_is_the_simulation."""
+"""Candidates that a proof takes, about: 216 and 322 on 1,024 devices in benchmarks/how_fast_is_the_simulation."""
 LONG_S = 10.0
 """Searches that may take longer are spoken of before they start."""
 POINTS = 20_000
