@@ -1,4 +1,4 @@
-"""Seconds that no plan at a point of the space can beat, and that no given plan can."""
+"""Seconds that no plan at a point of the space can beat, known before any is made."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ import numpy.typing as npt
 from planner.basis.errors import PlanError
 from planner.basis.memo import memoised
 from planner.costs import tensor
-from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
-from planner.costs.stage_memory import of_stage
-from planner.costs.static_memory import static_bytes
 from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement import savings
 from planner.placement.devices import choose
 from planner.placement.filling import layers_bytes, sizes_of
-from planner.placement.flight import flight
 from planner.placement.freeing import worth_a_checkpoint
+from planner.search.best_case import copying, fastest, hosts_memory, roomiest, seams_of
 from planner.search.room import ARRANGED, Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate
 from planner.search.weighing import Rows, Work, least_seconds
 from planner.values.cluster import Cluster
-from planner.values.plan import asynchronous
 from planner.values.profile import Profile
 
 Floats = npt.NDArray[np.float64]
@@ -36,7 +32,7 @@ class Bounds:
 
     def __init__(self, profile: Profile, cluster: Cluster) -> None:
         self.profile, self.cluster = profile, cluster
-        self.seams = _seams(profile)
+        self.seams = seams_of(profile)
         self.known: dict[tuple[object, ...], _Passes] = {}
         self.seconds: dict[tuple[object, ...], float] = {}
         self.needs: dict[tuple[object, ...], Need] = {}
@@ -46,7 +42,7 @@ class Bounds:
         key = "need", *self._sort(point), point.agreed, frozenset(point.savings)
         if key not in self.needs:
             profile, _ = self._seen(point)
-            room = _roomiest(self.cluster, point.devices)
+            room = roomiest(self.cluster, point.devices)
             self.needs[key] = need(point, profile, point.batch // point.m, room)
         return self.needs[key]
 
@@ -89,7 +85,7 @@ class Bounds:
 
     def led(self, profile: Profile, point: Candidate) -> Floats:
         """Return seconds of the forwards before each row's first: a stage has a layer at least."""
-        speed, threads = _fastest(self.cluster, point.devices)
+        speed, threads = fastest(self.cluster, point.devices)
         forward = layer_table(profile, point.batch // point.m, threads).forward[MEDIAN]
         first = np.arange(point.depth)
         if point.arranged[0].copies > 1:
@@ -99,7 +95,7 @@ class Bounds:
 
     def _work(self, point: Candidate, profile: Profile, *, updates: bool) -> Work:
         """What the layers of a model take and need at a point, layers that are alike together."""
-        speed, threads = _fastest(self.cluster, point.devices)
+        speed, threads = fastest(self.cluster, point.devices)
         schedule, agreed = point.arranged[0], synchronisation.get(point.agreed)
         samples, n = point.batch // point.m, point.m / point.replica_count
         holders = point.replica_count * schedule.copies
@@ -125,7 +121,7 @@ class Bounds:
         keeps = not point.repeats or "recompute-layers" in point.savings
         saved = sizes.saved - sizes.output if keeps else np.zeros(len(again))
         swaps = "offload" in point.savings
-        rate = _copying(self.cluster, point.devices) if swaps else 1.0
+        rate = copying(self.cluster, point.devices) if swaps else 1.0
         leading = forward[:-1]
         if (
             schedule.placement == "straight"
@@ -135,12 +131,12 @@ class Bounds:
             # Behind a row's last backward come those of the stages before it; its own update may be meanwhile.
             leading, update = both[:-1], np.zeros(len(again))
         static = held(of, point.agreed, holders, on_host=savings.states_on_host(point.savings))
-        room = _roomiest(self.cluster, point.devices)
+        room = roomiest(self.cluster, point.devices)
         seconds, repeating = n * both[:-1] / speed + update, n * again / speed
         kept = np.zeros(len(again)) if swaps else saved / room
         copied = saved / rate if swaps else np.zeros(len(again))
         # What all replicas, and all that split tensors, bring through their hosts' memories.
-        crowd = point.replica_count * point.tensor_count / _hosts(self.cluster, point.devices)
+        crowd = point.replica_count * point.tensor_count / hosts_memory(self.cluster, point.devices)
         through = 2 * saved * crowd if swaps else np.zeros(len(again))
         hosted = np.zeros(len(again))
         if updates and not agreed.server and savings.states_on_host(point.savings):
@@ -160,7 +156,7 @@ class Bounds:
             return found
         of = layers_bytes(profile)
         moved = 2 * of.parameters + of.gradients + 2 * of.optimizer
-        copied = (of.gradients + of.parameters) / _copying(self.cluster, point.devices)
+        copied = (of.gradients + of.parameters) / copying(self.cluster, point.devices)
         return moved / max(host.memory_bytes_per_s for host in self.cluster.hosts) + copied
 
     def _sort(self, point: Candidate) -> tuple[object, ...]:
@@ -171,7 +167,7 @@ class Bounds:
         """The model as a point's devices see it, and their threads."""
         tensor_count = point.tensor_count
         profile = _split(self.profile, self.cluster, point.devices, tensor_count) if tensor_count > 1 else self.profile
-        return profile, _fastest(self.cluster, point.devices)[1]
+        return profile, fastest(self.cluster, point.devices)[1]
 
     def of(self, block: Block) -> Floats:
         """Return seconds that no plan of a block can beat, one for each of its M, whatever it saves.
@@ -207,7 +203,7 @@ class Bounds:
         held = self._held(point)
         parts = {"parameters": held[0], "gradients": held[1], "optimizer": 0.0 if on_host else held[2]}
         kept = sum(size / (point.replica_count if part in shards else 1) for part, size in parts.items())
-        return kept / point.depth / _roomiest(self.cluster, point.devices)
+        return kept / point.depth / roomiest(self.cluster, point.devices)
 
     def _held(self, point: Candidate) -> tuple[float, float, float]:
         """Bytes of parameters, gradients and optimizer state of the model that a device sees; gradients at least."""
@@ -224,7 +220,7 @@ class Bounds:
 
     def _passes(self, point: Candidate, ms: tuple[int, ...]) -> _Passes:
         """Seconds of passes over the whole model, for each number of micro-batches."""
-        speed, threads = _fastest(self.cluster, point.devices)
+        speed, threads = fastest(self.cluster, point.devices)
         (schedule, _), tensor_count = point.arranged, point.tensor_count
         key = tensor_count, point.devices if tensor_count > 1 else 0, speed, threads, schedule.splits, point.batch, ms
         if key not in self.known:
@@ -313,204 +309,3 @@ def _filled(passing: Floats, both: Floats, depth: int, share: Floats) -> Floats:
     equal = (share * both / (depth - 1) - passing) / ((share - 1) + share / (depth - 1))
     found = np.maximum(passing, passing + (share - 1) * np.maximum(0.0, equal))
     return np.where(equal <= both, found, share * both / depth)
-
-
-def _fastest(cluster: Cluster, count: int) -> tuple[float, int]:
-    """Speed and threads of the fastest of the `count` devices that a plan takes, kept with the cluster."""
-
-    def make() -> tuple[float, int]:
-        devices = choose(cluster, count)
-        return max(d.speed for d in devices), max(d.threads for d in devices)
-
-    return memoised(cluster, ("fastest", count), make)
-
-
-def _roomiest(cluster: Cluster, count: int) -> float:
-    """Bytes of the largest of the devices that a plan takes, kept with the cluster."""
-    return memoised(
-        cluster, ("roomiest", count), lambda: float(max(device.memory_bytes for device in choose(cluster, count)))
-    )
-
-
-def _copying(cluster: Cluster, count: int) -> float:
-    """Most bytes/s that one of the devices that a plan takes copies to its host's memory, or back."""
-
-    def make() -> float:
-        rates = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
-        found = set()
-        for device in choose(cluster, count):
-            try:
-                links = [cluster.link_of(number) for number in cluster.routes.to_host(device.name)]
-            except PlanError:  # its plan will say so
-                return float("inf")
-            own = [link.bandwidth_bytes_per_s for link in links if not link.points]
-            found.add(min([*own, rates[cluster.routes.host_of[device.name]]]))
-        return max(found)
-
-    return memoised(cluster, ("copying", count), make)
-
-
-def _hosts(cluster: Cluster, count: int) -> float:
-    """Bytes/s of the memories of all hosts of the devices that a plan takes."""
-
-    def make() -> float:
-        taken = {device.host for device in choose(cluster, count)}
-        return float(sum(host.memory_bytes_per_s for host in cluster.hosts if host.name in taken))
-
-    return memoised(cluster, ("hosts' memory", count), make)
-
-
-def _seams(profile: Profile) -> float:
-    """Most seconds that a pass over all layers can be quicker than its measured layers."""
-    gains = [
-        w.layers_forward_s - w.forward_s + w.layers_backward_s - w.backward_s + w.layers_forward_s - w.forward_s
-        for w in profile.whole
-    ]
-    return max(0.0, *gains, 0.0) if gains else 0.0
-
-
-def plan_bound(placed: Placed) -> float:
-    """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
-
-    A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
-    are whole, that stage's backward, before those of all earlier stages.
-    """
-    plan, profile = placed.plan, placed.profile
-    if plan.uneven:
-        return 0.0
-    table = layer_table(profile, plan.samples, plan.threads)
-    splits = placed.schedule.splits
-    speeds = placed.cluster.speeds
-    speed, _ = _fastest(placed.cluster, len(plan.device_names))
-    seams = _seams(profile)
-    sums = [table.forward[MEDIAN] + table.backward[MEDIAN]]
-    if splits:
-        sums.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
-    ranges = placed.ranges
-    share = plan.microbatches // plan.replicas
-    found = 0.0
-    for row in range(plan.depth):
-        held = plan.stages_of[row]
-        copies = placed.schedule.copies
-        work = sum(min(_part(one, ranges[s], profile) for one in sums) for s in held) / copies
-        leading = table.forward[MEDIAN] if splits else sums[0]
-        before = leading[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
-        work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
-        own = speeds[plan.groups[row][0]]
-        found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return max(found, _reducing(placed, sums, seams), _crossing(placed))
-
-
-def _repeated(table: LayerTable, run: range) -> float:
-    """Seconds of repeating a checkpoint's forward, its last layer as far as needed (`StageCosts.recompute`)."""
-    last = run[-1]
-    again = table.recompute[MEDIAN, last + 1] - table.recompute[MEDIAN, last]
-    return float(table.forward[MEDIAN, last] - table.forward[MEDIAN, run.start] + again)
-
-
-def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
-    """Return seconds that gradients between hosts make a plan's step take at least, 0 where they make none.
-
-    A stage whose replicas are on h hosts brings its gradients over h - 1 of them per pass at least, whatever the
-    pattern; all stages' go over the NICs of all these hosts. None begins before the last backward of its stage, and
-    before that come all others of a row that holds it.
-    """
-    plan, agreed = placed.plan, placed.synchronisation
-    if asynchronous(plan) or agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps:
-        return 0.0
-    host_of, bandwidth = placed.cluster.routes.host_of, _leaving(placed.cluster)
-    passes = 1 if "gradients" in agreed.shards else 2
-    leaving, begins, hosts = 0.0, [], set[str]()
-    for s, layers in enumerate(placed.ranges):
-        own = {host_of[name] for row in placed.holders[s] for name in plan.groups[row]}
-        spans = [len({host_of[plan.groups[row][rank]] for row in placed.holders[s]}) for rank in range(plan.tensor)]
-        if max(spans) < 2:
-            continue
-        size = sum(placed.profile.layers[i].gradient_bytes for i in layers)
-        leaving += sum(passes * (count - 1) * size for count in spans)
-        hosts |= own
-        share = plan.microbatches // plan.replicas // placed.schedule.copies
-        speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
-        least = min(_part(one, layers, placed.profile) for one in sums)
-        begins.append((share - 1) * max(0.0, least - seams) / speed)
-    if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
-        return 0.0
-    return min(begins) + leaving / sum(bandwidth[host] for host in hosts)
-
-
-def _crossing(placed: Placed) -> float:
-    """Seconds for which the NICs of the busiest host send, or receive, what stages send to each other."""
-    plan, schedule = placed.plan, placed.schedule
-    bandwidth = _leaving(placed.cluster)
-    if asynchronous(plan) or plan.uneven or len(bandwidth) < 2:
-        return 0.0
-    sent, received = np.zeros(len(bandwidth)), np.zeros(len(bandwidth))
-    share = plan.microbatches // plan.replicas / schedule.copies
-    homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
-    for edge in plan.edges:
-        forward = share * placed.edge_bytes(edge, gradients=False)
-        back = share * placed.edge_bytes(edge, gradients=True) if schedule.trains else 0.0
-        for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True):
-            leaving, entering = _between_hosts(placed, *pair)
-            sent += forward * leaving + back * entering
-            received += forward * entering + back * leaving
-    able = np.array(list(bandwidth.values()))
-    busy = np.maximum(sent, received)[able > 0] / able[able > 0]
-    return float(busy.max(initial=0.0))
-
-
-def _between_hosts(placed: Placed, producer: int, consumer: int) -> tuple[Floats, Floats]:
-    """How many devices at one place of all pipelines have their next on another host, by their host and by its."""
-    cluster, plan = placed.cluster, placed.plan
-
-    def make() -> tuple[Floats, Floats]:
-        places = {host: number for number, host in enumerate(_leaving(cluster))}
-        host_of = cluster.routes.host_of
-        rows = zip(plan.groups[producer :: plan.depth], plan.groups[consumer :: plan.depth], strict=True)
-        each = (pair for one, other in rows for pair in zip(one, other, strict=True))
-        pairs = ((places[host_of[a]], places[host_of[b]]) for a, b in each)
-        apart = np.array([pair for pair in pairs if pair[0] != pair[1]], np.int64).reshape(-1, 2)
-        leaving, entering = (np.bincount(apart[:, end], minlength=len(places)).astype(float) for end in (0, 1))
-        return leaving, entering
-
-    return memoised(cluster, ("between hosts", plan.groups, plan.depth, producer, consumer), make)
-
-
-def _leaving(cluster: Cluster) -> dict[str, float]:
-    """Bytes/s that can leave each host: over all its links to nodes outside, infinite where one is not shared."""
-
-    def make() -> dict[str, float]:
-        home = {**cluster.routes.host_of, **{host.name: host.name for host in cluster.hosts}}
-        found = dict.fromkeys((host.name for host in cluster.hosts), 0.0)
-        for link in cluster.links:
-            ends = [home.get(end, "") for end in link.between]
-            if ends[0] != ends[1]:
-                for end in filter(None, ends):
-                    found[end] += link.bandwidth_bytes_per_s if link.shared else float("inf")
-        return found
-
-    return memoised(cluster, "leaving hosts", make)
-
-
-def plan_lack(placed: Placed) -> float:
-    """Return the least share of its memory that a plan's fullest row fills, without walking its program.
-
-    What is always there, and what one of its stages keeps of the micro-batches that it has at once.
-    """
-    plan = placed.plan
-    rows = len(plan.groups) if plan.uneven else plan.depth
-    of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
-    resident = flight(plan).resident
-    static = static_bytes(placed, of, rows).sum(axis=1)
-    trains = placed.schedule.trains
-    return max(
-        (float(static[row]) + (max(resident[s] * of[s].kept for s in plan.stages_of[row]) if trains else 0.0))
-        / placed.capacities[row]
-        for row in range(rows)
-    )
-
-
-def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:
-    """Seconds of a run of layers, with the loss behind the last."""
-    last = layers.stop == len(profile.layers)
-    return float(sums[layers.stop + last] - sums[layers.start])

@@ -26,11 +26,12 @@ from planner.placement import savings
 from planner.placement.cutting import squeezed
 from planner.search import objective as objectives
 from planner.search.answer import Answer, Found, Progress, State, pareto
-from planner.search.bounds import Bounds, plan_bound, plan_lack
+from planner.search.bounds import Bounds
 from planner.search.choice import TIE, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
 from planner.search.objective import Reckoned
+from planner.search.plan_bounds import plan_bound, plan_lack
 from planner.search.simplicity import identity, mechanisms
 from planner.search.space import Block, Candidate, Space, blocks, make, question
 from planner.search.tally import Tally

@@ -19,13 +19,14 @@ from planner.placement.mapping import MAPPINGS
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
 from planner.search.answer import Answer, Found, State, pareto
-from planner.search.bounds import Bounds, bound, plan_bound, plan_lack
+from planner.search.bounds import Bounds, bound
 from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
 from planner.search.dominance import orders_by_seconds, slowing
 from planner.search.explain import _memory, cheapest_change, explain
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
+from planner.search.plan_bounds import plan_bound, plan_lack
 from planner.search.search import Search
 from planner.search.simplicity import mechanisms
 from planner.search.space import Candidate, Space, candidates, make, space

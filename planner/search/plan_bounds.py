@@ -1,0 +1,149 @@
+"""Seconds that a given plan cannot beat, and the memory that it needs, known without walking its program."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.basis.memo import memoised
+from planner.costs.placed import Placed
+from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
+from planner.costs.stage_memory import of_stage
+from planner.costs.static_memory import static_bytes
+from planner.placement.flight import flight
+from planner.search.best_case import fastest, outward, seams_of
+from planner.values.plan import asynchronous
+from planner.values.profile import Profile
+
+Floats = npt.NDArray[np.float64]
+
+
+def plan_bound(placed: Placed) -> float:
+    """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
+
+    A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
+    are whole, that stage's backward, before those of all earlier stages.
+    """
+    plan, profile = placed.plan, placed.profile
+    if plan.uneven:
+        return 0.0
+    table = layer_table(profile, plan.samples, plan.threads)
+    splits = placed.schedule.splits
+    speeds = placed.cluster.speeds
+    speed, _ = fastest(placed.cluster, len(plan.device_names))
+    seams = seams_of(profile)
+    sums = [table.forward[MEDIAN] + table.backward[MEDIAN]]
+    if splits:
+        sums.append(table.forward[MEDIAN] + table.backward_input[MEDIAN] + table.backward_weight[MEDIAN])
+    ranges = placed.ranges
+    share = plan.microbatches // plan.replicas
+    found = 0.0
+    for row in range(plan.depth):
+        held = plan.stages_of[row]
+        copies = placed.schedule.copies
+        work = sum(min(_part(one, ranges[s], profile) for one in sums) for s in held) / copies
+        leading = table.forward[MEDIAN] if splits else sums[0]
+        before = leading[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
+        work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
+        own = speeds[plan.groups[row][0]]
+        found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
+    return max(found, _reducing(placed, sums, seams), _crossing(placed))
+
+
+def _repeated(table: LayerTable, run: range) -> float:
+    """Seconds of repeating a checkpoint's forward, its last layer as far as needed (`StageCosts.recompute`)."""
+    last = run[-1]
+    again = table.recompute[MEDIAN, last + 1] - table.recompute[MEDIAN, last]
+    return float(table.forward[MEDIAN, last] - table.forward[MEDIAN, run.start] + again)
+
+
+def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
+    """Return seconds that gradients between hosts make a plan's step take at least, 0 where they make none.
+
+    A stage whose replicas are on h hosts brings its gradients over h - 1 of them per pass at least, whatever the
+    pattern; all stages' go over the NICs of all these hosts. None begins before the last backward of its stage, and
+    before that come all others of a row that holds it.
+    """
+    plan, agreed = placed.plan, placed.synchronisation
+    if asynchronous(plan) or agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps:
+        return 0.0
+    host_of, bandwidth = placed.cluster.routes.host_of, outward(placed.cluster)
+    passes = 1 if "gradients" in agreed.shards else 2
+    leaving, begins, hosts = 0.0, [], set[str]()
+    for s, layers in enumerate(placed.ranges):
+        own = {host_of[name] for row in placed.holders[s] for name in plan.groups[row]}
+        spans = [len({host_of[plan.groups[row][rank]] for row in placed.holders[s]}) for rank in range(plan.tensor)]
+        if max(spans) < 2:
+            continue
+        size = sum(placed.profile.layers[i].gradient_bytes for i in layers)
+        leaving += sum(passes * (count - 1) * size for count in spans)
+        hosts |= own
+        share = plan.microbatches // plan.replicas // placed.schedule.copies
+        speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
+        least = min(_part(one, layers, placed.profile) for one in sums)
+        begins.append((share - 1) * max(0.0, least - seams) / speed)
+    if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
+        return 0.0
+    return min(begins) + leaving / sum(bandwidth[host] for host in hosts)
+
+
+def _crossing(placed: Placed) -> float:
+    """Seconds for which the NICs of the busiest host send, or receive, what stages send to each other."""
+    plan, schedule = placed.plan, placed.schedule
+    bandwidth = outward(placed.cluster)
+    if asynchronous(plan) or plan.uneven or len(bandwidth) < 2:
+        return 0.0
+    sent, received = np.zeros(len(bandwidth)), np.zeros(len(bandwidth))
+    share = plan.microbatches // plan.replicas / schedule.copies
+    homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
+    for edge in plan.edges:
+        forward = share * placed.edge_bytes(edge, gradients=False)
+        back = share * placed.edge_bytes(edge, gradients=True) if schedule.trains else 0.0
+        for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True):
+            leaving, entering = _between_hosts(placed, *pair)
+            sent += forward * leaving + back * entering
+            received += forward * entering + back * leaving
+    able = np.array(list(bandwidth.values()))
+    busy = np.maximum(sent, received)[able > 0] / able[able > 0]
+    return float(busy.max(initial=0.0))
+
+
+def _between_hosts(placed: Placed, producer: int, consumer: int) -> tuple[Floats, Floats]:
+    """How many devices at one place of all pipelines have their next on another host, by their host and by its."""
+    cluster, plan = placed.cluster, placed.plan
+
+    def make() -> tuple[Floats, Floats]:
+        places = {host: number for number, host in enumerate(outward(cluster))}
+        host_of = cluster.routes.host_of
+        rows = zip(plan.groups[producer :: plan.depth], plan.groups[consumer :: plan.depth], strict=True)
+        each = (pair for one, other in rows for pair in zip(one, other, strict=True))
+        pairs = ((places[host_of[a]], places[host_of[b]]) for a, b in each)
+        apart = np.array([pair for pair in pairs if pair[0] != pair[1]], np.int64).reshape(-1, 2)
+        leaving, entering = (np.bincount(apart[:, end], minlength=len(places)).astype(float) for end in (0, 1))
+        return leaving, entering
+
+    return memoised(cluster, ("between hosts", plan.groups, plan.depth, producer, consumer), make)
+
+
+def plan_lack(placed: Placed) -> float:
+    """Return the least share of its memory that a plan's fullest row fills, without walking its program.
+
+    What is always there, and what one of its stages keeps of the micro-batches that it has at once.
+    """
+    plan = placed.plan
+    rows = len(plan.groups) if plan.uneven else plan.depth
+    of = [of_stage(placed, stage) for stage in range(len(placed.ranges))]
+    resident = flight(plan).resident
+    static = static_bytes(placed, of, rows).sum(axis=1)
+    trains = placed.schedule.trains
+    return max(
+        (float(static[row]) + (max(resident[s] * of[s].kept for s in plan.stages_of[row]) if trains else 0.0))
+        / placed.capacities[row]
+        for row in range(rows)
+    )
+
+
+def _part(sums: npt.NDArray[np.float64], layers: range, profile: Profile) -> float:
+    """Seconds of a run of layers, with the loss behind the last."""
+    last = layers.stop == len(profile.layers)
+    return float(sums[layers.stop + last] - sums[layers.start])
