@@ -104,15 +104,16 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn) -> Captured:
                 return _sorted_out(program, step, arguments, len(drawn.inputs), opaque)
             except Exception as error:
                 failure = error
+        why = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), 'no message')}"
         if not inside or inside[-1] in opaque.paths:
             step(*arguments)  # fails likewise, but in the user's own lines
             raise PlanError(
                 what="the model's forward cannot be followed",
                 where=file.path,
-                why=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+                why=why,
                 fix="add layers(model) to the model file: a list of modules, each taking what the one before returns",
             ) from failure
-        opaque.add(inside[-1], run, (drawn.samples, drawn.samples + 1))
+        opaque.add(inside[-1], why, run, (drawn.samples, drawn.samples + 1))
 
 
 def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, inputs: int, opaque: Opaques) -> Captured:

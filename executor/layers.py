@@ -54,7 +54,8 @@ class LayeredModel:
     """A model, cut. `inputs` name the model's inputs; `loss` takes what the last layer returns, as it is, and targets.
 
     Of the tensors of a batch's inputs, those numbered `late` are read by the loss alone: they go with the targets.
-    `surroundings` make what layers take of nobody. Inside the modules `opaque` torch could not follow the forward.
+    `surroundings` make what layers take of nobody. Inside the modules `opaque` torch could not follow the
+    forward: their paths, and why.
     """
 
     model: nn.Module
@@ -62,7 +63,7 @@ class LayeredModel:
     layers: tuple[Layer, ...]
     loss: Loss
     late: tuple[int, ...] = ()
-    opaque: tuple[str, ...] = ()
+    opaque: tuple[tuple[str, str], ...] = ()
     surroundings: Surroundings | None = None
 
     def parted(self, inputs: tuple[Any, ...], targets: Any) -> tuple[tuple[Any, ...], Any]:
@@ -282,7 +283,7 @@ def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
         layers=tuple(layers),
         loss=_CapturedLoss(cutter.loss(), surroundings),
         late=tuple(i for i, node in enumerate(captured.inputs) if node in cutter.late),
-        opaque=tuple(captured.opaque.paths),
+        opaque=tuple(captured.opaque.why.items()),
         surroundings=surroundings,
     )
 

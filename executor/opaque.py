@@ -58,12 +58,14 @@ class Opaques:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.paths: list[str] = []
+        self.why: dict[str, str] = {}
         self.calls: list[Opaque] = []
         self.seen: dict[str, list[Seen]] = {}
 
-    def add(self, path: str, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
+    def add(self, path: str, why: str, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         """Let a module stay whole; `run` runs the model with so many samples."""
         self.paths.append(path)
+        self.why[path] = why
         records = [self._record(path, functools.partial(run, samples)) for samples in sizes]
         self.seen[path] = [_joined(one, other, sizes) for one, other in zip(*records, strict=True)]
 

@@ -95,6 +95,8 @@ def measure(
     return Profile(
         key=key_of(path, device, tokens, files, dtype),
         sources=files,
+        opaque=layered.opaque,
+        unused=tuple(name for name, tensor in layered.unheld().items() if isinstance(tensor, torch.nn.Parameter)),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=path,
         layers=profiles[:-1],

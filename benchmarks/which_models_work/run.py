@@ -73,7 +73,7 @@ def _tried(name: str, plan: str) -> list[str]:
         layered = cut(file, model)
         row[0] = f"{time.monotonic() - began:.1f} s"
         row[1], row[2] = str(len(layered.layers)), str(len(layered.layers) - 1)
-        row[3] = ", ".join(layered.opaque) or "nothing"
+        row[3] = ", ".join(path or "the model" for path, _ in layered.opaque) or "nothing"
     except PlanError as error:
         missing = "ModuleNotFoundError" in error.why
         row[0] = "not installed" if missing else f"{error.what}: {error.why}"

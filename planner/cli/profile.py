@@ -77,6 +77,8 @@ def profile(
             f"note: the measurements vary by {percent(noise)}: close other programs, or measure longer with "
             f"--budget {2 * budget:.0f}"
         )
+    for note in _notes(made[0][1]):
+        output.progress.print(f"note: {note}", markup=False, soft_wrap=True)
     for note in filter(None, (_left_out(measured, budget) for _, measured in made)):
         output.progress.print(note, soft_wrap=True)
     if json:
@@ -106,6 +108,15 @@ def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=of)
 
         yield told
+
+
+def _notes(measured: Profile) -> Iterator[str]:
+    """Say what of the model is not cut, and what nothing reads."""
+    for path, why in measured.opaque:
+        yield f"{path or 'the model'} stays whole inside a layer, as its forward looks at values ({why})"
+    if measured.unused:
+        more = f" and {len(measured.unused) - 3} more" if len(measured.unused) > 3 else ""
+        yield f"nothing reads {', '.join(measured.unused[:3])}{more}: no stage trains them"
 
 
 def _left_out(measured: Profile, budget: float) -> str:

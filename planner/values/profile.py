@@ -193,7 +193,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     executor's own time per forward or backward action, on top of the layers. `tied` names parameters shared by
     several layers. `load` is the time to produce one batch. `machine` is where all of it was measured, or, of an
     `estimated` profile, the hardware it was computed for from counted operations. `sources` are the files that the
-    model file imports from its own folder, by their paths from there: the key's hash is of these, too.
+    model file imports from its own folder, by their paths from there: the key's hash is of these, too. `opaque` are
+    modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
+    parameters that no layer holds, as nothing reads them.
     """
 
     key: ProfileKey
@@ -213,6 +215,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     machine: Cluster
     estimated: bool = False
     sources: tuple[str, ...] = ()
+    opaque: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:

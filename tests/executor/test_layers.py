@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -12,6 +13,8 @@ from executor.agreement import agree
 from executor.layers import LayeredModel, cut
 from executor.model_file import load
 from planner.basis.errors import PlanError
+from planner.cli.profile import _notes
+from tests.factory import profile
 
 HERE = Path(__file__).parent
 MODELS = HERE / "small_models.py"
@@ -147,6 +150,20 @@ def test_a_loss_that_is_a_sum_is_refused() -> None:
         averaging.check(file, file.build(0))
     assert raised.value.why.endswith("it is a sum")
     assert "weight(inputs, targets)" in raised.value.fix
+
+
+def test_what_stays_whole_and_what_nothing_reads_is_said() -> None:
+    file = load(f"{MODELS}:partly")
+    ((path, why),) = cut(file, file.build(0)).opaque
+    assert path == "middle"
+    assert "data-dependent" in why
+    of = msgspec.structs.replace(profile([1.0]), opaque=((path, why),), unused=("a", "b", "c", "d"))
+    whole, unused = _notes(of)
+    assert whole.startswith("middle stays whole inside a layer")
+    assert unused == "nothing reads a, b, c and 1 more: no stage trains them"
+    file = load(f"{MODELS}:kept")
+    parts = cut(file, file.build(0))
+    assert set(parts.unheld()) == {"unread", "unused.weight", "unused.bias"}
 
 
 def test_batches_depend_on_the_seed_alone() -> None:
