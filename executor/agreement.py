@@ -9,7 +9,8 @@ from torch import nn
 
 from executor.batch import Drawn
 from executor.layers import LayeredModel, unchanged_buffers
-from executor.model_file import ModelFile, explained
+from executor.model_file import ModelFile
+from executor.user_code import explained
 from planner.basis.errors import PlanError
 
 SAMPLES, SEED = 2, 0

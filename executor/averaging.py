@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from executor.batch import Drawn, tensors
-from executor.model_file import IGNORED, ModelFile, explained
+from executor.model_file import ModelFile
+from executor.user_code import IGNORED, explained
 from planner.basis.errors import RUN_FAILED, PlanError
 
 SEED, SAMPLES = 0, 4

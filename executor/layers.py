@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from executor.batch import Drawn, tensors
 from executor.capture import EXAMPLE, capture
 from executor.graph_layers import SAMPLES, Cutter, Piece
-from executor.model_file import Loss, ModelFile, explained
+from executor.model_file import ModelFile
+from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
 
 MODEL_INPUT = -1

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,19 @@ import torch
 from torch import nn
 
 from executor.batch import Drawn
+from executor.user_code import (
+    Loss,
+    checked_loss,
+    checked_optimizer,
+    default_loss,
+    default_optimizer,
+    explained,
+    whole_number,
+)
 from planner.basis import sources
 from planner.basis.errors import PlanError
 
-Loss = Callable[[Any, Any], torch.Tensor]
 DEFAULT_BATCH = 64
-
-IGNORED = -100
-"""The target that cross entropy ignores (`torch.nn.functional.cross_entropy`, `ignore_index`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,48 +134,6 @@ def lengths(inputs: Iterable[torch.Tensor]) -> list[int]:
     return [tensor.shape[1] for tensor in inputs if tensor.dim() == 2 and tensor.dtype in whole]
 
 
-class explained:  # noqa: N801 - reads as a clause: with explained(path, "model()")
-    """Turn an exception of the user's code into a `PlanError` that shows where in their file it came from."""
-
-    def __init__(self, path: str, call: str) -> None:
-        self.path, self.call = path, call
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, PlanError) or not isinstance(error, Exception):
-            return
-        frames = traceback.extract_tb(error.__traceback__)
-        file = self.path.partition(":")[0]
-        mine = [f for f in frames if Path(f.filename).name == Path(file).name] or frames
-        raise PlanError(
-            what=f"{self.call} fails",
-            where=f"{file}:{mine[-1].lineno}, in {mine[-1].name}",
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
-            fix=f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works',
-        ) from error
-
-
-def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
-    """Take the loss that the outputs have, else compare: the outputs' `logits`, where they have such, or themselves.
-
-    Cross entropy for integer targets (classes in the last dimension of the outputs), mean squared error else.
-    """
-    own = getattr(outputs, "loss", None)
-    if isinstance(own, torch.Tensor):
-        return own
-    outputs = getattr(outputs, "logits", outputs)
-    if not targets.is_floating_point():
-        return nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
-    return nn.functional.mse_loss(outputs, targets)
-
-
-def default_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with torch's own settings."""
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
-
 def sha256(path: str, files: Iterable[str] = ()) -> str:
     """Hash of the file behind a `file.py[:name]` and of those that it imports from its folder.
 
@@ -238,14 +200,15 @@ def load(path: str, sequence: int = 0) -> ModelFile:
             )
     own = inspect.signature(find("batch")).parameters.get("sequence")
     length = sequence or (own.default if own and isinstance(own.default, int) else 0)
+    size = find("batch_size")
     return ModelFile(
         path=path,
         model=find("model"),
         batch=functools.partial(find("batch"), sequence=length) if own and length else find("batch"),
-        loss=find("loss") or default_loss,
-        optimizer=find("optimizer") or default_optimizer,
+        loss=checked_loss(path, find("loss") or default_loss),
+        optimizer=checked_optimizer(path, find("optimizer") or default_optimizer),
         layers=find("layers"),
-        batch_size=int(find("batch_size") or DEFAULT_BATCH),
+        batch_size=whole_number(file, "batch_size", DEFAULT_BATCH if size is None else size),
         splits=find("splits"),
         weight=find("weight"),
         sequence=length,

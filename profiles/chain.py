@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
 from executor.layers import Layer, LayeredModel, StageModule, as_tuple, on
-from executor.model_file import ModelFile, explained
+from executor.model_file import ModelFile
+from executor.user_code import explained
 
 Around = Callable[[int, str], AbstractContextManager[Any]]
 """Called with the part's index (the loss is the last) and "forward", "backward", …; entered around that work."""

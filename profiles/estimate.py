@@ -29,8 +29,9 @@ from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
 from executor.layers import LayeredModel, cut, unchanged_buffers
-from executor.model_file import Loss, ModelFile, default_loss, default_optimizer, explained, lengths, load, sha256
+from executor.model_file import ModelFile, lengths, load, sha256
 from executor.torch_adapter import tensors_without_data
+from executor.user_code import Loss, default_loss, default_optimizer, explained
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
 from profiles import hardware as devices

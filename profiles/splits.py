@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executor.model_file import explained
+from executor.user_code import explained
 from planner.basis.errors import PlanError, unknown
 from planner.values.profile import Split
 from profiles.chain import Chain

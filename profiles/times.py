@@ -13,7 +13,7 @@ import torch
 
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
-from executor.model_file import explained
+from executor.user_code import explained
 from planner.values.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import megatron_gpt
 
-from executor.model_file import ModelFile, default_loss, default_optimizer
+from executor.model_file import ModelFile
+from executor.user_code import default_loss, default_optimizer
 from profiles import hardware
 from profiles.estimate import Work, count
 from profiles.hardware import Efficiency

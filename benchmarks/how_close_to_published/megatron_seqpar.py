@@ -17,7 +17,8 @@ from by_hand import GIB, Figure, Result, Table, layer
 from torch import nn
 from zero_bubble import OPTIMIZER_TRAFFIC, SLOWDOWN
 
-from executor.model_file import ModelFile, default_loss, default_optimizer
+from executor.model_file import ModelFile
+from executor.user_code import default_loss, default_optimizer
 from planner.values.cluster import Cluster, Device, Host, Link, by_size
 from planner.values.profile import LayerProfile
 from profiles import hardware

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def profile(
     lengths = tuple(dict.fromkeys(sequence or (0,)))
     made: list[tuple[Path, Profile]] = []
     for tokens in lengths:
-        with _progress(tokens) as told:
+        with _progress(tokens) as told, redirect_stdout(sys.stderr):  # what a model file prints is no result
             if estimate is not None:
                 found = estimated(model, hardware=estimate, dtype=dtype, sizes=chosen, sequence=tokens, progress=told)
             else:

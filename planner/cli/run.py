@@ -20,6 +20,9 @@ from planner.store import Run, Store, is_table
 from planner.values.outcome import Comparison
 from planner.values.plan import Plan
 
+SEEDS = 2**31
+"""Seeds below this one can be counted up for every step and given to torch, numpy and random."""
+
 
 def run(
     plan: Annotated[
@@ -38,6 +41,8 @@ def run(
     """Run a plan with real processes, record every action, and compare it with the prediction."""
     if steps < 1:
         raise PlanError(what="--steps must be positive", where="--steps", why=f"it is {steps}", fix="--steps 20")
+    if not 0 <= seed < SEEDS:
+        raise PlanError(what="--seed must be a number from 0 on", where="--seed", why=f"it is {seed}", fix="--seed 0")
     from executor.abilities import able
     from profiles import shipped
 

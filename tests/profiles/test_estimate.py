@@ -12,7 +12,8 @@ from torch import nn
 
 from executor import devices
 from executor.layers import cut
-from executor.model_file import ModelFile, default_loss, default_optimizer, load
+from executor.model_file import ModelFile, load
+from executor.user_code import default_loss, default_optimizer
 from planner.basis.errors import PlanError
 from planner.cli.main import invoke
 from planner.values.profile import Profile, Split, decode

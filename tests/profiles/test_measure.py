@@ -10,7 +10,8 @@ from torch import nn
 
 from executor import devices
 from executor.layers import cut
-from executor.model_file import ModelFile, default_loss, default_optimizer, load
+from executor.model_file import ModelFile, load
+from executor.user_code import default_loss, default_optimizer
 from profiles.chain import Chain
 from profiles.sizes import measure_sizes, measure_static, values_of
 from profiles.times import LayerTimer
