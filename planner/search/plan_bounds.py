@@ -12,6 +12,7 @@ from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import static_bytes
 from planner.placement.flight import flight
 from planner.search.best_case import fastest, outward, seams_of
+from planner.search.copying import copying
 from planner.values.plan import asynchronous
 from planner.values.profile import Profile
 
@@ -47,7 +48,7 @@ def plan_bound(placed: Placed) -> float:
         work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return max(found, _reducing(placed, sums, seams), _crossing(placed))
+    return max(found, _reducing(placed, sums, seams), _crossing(placed), copying(placed))
 
 
 def _repeated(table: LayerTable, run: range) -> float:
