@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 import numpy as np
 
@@ -38,12 +38,18 @@ def copying(placed: Placed) -> float:
                 )
                 through[row] += (3 * own.parameters + 2 * own.gradients + 2 * own.optimizer) / shards
     routes = cluster.routes
-    slowest = max(
-        (size / min(cluster.link_of(number).bandwidth_bytes_per_s for number in routes.to_host(group[0])))
-        for size, group in zip(one_way.tolist(), plan.groups, strict=False)
-    )
-    on_host: Counter[str] = Counter()
+    slowest = [
+        size / min(links, default=float("inf"))
+        for size, links in zip(one_way.tolist(), (_links(placed, group[0]) for group in plan.groups), strict=False)
+    ]
+    on_host: dict[str, float] = defaultdict(float)
     for row, group in enumerate(plan.groups):
         on_host[routes.host_of[group[0]]] += float(through[row % plan.depth])
     rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
-    return max(slowest, *(size / rate[host] for host, size in on_host.items()))
+    return max(*slowest, *(size / rate[host] for host, size in on_host.items()))
+
+
+def _links(placed: Placed, device: str) -> list[float]:
+    """Bytes/s of the links between a device and its host whose times are a latency and a bandwidth."""
+    links = map(placed.cluster.link_of, placed.cluster.routes.to_host(device))
+    return [link.bandwidth_bytes_per_s for link in links if not link.points]
