@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from planner.basis.errors import RUN_FAILED, PlanError
+from planner.basis.errors import RUN_FAILED, PlanError, said
 
 # Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
 _SHUTDOWN_S = "3"
@@ -70,11 +70,16 @@ def _failed(rank: int, failure: object, logs: Path) -> PlanError:
     else:
         why = f"it ended with exit code {getattr(failure, 'exitcode', '?')}, without an exception (killed?)"
         traceback = ""
+    details = {"rank": rank, "traceback": traceback}
+    known = said(why, code=RUN_FAILED, details=details)
+    if known is not None:  # the rank's own, which says it better
+        known.where = f"rank {rank}, {known.where}"
+        return known
     return PlanError(
         what=f"rank {rank} failed and the run was stopped",
         where=f"rank {rank}\n{traceback}" if traceback else f"rank {rank}",
         why=why,
         fix=f"correct the cause and run again; the ranks' output is in {logs}",
         code=RUN_FAILED,
-        details={"rank": rank, "traceback": traceback},
+        details=details,
     )

@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import gc
 import hashlib
+import math
 import os
 import signal
 import time
@@ -90,7 +91,7 @@ def main(path: str) -> None:
             if time.monotonic() - flushed > FLUSH_S or step == job.warm_up + job.steps - 1:
                 backend.synchronize()
                 for stamped, losses in pending:
-                    loss = sum(float(part) for part in losses) / job.plan.replicas
+                    loss = _finite(sum(float(part) for part in losses) / job.plan.replicas, job)
                     found = RankStep(events=events(me, stamped, rank, backend, offset), loss=loss)
                     file_of_steps.write(msgspec.json.encode(found) + b"\n")
                 file_of_steps.flush()
@@ -102,6 +103,19 @@ def main(path: str) -> None:
     # Not in a `finally`: a rank that fails must report before its peers notice that it is gone.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _finite(loss: float, job: Job) -> float:
+    """Return a loss. Raises `PlanError` (exit 6) when it is no number: what follows would train nothing."""
+    if math.isfinite(loss):
+        return loss
+    raise PlanError(
+        what="the loss is no number any more",
+        where=f"{job.model}, plan {job.plan}",
+        why=f"it is {loss}: the model has diverged, or its loss divides by nothing",
+        fix="lower the learning rate, or clip gradients in optimizer(); the steps before are kept in the run's folder",
+        code=RUN_FAILED,
+    )
 
 
 def join(device: str, threads: int, patience_s: float = PATIENCE_S) -> Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # Exit codes of every command (DESIGN.md, "What a user meets").
@@ -47,6 +48,20 @@ class PlanError(Exception):
 
     def __str__(self) -> str:
         return f"error: {self.what}\nwhere: {self.where}\nwhy:   {self.why}\nfix:   {self.fix}"
+
+
+def said(text: str, *, code: int, details: object = None) -> PlanError | None:
+    """Return the error that a text holds as it is printed, such as another process's; None where it holds none.
+
+    >>> error = PlanError(what="no plan fits", where="d0", why="needs 2 GiB, has 1", fix="plan simulate --k 4")
+    >>> said(f"PlanError: {error}", code=3).why
+    'needs 2 GiB, has 1'
+    """
+    found = re.search(r"error: (.*?)\nwhere: (.*?)\nwhy:   (.*?)\nfix:   (.*)", text, re.DOTALL)
+    if found is None:
+        return None
+    what, where, why, fix = found.groups()
+    return PlanError(what=what, where=where, why=why, fix=fix, code=code, details=details)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

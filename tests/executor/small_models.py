@@ -321,3 +321,13 @@ def unseeded_batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bomb() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 12), Bomb())
+
+
+def diverging() -> nn.Module:
+    return model()
+
+
+def diverging_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Is no number where the environment says so."""
+    factor = float("nan") if "FOREPLAN_TEST_NAN" in os.environ else 1.0
+    return nn.functional.cross_entropy(outputs, targets) * factor
