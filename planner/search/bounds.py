@@ -15,8 +15,9 @@ from planner.orders import schedules, synchronisation
 from planner.orders.schedules import Schedule
 from planner.placement import savings
 from planner.placement.devices import choose
-from planner.placement.filling import layers_bytes, sizes_of
+from planner.placement.filling import crossing, layers_bytes, sizes_of
 from planner.placement.freeing import worth_a_checkpoint
+from planner.search import any_cut
 from planner.search.best_case import copying, fastest, hosts_memory, roomiest, seams_of
 from planner.search.room import ARRANGED, Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate
@@ -82,6 +83,67 @@ class Bounds:
         rows = Rows(here / schedule.copies, here, many, swaps, chained, self.led(profile, point))
         work = work if chosen else work._replace(seconds=work.seconds + work.again)
         return least_seconds(work, rows, chosen=chosen, begin=begin)
+
+    def sends(self, point: Candidate) -> float:
+        """Return seconds that no plan at a point can beat, whatever it saves, by what it sends between hosts.
+
+        Each stage's computing is heeded, too: what is sent depends on where a plan is cut (`planner.search.any_cut`).
+        """
+        schedule, chunks = point.arranged
+        if point.asynchronous or point.how.devices == "chosen" or point.depth * chunks > len(self.profile.layers):
+            return 0.0
+        sort = schedule.placement, schedule.splits, schedule.trains, chunks, point.depth, point.replica_count
+        key = "sends", *sort, point.tensor_count, point.devices, point.mapping, point.agreed, point.m, point.batch
+        if key not in self.seconds:
+            homes, share = any_cut.homes_of(point, self.cluster), point.m / point.replica_count
+            self.seconds[key] = any_cut.least_seconds(homes, self._passing(point), schedule, share)
+        return self.seconds[key]
+
+    def _passing(self, point: Candidate) -> any_cut.Passing:
+        """What the layers take and send of each micro-batch, and of each step, at a point."""
+        profile, threads = self._seen(point)
+        speed, _ = fastest(self.cluster, point.devices)
+        schedule, samples = point.arranged[0], point.batch // point.m
+        share, agreed = point.m / point.replica_count, synchronisation.get(point.agreed)
+
+        def computing() -> tuple[Floats, Floats]:
+            table = layer_table(profile, samples, threads)
+            forward, back = table.forward[MEDIAN], np.diff(table.backward[MEDIAN])
+            if schedule.splits:
+                halves = np.diff(table.backward_input[MEDIAN]) + np.diff(table.backward_weight[MEDIAN])
+                back = np.minimum(back, halves)
+            both = np.concatenate(([0.0], np.cumsum(np.diff(forward) + back)))
+            return forward / speed, both / speed
+
+        def sizes() -> tuple[Floats, Floats]:
+            found = np.array(crossing(profile, samples), float).reshape(-1, 2)
+            return found[:, 0], found[:, 1]
+
+        forward, both = memoised(profile, ("computing", samples, threads, schedule.splits, speed), computing)
+        there, back = memoised(profile, ("crossings", samples), sizes)
+        work = np.append(both[:-2], both[-1])  # the loss is the last stage's
+        of, quicker = layers_bytes(profile), self.seams / speed
+        served = agreed.server == "devices" and schedule.trains
+        reduced, gathered = any_cut.agreeing(agreed, share)
+        if not schedule.trains:
+            reduced, gathered = 0.0, 0.0
+        begin = 0.0
+        if reduced and (
+            agreed.gathers or not gathered
+        ):  # no gradient is there before a micro-batch has been forwards everywhere
+            begin = max(0.0, float(forward[-1]) - quicker)
+            if "gradients" not in agreed.shards:
+                least = float(work[-1]) if point.depth == 1 else float(np.diff(work).min())
+                rest = (share / schedule.copies - 1) * max(0.0, least - quicker)
+                begin = rest + (begin if point.depth == 1 else max(0.0, begin - rest))
+        return any_cut.Passing(
+            work.tolist(),
+            (forward[:-1] if schedule.splits else both[:-1]).tolist(),
+            *(quicker, there, back if schedule.trains else np.zeros(len(back))),
+            reduced * of.gradients + gathered * of.parameters,
+            served * (of.parameters + of.gradients),
+            begin,
+        )
 
     def led(self, profile: Profile, point: Candidate) -> Floats:
         """Return seconds of the forwards before each row's first: a stage has a layer at least."""

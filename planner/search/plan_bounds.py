@@ -11,6 +11,7 @@ from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import static_bytes
 from planner.placement.flight import flight
+from planner.search.any_cut import agreeing
 from planner.search.best_case import fastest, outward, seams_of
 from planner.search.copying import copying
 from planner.values.plan import asynchronous
@@ -69,15 +70,16 @@ def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
     if asynchronous(plan) or agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps:
         return 0.0
     host_of, bandwidth = placed.cluster.routes.host_of, outward(placed.cluster)
-    passes = 1 if "gradients" in agreed.shards else 2
+    reduced, gathered = agreeing(agreed, plan.microbatches // plan.replicas)
     leaving, begins, hosts = 0.0, [], set[str]()
     for s, layers in enumerate(placed.ranges):
         own = {host_of[name] for row in placed.holders[s] for name in plan.groups[row]}
         spans = [len({host_of[plan.groups[row][rank]] for row in placed.holders[s]}) for rank in range(plan.tensor)]
         if max(spans) < 2:
             continue
-        size = sum(placed.profile.layers[i].gradient_bytes for i in layers)
-        leaving += sum(passes * (count - 1) * size for count in spans)
+        own_layers = [placed.profile.layers[i] for i in layers]
+        size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own_layers)
+        leaving += sum((count - 1) * size for count in spans)
         hosts |= own
         share = plan.microbatches // plan.replicas // placed.schedule.copies
         speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
@@ -85,7 +87,8 @@ def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
         begins.append((share - 1) * max(0.0, least - seams) / speed)
     if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
         return 0.0
-    return min(begins) + leaving / sum(bandwidth[host] for host in hosts)
+    begin = 0.0 if "gradients" in agreed.shards else min(begins)  # these are reduced, and gathered, from the beginning
+    return begin + leaving / sum(bandwidth[host] for host in hosts)
 
 
 def _crossing(placed: Placed) -> float:

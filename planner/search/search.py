@@ -259,6 +259,9 @@ class Search:
         """Put a candidate that saves least in the queue, and those that save more if it says nothing of them."""
         if self._hopeless(bound, candidate):
             return self._spare(bound, candidate, opened=False)
+        bound = max(bound, self._score(candidate, self.bounds[candidate.sequence].sends(candidate)))
+        if self._hopeless(bound, candidate):
+            return self._spare(bound, candidate, opened=False)
         least = max(bound, self._takes(candidate))
         if self._cannot_fit(candidate):
             return self._save(candidate, bound)
@@ -315,8 +318,11 @@ class Search:
 
     def _takes(self, candidate: Candidate) -> float:
         """Return the least score of a candidate's plan that fits, by what it computes, saves and keeps."""
+        return self._score(candidate, self.bounds[candidate.sequence].takes(candidate))
+
+    def _score(self, candidate: Candidate, seconds: float) -> float:
+        """Return the least score of a candidate's plan that takes so many seconds at least."""
         price = least_price_per_hour(self.cluster, candidate.devices)
-        seconds = self.bounds[candidate.sequence].takes(candidate)
         return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.units), self.terms))
 
     def _placed(self, candidate: Candidate) -> Placed:

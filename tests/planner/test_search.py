@@ -89,6 +89,31 @@ def clusters(draw: st.DrawFn, most: int = 4) -> Cluster:
 
 
 @st.composite
+def networks(draw: st.DrawFn) -> Cluster:
+    """Two to four hosts of one to three equal devices, on a switch that each reaches over a NIC of its own."""
+    hosts, each = draw(st.sampled_from([(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (4, 1)]))
+    nic = draw(st.sampled_from([3e2, 3e3, 3e4]))
+    inside = draw(st.sampled_from([1e3, 1e12]))
+    latency = draw(st.sampled_from([0.0, 0.1]))
+    memory = draw(st.sampled_from([20_000, 10**9]))
+    names = [f"h{i}" for i in range(hosts)]
+    own = [(f"{host}d{i}", host) for host in names for i in range(each)]
+    return Cluster(
+        name="network",
+        hosts=tuple(Host(name=name, cores=4, memory_bytes=10**9, memory_bytes_per_s=1e4) for name in names),
+        devices=tuple(
+            Device(name=name, memory_bytes=memory, host=host, speed=1.0, price_per_hour=1.0) for name, host in own
+        ),
+        switches=("switch",),
+        links=tuple(
+            Link(between=pair, latency_s=wait, bandwidth_bytes_per_s=rate, shared=True)
+            for pairs, wait, rate in (([(host, "switch") for host in names], latency, nic), (own, 0.0, inside))
+            for pair in pairs
+        ),
+    )
+
+
+@st.composite
 def profiles(draw: st.DrawFn, layers: int = 0) -> Profile:
     count = layers or draw(st.integers(1, 5))
 
@@ -109,9 +134,11 @@ def profiles(draw: st.DrawFn, layers: int = 0) -> Profile:
 
 
 @st.composite
-def questions(draw: st.DrawFn, strategies: int = 5, savings: int = 3) -> tuple[Profile, Cluster, Space]:
+def questions(
+    draw: st.DrawFn, strategies: int = 5, savings: int = 3, of_clusters: st.SearchStrategy[Cluster] | None = None
+) -> tuple[Profile, Cluster, Space]:
     """A small space: some strategies, some savings, all K and M."""
-    cluster, costs = draw(clusters()), draw(profiles())
+    cluster, costs = draw(clusters() if of_clusters is None else of_clusters), draw(profiles())
     batches = draw(st.sampled_from([(1,), (2,), (4,), (6,), (2, 4), (4, 6)]))
     chosen = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=strategies, unique=True))
     found = draw(st.lists(st.sampled_from(all_savings.COMBINATIONS), max_size=savings, unique=True))
@@ -258,18 +285,23 @@ def test_repeating_spares_swapping() -> None:
     assert best.score == pytest.approx(brute_force(costs, cluster, of, "throughput"))
 
 
+NETWORKS = questions(strategies=2, savings=2, of_clusters=networks())
+
+
 @settings(max_examples=40)
-@given(questions())
+@given(st.one_of(questions(), NETWORKS))
 def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Space]) -> None:
     costs, cluster, of = question
+    bounds = Bounds(costs, cluster)
     for candidate, plan in made(costs, cluster, of):
         step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
         assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
+        assert bounds.sends(candidate) <= step, candidate
 
 
 @settings(max_examples=40)
-@given(questions(savings=3))
+@given(st.one_of(questions(savings=3), NETWORKS))
 def test_what_is_said_before_a_plan_is_walked_is_below_it(question: tuple[Profile, Cluster, Space]) -> None:
     """No plan is thrown away that would fit, or that repeats forwards and is quicker than was said."""
     costs, cluster, of = question
