@@ -26,7 +26,7 @@ class Cut(NamedTuple):
 
 def tables_of(q: Question, plan: Plan) -> StageTables:
     """Tabulate what every run of layers costs and fills as a stage of a plan, with the question's savings."""
-    return StageTables(q, plan, chosen=any(savings.get(name).behind_cut for name in q.savings))
+    return StageTables(q, plan, chosen=bool(savings.behind_cut(q.savings)))
 
 
 def balanced(q: Question, plan: Plan) -> tuple[range, ...]:

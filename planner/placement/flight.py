@@ -27,7 +27,15 @@ from planner.programs.waits import Linked
 from planner.values.plan import Plan, asynchronous, windows
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+ARRANGED = 1 << 20
+"""Stages times micro-batches up to which a schedule is arranged for a bound: more takes longer than making the plan."""
+KEPT = 64
+"""Shapes of which it is kept where stages are: a search asks for one again and again, then for another."""
 
 
 class Flight(NamedTuple):
@@ -137,3 +145,35 @@ def _on_their_way(order: Order, edges: Edges, turns: tuple[int, ...]) -> tuple[t
     rows_of = enumerate(linked.program.holders)
     of_stage = [tuple(map(max, zip(*(on_row(s, row) for row in rows), strict=True))) for s, rows in rows_of]
     return tuple(zip(*of_stage, strict=True))
+
+
+class Moment(NamedTuple):
+    """What each row of a pipeline has at one moment between two of its actions, as arrays (stages, rows).
+
+    Of every stage the micro-batches between their forward and the end of their backward, and how many of these have
+    repeated nothing yet: what they forget is not there.
+    """
+
+    having: Floats
+    forgetting: Floats
+
+
+@functools.lru_cache(maxsize=KEPT)
+def fullest(schedule: str, shape: schedules.Shape) -> tuple[Moment, ...]:
+    """Return the moments at which rows have most micro-batches, and at which most of them have been repeated.
+
+    Only a backward in two halves leaves a repeated micro-batch there when its first half is done.
+    """
+    import numpy as np
+
+    found = [Moment(*np.zeros((2, shape.stages, shape.devices))) for _ in range(2)]
+    for number, row in enumerate(schedules.arrange(schedule, shape)):
+        over = codes.has(row, BACKWARD, BACKWARD_WEIGHT).astype(int)
+        having = codes.has(row, FORWARD) - over
+        forgetting = codes.has(row, FORWARD).astype(int) - codes.has(row, BACKWARD, BACKWARD_INPUT)
+        stages = codes.stages(row)
+        for moment, counted in zip(found, (having, having - forgetting), strict=True):
+            until = int(np.cumsum(counted).argmax()) + 1
+            for into, change in zip(moment, (having, forgetting), strict=True):
+                into[:, number] = np.bincount(stages[:until], change[:until], minlength=shape.stages)
+    return tuple(found[: 2 if schedules.get(schedule).splits else 1])

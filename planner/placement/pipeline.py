@@ -27,6 +27,7 @@ ALONE = "1f1b"
 def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced", synchronisation: str = "") -> Plan:
     """Place a schedule's pipeline on K devices: `replicas` of it, `cut` balanced by cost or equal in layers.
 
+    The cut reckons with the savings that choose layers behind it; they have not chosen any yet (`Strategy.finish`).
     Raises `PlanError` (exit 2) when the numbers do not go together.
     """
     depth = _depth(q)
@@ -49,7 +50,7 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
     agreed = synchronisation or q.synchronisation or synchronisations.USUAL
     layers = len(q.profile.layers)
     choice = mappings(q, depth)
-    behind = tuple(name for name in q.savings if savings.get(name).behind_cut)
+    behind = savings.behind_cut(q.savings)
     before = tuple(name for name in q.savings if name not in behind)
     plans: list[tuple[float, Plan]] = []
     for mapping in choice:
@@ -70,7 +71,7 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
             why=shared,
             fix="choose a schedule that flushes (1f1b), or a model whose layers do not share",
         )
-    return savings.apply(q, found, behind)
+    return found
 
 
 def arranged(schedule: Schedule, depth: int, chunks: int) -> tuple[Schedule, int]:

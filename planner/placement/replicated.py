@@ -61,6 +61,7 @@ def _or_straight(q: Question, plan: Plan) -> Plan:
     alone = q._replace(k=min(q.k, len(q.profile.layers)), replicas=1, chunks=1, tensor=1, synchronisation="")
     try:
         straight = pipeline(alone, plan.strategy, plan.schedule)
+        straight = savings.apply(alone, straight, savings.behind_cut(alone.savings))
     except PlanError:  # its cuts separate what shares parameters, or its schedule cannot arrange them
         return plan
 

@@ -23,6 +23,7 @@ from planner.placement.filling import layer_bytes
 from planner.placement.flight import flight
 from planner.placement.freeing import worth_a_checkpoint
 from planner.placement.question import Question
+from planner.placement.repeating import lacks, least_repeated
 from planner.placement.selection import cheapest
 from planner.programs.lowering import swaps, unroll
 from planner.programs.waits import Linked
@@ -85,6 +86,11 @@ def states_on_host(wanted: tuple[str, ...]) -> bool:
     return any(get(name).states_on_host for name in wanted)
 
 
+def behind_cut(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of these savings that choose layers once the cut is known."""
+    return tuple(name for name in wanted if get(name).behind_cut)
+
+
 def get(name: str) -> Saving:
     """Return a saving. Raises `PlanError` with the nearest name for an unknown one."""
     if name not in _REGISTRY:
@@ -145,6 +151,8 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     model what its choice still lacks; all ask at once. Raises `PlanError` (exit 2) where no choice is enough.
     """
     placed = Placed(q.profile, plan, q.cluster)
+    if float("inf") in least_repeated(placed):
+        raise _not_enough(plan, max(float(one.lacking.max()) for one in lacks(placed)))
     profile, ranges = placed.profile, placed.ranges
     held = flight(plan).resident
     table = layer_table(profile, q.samples, plan.threads)
@@ -152,7 +160,7 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
     sizes = layer_bytes(profile, q.samples)
     programs: dict[frozenset[int], Linked] = {}
 
-    def lacks(chosen: set[int]) -> dict[tuple[int, ...], float]:
+    def lack_of(chosen: set[int]) -> dict[tuple[int, ...], float]:
         """Bytes that the worst device with the same stages lacks; below 0 where it fits."""
         trial = msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in sorted(chosen)))
         stages = frozenset(s for s, own in enumerate(ranges) if chosen & set(own))
@@ -166,7 +174,7 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
             found[held_by] = max(found.get(held_by, -room), peak - room)
         return found
 
-    missing = {stages: lack for stages, lack in lacks(set()).items() if lack > 0}
+    missing = {stages: lack for stages, lack in lack_of(set()).items() if lack > 0}
     asking, chosen = {}, dict[tuple[int, ...], set[int]]()
     for stages, lack in missing.items():
         layers = [(i, held[s], sizes[i].saved - sizes[i].output) for s in stages for i in ranges[s]]
@@ -183,7 +191,7 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
                     raise _not_enough(plan, missing[stages]) from None
                 chosen[stages] = {names[i] for i in done.value}
                 del asking[stages]
-        left = lacks(set().union(*chosen.values())) if asking else {}
+        left = lack_of(set().union(*chosen.values())) if asking else {}
     every = sorted(set().union(*chosen.values()))
     return msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in every))
 
@@ -256,7 +264,7 @@ def _not_enough(plan: Plan, lack: float) -> PlanError:
     return PlanError(
         what="recomputing single layers is not enough",
         where=f"plan {plan}",
-        why=f"a device lacks {size(lack)}, and no choice of layers frees them",
+        why=f"a device lacks at least {size(lack)}, and no choice of layers frees them",
         fix="recompute whole stages (recompute), or take more devices",
     )
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from planner.basis.errors import unknown
 from planner.costs.placed import Placed
 from planner.orders import schedules, synchronisation
-from planner.placement import freeing
+from planner.placement import freeing, savings
 from planner.placement import pipeline as placement
 from planner.placement.question import Question
 from planner.placement.replicated import replicated
@@ -44,7 +44,15 @@ class Strategy(NamedTuple):
 
     def spread(self, q: Question) -> Plan:
         """Return its plan. Raises `PlanError` (exit 2) where there is none, or where recomputing would free nothing."""
-        plan = self.arrange(q)
+        return self.finish(q, self.arrange(q))
+
+    def finish(self, q: Question, plan: Plan) -> Plan:
+        """Return its plan with the savings that choose layers once the cut is known; raises as `spread`.
+
+        Where it chooses by itself which stage gets how many devices, they have chosen already.
+        """
+        if self.devices != "chosen":
+            plan = savings.apply(q, plan, savings.behind_cut(q.savings))
         freeing.check(Placed(q.profile, plan, q.cluster))
         return plan
 

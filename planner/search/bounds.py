@@ -16,10 +16,11 @@ from planner.orders.schedules import Schedule
 from planner.placement import savings
 from planner.placement.devices import choose
 from planner.placement.filling import crossing, layers_bytes, sizes_of
+from planner.placement.flight import ARRANGED
 from planner.placement.freeing import worth_a_checkpoint
 from planner.search import any_cut
 from planner.search.best_case import copying, fastest, hosts_memory, roomiest, seams_of
-from planner.search.room import ARRANGED, Need, held, homes, need, swapped
+from planner.search.room import Need, held, homes, need, swapped
 from planner.search.space import Block, Candidate
 from planner.search.weighing import Rows, Work, least_seconds
 from planner.values.cluster import Cluster

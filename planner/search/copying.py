@@ -9,7 +9,8 @@ import numpy as np
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage
 from planner.orders import schedules
-from planner.search.room import ARRANGED, swapped
+from planner.placement.flight import ARRANGED
+from planner.search.room import swapped
 from planner.values.plan import asynchronous
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,9 +22,10 @@ from planner.values.profile import Profile
 Floats = npt.NDArray[np.float64]
 
 
-def plan_bound(placed: Placed) -> float:
+def plan_bound(placed: Placed, again: Sequence[float] = ()) -> float:
     """Return seconds that this plan cannot beat: its busiest row's computing, and what leads to it and back.
 
+    `again` are seconds per micro-batch that each row of a pipeline repeats besides, where layers are to be chosen.
     A row's first compute is a forward of its first stage, behind those of all earlier stages; its last, where backwards
     are whole, that stage's backward, before those of all earlier stages.
     """
@@ -40,13 +43,13 @@ def plan_bound(placed: Placed) -> float:
     ranges = placed.ranges
     share = plan.microbatches // plan.replicas
     found = 0.0
-    for row in range(plan.depth):
+    for row, besides in zip(range(plan.depth), again or [0.0] * plan.depth, strict=True):
         held = plan.stages_of[row]
         copies = placed.schedule.copies
         work = sum(min(_part(one, ranges[s], profile) for one in sums) for s in held) / copies
         leading = table.forward[MEDIAN] if splits else sums[0]
         before = leading[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
-        work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies
+        work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies + besides
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return max(found, _reducing(placed, sums, seams), _crossing(placed), copying(placed))

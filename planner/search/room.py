@@ -18,16 +18,12 @@ from planner.orders import codes, schedules, synchronisation
 from planner.orders.operations import BACKWARD, BACKWARD_WEIGHT, FORWARD, OFFLOAD
 from planner.placement import savings
 from planner.placement.filling import LayersBytes, layers_bytes, sizes_of
+from planner.placement.flight import ARRANGED, KEPT
 from planner.programs.savings import offload
 from planner.search.space import Candidate
 from planner.values.profile import Profile
 
 Floats = npt.NDArray[np.float64]
-
-ARRANGED = 1 << 20
-"""Stages times micro-batches up to which a schedule is arranged for a bound: more takes longer than making the plan."""
-KEPT = 64
-"""Shapes of which it is kept where stages are: a search asks for one again and again, then for another."""
 
 
 class Need(NamedTuple):

@@ -24,6 +24,7 @@ from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
 from planner.placement.cutting import squeezed
+from planner.placement.repeating import least_repeated
 from planner.search import objective as objectives
 from planner.search.answer import Answer, Found, Progress, State, pareto
 from planner.search.bounds import Bounds
@@ -33,7 +34,7 @@ from planner.search.dominance import by_least, dominated, orders_by_seconds, slo
 from planner.search.objective import Reckoned
 from planner.search.plan_bounds import plan_bound, plan_lack
 from planner.search.simplicity import identity, mechanisms
-from planner.search.space import Block, Candidate, Space, blocks, make, question
+from planner.search.space import Block, Candidate, Space, begun, blocks, finished, question
 from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import Evaluation, evaluate
@@ -109,6 +110,7 @@ class Search:
         self.savings = by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
         self.made: dict[str, Placed] = {}
+        self.begun: dict[str, Plan] = {}
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
         self.tally = Tally(self.blocks, space.savings, stale=stale)
@@ -425,6 +427,11 @@ class Search:
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
         try:
+            if savings.behind_cut(candidate.savings):
+                own = self._before_choice(candidate)
+                if own < float("inf") and self._hopeless(own, candidate):
+                    self._spare(own, candidate)
+                    return None
             placed = self._placed(candidate)
             plan = placed.plan
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
@@ -439,6 +446,11 @@ class Search:
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
         return self._found(candidate, placed, evaluation)
+
+    def _before_choice(self, candidate: Candidate) -> float:
+        """Return the least score of a plan that fits, by its cut: the layers to repeat are not chosen yet."""
+        placed = Placed(self.profile_of(candidate), self._begun(candidate), self.cluster)
+        return self.score(placed.plan, plan_bound(placed, least_repeated(placed)), 0.0)
 
     def _found(self, candidate: Candidate, placed: Placed, evaluation: Evaluation) -> Found:
         """What is known of a candidate that has been evaluated."""
@@ -542,8 +554,14 @@ class Search:
         """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
         marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
         marks += [f"s{candidate.sequence}"] if candidate.sequence else []
-        plan = make(candidate, self.profile_of(candidate), self.cluster)
+        plan = finished(candidate, self._begun(candidate), self.profile_of(candidate), self.cluster)
         return msgspec.structs.replace(plan, mark="-".join([*marks, plan.mark]).strip("-")) if marks else plan
+
+    def _begun(self, candidate: Candidate) -> Plan:
+        """Make a candidate's plan but for what is chosen behind its cut; the last is kept, to be finished."""
+        if candidate.key not in self.begun:
+            self.begun = {candidate.key: begun(candidate, self.profile_of(candidate), self.cluster)}
+        return self.begun[candidate.key]
 
     def progress(self) -> Progress:
         """How far it is."""

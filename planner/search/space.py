@@ -313,6 +313,16 @@ def question(point: Candidate, profile: Profile, cluster: Cluster) -> Question:
     )
 
 
+def begun(point: Candidate, profile: Profile, cluster: Cluster) -> Plan:
+    """Return the plan at a point without what is chosen once the cut is known; raises as `make`."""
+    return point.how.arrange(question(point, profile, cluster))
+
+
+def finished(point: Candidate, plan: Plan, profile: Profile, cluster: Cluster) -> Plan:
+    """Return the plan that `begun` made; raises as `make`."""
+    return point.how.finish(question(point, profile, cluster), plan)
+
+
 def make(point: Candidate, profile: Profile, cluster: Cluster) -> Plan:
     """Return the plan at a point. Raises `PlanError` where there is none."""
-    return point.how.spread(question(point, profile, cluster))
+    return finished(point, begun(point, profile, cluster), profile, cluster)

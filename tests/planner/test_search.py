@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from random import Random
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from planner.basis.errors import PlanError
 from planner.basis.units import percent
 from planner.costs.placed import Placed
+from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.placement import savings as all_savings
 from planner.placement.mapping import MAPPINGS
+from planner.placement.repeating import least_repeated
 from planner.placement.savings import apply
 from planner.placement.strategies import all_strategies
 from planner.search.answer import Answer, Found, State, pareto
@@ -298,6 +302,27 @@ def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Spac
         assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
         assert bounds.sends(candidate) <= step, candidate
+
+
+@settings(max_examples=40)
+@given(questions(), st.randoms(use_true_random=False))
+def test_whatever_layers_are_repeated_fits_only_if_they_take_as_long_as_the_least(
+    question: tuple[Profile, Cluster, Space], random: Random
+) -> None:
+    """No choice of layers is ruled out, or said to take longer, by which a plan fits."""
+    costs, cluster, of = question
+    for candidate, plan in made(costs, cluster, of):
+        if candidate.savings or not Placed(costs, plan, cluster).schedule.trains:
+            continue
+        chosen = tuple(layer for stage in plan.stages for layer in stage.layers if random.random() < 0.7)
+        repeating = Placed(costs, msgspec.structs.replace(plan, recompute_layers=chosen), cluster)
+        need, _ = evaluate(repeating).worst(repeating)
+        if need <= 1:
+            seconds = np.diff(layer_table(repeating.profile, plan.samples, plan.threads).recompute[MEDIAN])
+            each = [sum(float(seconds[i]) for run in runs for i in run) for runs in repeating.checkpoints]
+            least = least_repeated(Placed(costs, plan, cluster))
+            for row, held in zip(least, plan.stages_of, strict=False):
+                assert row <= sum(each[s] for s in held) / repeating.schedule.copies * (1 + 1e-9), plan
 
 
 @settings(max_examples=40)
