@@ -42,7 +42,22 @@ def squeezed(q: Question, placed: Placed) -> bool:
     plan = savings.without(placed.plan)
     if plan.uneven or len(plan.stages) == 1:
         return False
-    return cut_of(q._replace(profile=placed.profile, savings=()), plan).squeezed
+    return fastest(q._replace(profile=placed.profile, savings=()), plan).squeezed
+
+
+def fastest(q: Question, plan: Plan) -> Cut:
+    """Cut so that the slowest stage is fastest, whatever fits, and tell whether that is too large."""
+    plan = msgspec.structs.replace(plan, stage_seconds=())  # those of another cut
+    return _fastest(q, plan, tables_of(q, plan))
+
+
+def _fastest(q: Question, plan: Plan, tables: StageTables) -> Cut:
+    def make() -> Cut:
+        free = partition.cut(tables.seconds, len(plan.stages), even=tables.computing)
+        assert free is not None, "there are enough layers"
+        return Cut(free, any(tables.filled(s)[own.start, own.stop] > 1 for s, own in enumerate(free)))
+
+    return memoised(q.profile, ("fastest cut", *_key(q, plan, tables)), make)
 
 
 def cut_of(q: Question, plan: Plan) -> Cut:
@@ -51,24 +66,36 @@ def cut_of(q: Question, plan: Plan) -> Cut:
     tables, schedule, stages = tables_of(q, plan), schedules.get(plan.schedule), len(plan.stages)
 
     def make() -> Cut:
-        free = partition.cut(tables.seconds, stages, even=tables.computing)
-        assert free is not None, "there are enough layers"
-        squeezed = any(tables.filled(s)[own.start, own.stop] > 1 for s, own in enumerate(free))
-        found = free
+        found, squeezed = free = _fastest(q, plan, tables)
         if squeezed:
             fitting = partition.cut(tables.seconds, stages, tables.filled, tables.computing)
-            found = fitting or partition.lightest(tables.filled, stages) or free
+            found = fitting or partition.lightest(tables.filled, stages) or free.ranges
         if plan.chunks > 1:
             homes = [schedule.homes(s, plan.depth)[0] for s in range(stages)]
             found = partition.evened(found, homes, tables.seconds, tables.filled)
         return Cut(found, squeezed)
 
-    homes = tuple(tables.figures(s) for s in range(stages))
-    versions = tuple(map(plan.versions, range(stages)))
+    return memoised(q.profile, ("cut", *_key(q, plan, tables)), make)
+
+
+def _key(q: Question, plan: Plan, tables: StageTables) -> tuple[object, ...]:
+    """All that a cut follows from, devices' and links' names aside."""
+    stages, schedule = range(len(plan.stages)), schedules.get(plan.schedule)
+    homes = tuple(map(tables.figures, stages))
+    versions = tuple(map(plan.versions, stages))
     asked = plan.synchronisation, len(plan.stages[0].devices), plan.microbatches, plan.chunks, tables.chosen
     saved = plan.recompute, plan.recompute_layers, plan.recompute_blocks, plan.host_optimizer
-    key = "cut", q.cluster.identity, homes, tables.flight, versions, schedule.updates, asked, saved
-    return memoised(q.profile, (*key, q.samples, schedule.copies), make)
+    return (
+        q.cluster.identity,
+        homes,
+        tables.flight,
+        versions,
+        schedule.updates,
+        asked,
+        saved,
+        q.samples,
+        schedule.copies,
+    )
 
 
 def reordered(q: Question, plan: Plan, places: tuple[Position, ...]) -> tuple[Position, ...]:

@@ -249,11 +249,13 @@ def repeated_blocks(profile: Profile, plan: Plan) -> dict[int, range]:
 
 def freeable_bytes(profile: Profile, plan: Plan, resident: int) -> tuple[Table, Table]:
     """Return what recomputing every layer of a run frees of its micro-batches, and what it needs for a moment."""
-    sizes = layer_bytes(profile, plan.samples)
-    return (
-        partition.spans([resident * max(0.0, own.saved - own.sent) for own in sizes]),
-        largest([own.saved for own in sizes]),
-    )
+
+    def make() -> tuple[Table, Table]:
+        sizes = layer_bytes(profile, plan.samples)
+        return partition.spans([max(0.0, own.saved - own.sent) for own in sizes]), largest([own.saved for own in sizes])
+
+    free, moment = memoised(profile, ("freeable", plan.samples), make)
+    return resident * free, moment
 
 
 def largest(values: Sequence[float] | Table) -> Table:

@@ -13,7 +13,7 @@ from planner.orders import schedules
 from planner.orders import synchronisation as synchronisations
 from planner.orders.schedules import Schedule
 from planner.placement import partition, savings
-from planner.placement.cutting import balanced, cut_of, ranges_of, reordered, slowest, tables_of
+from planner.placement.cutting import balanced, fastest, ranges_of, reordered, slowest, tables_of
 from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, positions
 from planner.placement.question import Question
 from planner.programs import extent
@@ -88,9 +88,11 @@ def _placed(q: Question, trial: Plan, places: tuple[Position, ...]) -> Plan:
     wins by another cut.
     """
     if q.savings:
-        bare = _placed(q._replace(savings=()), savings.without(trial), places)
-        if not cut_of(q._replace(savings=()), bare).squeezed:
-            return msgspec.structs.replace(trial, stages=bare.stages, tied=bare.tied)
+        bare, without = q._replace(savings=()), savings.without(trial)
+        if reordered(bare, without, places) != places or not fastest(bare, without).squeezed:
+            unsaved = _placed(bare, without, places)
+            if not fastest(bare, unsaved).squeezed:
+                return msgspec.structs.replace(trial, stages=unsaved.stages, tied=unsaved.tied)
     plan = with_layers(q, trial, balanced(q, trial))
     order = reordered(q, trial, places)
     if order == places:

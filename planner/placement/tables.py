@@ -36,6 +36,14 @@ class Rates(NamedTuple):
     half: float
 
 
+class _Joint(NamedTuple):
+    """How a stage's replicas reduce, the links to the stage before it, and what tells how quick these are."""
+
+    rates: Rates
+    path: Path
+    figures: tuple[object, ...]
+
+
 class StageTables:
     """Seconds and share of memory of every run of layers as a stage of `plan`.
 
@@ -56,7 +64,7 @@ class StageTables:
         self.schedule = schedules.get(plan.schedule)
         self.agreed = synchronisation.get(plan.synchronisation)
         self.tables: dict[tuple[object, ...], Table] = {}
-        self._rates: dict[int, Rates] = {}
+        self.joints = self._joints()
         self.most_held = max(map(len, plan.stages_of[: plan.depth]))
 
     def weakest(self, names: Sequence[str]) -> Device:
@@ -72,7 +80,16 @@ class StageTables:
     def figures(self, stage: int) -> tuple[object, ...]:
         """What a stage's tables follow from, its devices' and links' names aside."""
         device = self.device[stage]
-        return device.speed, device.memory_bytes, device.threads, self.rates(stage), self._link(stage)[1]
+        return device.speed, device.memory_bytes, device.threads, self.rates(stage), self.joints[stage].figures
+
+    def _joints(self) -> tuple[_Joint, ...]:
+        """What every stage's tables need of its links, kept with the cluster: plans differ in other things more often."""
+        own = tuple(stage.devices for stage in self.plan.stages)
+        sharded = None if self.agreed.server else bool(self.agreed.shards)
+        key = "joints", own, self.plan.tensor, sharded
+        return memoised(
+            self.cluster, key, lambda: tuple(_Joint(self._rates(s), *self._link(s)) for s in range(len(own)))
+        )
 
     def _link(self, stage: int) -> tuple[Path, tuple[object, ...]]:
         """The links to the stage before, of the first one to the next, and their figures."""
@@ -84,7 +101,7 @@ class StageTables:
 
     def seconds(self, stage: int) -> Table:
         """Seconds per micro-batch on the stage's device."""
-        path, figures = self._link(stage)
+        _, path, figures = self.joints[stage]
         computing = self.computing(stage)
         return self._once(("seconds", id(computing), figures), lambda: self._seconds(computing, path, figures))
 
@@ -102,16 +119,16 @@ class StageTables:
 
     def rates(self, stage: int) -> Rates:
         """Return how many replicas a stage has, and how quick they reduce."""
-        if stage not in self._rates:
-            names = tuple(self.plan.stages[stage].devices[:: self.plan.tensor])
-            if len(names) == 1 or self.agreed.server:
-                self._rates[stage] = Rates(len(names), 0.0, 0.0)
-            else:
-                whole = 2.0**30
-                all_reduce = 0.0 if self.agreed.shards else collectives.all_reduce(self.cluster, names, whole) / whole
-                half = collectives.half(self.cluster, names, whole) / whole if self.agreed.shards else 0.0
-                self._rates[stage] = Rates(len(names), all_reduce, half)
-        return self._rates[stage]
+        return self.joints[stage].rates
+
+    def _rates(self, stage: int) -> Rates:
+        names = tuple(self.plan.stages[stage].devices[:: self.plan.tensor])
+        if len(names) == 1 or self.agreed.server:
+            return Rates(len(names), 0.0, 0.0)
+        whole = 2.0**30
+        all_reduce = 0.0 if self.agreed.shards else collectives.all_reduce(self.cluster, names, whole) / whole
+        half = collectives.half(self.cluster, names, whole) / whole if self.agreed.shards else 0.0
+        return Rates(len(names), all_reduce, half)
 
     def filled(self, stage: int) -> Table:
         """Share of the stage's device that its layers would fill."""
@@ -145,9 +162,7 @@ class StageTables:
 
         free, moment = freeable_bytes(self.q.profile, self.plan, self.flight.resident[stage])
         lacks = self._bytes(stage) - self._room(device)
-        with np.errstate(invalid="ignore"):
-            part = np.where(lacks > 0, (lacks + moment) / np.maximum(free, 1.0), 0.0)
-        short: Table = np.clip(np.nan_to_num(part, nan=1.0, posinf=1.0), 0.0, 1.0)
+        short: Table = np.minimum(np.where(lacks > 0, (lacks + moment) / np.maximum(free, 1.0), 0.0), 1.0)
         return short
 
     def _computing(self, device: Device, rates: Rates, short: Table | None) -> Table:
@@ -166,7 +181,9 @@ class StageTables:
             ]
             seconds = seconds + partition.spans(own)
         if short is not None:
-            seconds = seconds + partition.spans(again.tolist()) * short
+            seconds = (
+                seconds + memoised(profile, ("again", samples, device.threads), lambda: partition.spans(again)) * short
+            )
         seconds = seconds / device.speed
         every = self.schedule.updates == "microbatch"
         share = 1 if every else -(-plan.microbatches // plan.replicas)
