@@ -83,7 +83,7 @@ class StageTables:
         return device.speed, device.memory_bytes, device.threads, self.rates(stage), self.joints[stage].figures
 
     def _joints(self) -> tuple[_Joint, ...]:
-        """What every stage's tables need of its links, kept with the cluster: plans differ in other things more often."""
+        """What every stage's tables need of its links, kept with the cluster: many plans have the same."""
         own = tuple(stage.devices for stage in self.plan.stages)
         sharded = None if self.agreed.server else bool(self.agreed.shards)
         key = "joints", own, self.plan.tensor, sharded
