@@ -3,13 +3,14 @@
 Which devices hold which stage is known, where the model is cut is not. But a plan that takes `T` seconds has no row
 that computes longer, so each of its cuts lies within a window: the layers before it are not too many for the stages
 before it, nor those behind it for the stages behind. Within the windows every cut sends at least the least value, and
-every layer's gradients pass between as many hosts as the fewest that hold a stage which it can be in. If the hosts'
-links take longer than `T` for that, no plan takes `T`. The longer `T`, the wider the windows and the less is sent; so
-the bound is where both meet.
+every layer's gradients pass between as many hosts as the fewest that hold a stage which it can be in. If a host's or a
+device's links take longer than `T` for that, no plan takes `T`. The longer `T`, the wider the windows and the less is
+sent; so the bound is where both meet.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from planner.basis.memo import memoised
 from planner.orders.schedules import Schedule
 from planner.orders.synchronisation import Synchronisation
 from planner.placement.devices import choose
-from planner.search.best_case import outward
+from planner.search.best_case import from_devices, outward
 from planner.search.space import Candidate
 from planner.values.cluster import Cluster
 
@@ -37,8 +38,9 @@ class Homes(NamedTuple):
     Of every edge and host, how many devices there send to another host (`leaving`), or take from one (`entering`);
     of every stage between how many hosts its gradients pass, over all that split its tensors (`spans`), how many
     other hosts' parts of the parameters its workers fetch from servers (`served`, in copies of them); and how many
-    rows the stages up to each have (`before`), and those from each on (`behind`). `able` are the bytes/s that leave
-    each host: none on one host, or where what leaves one passes a link that is not shared.
+    rows the stages up to each have (`before`), and those from each on (`behind`). Behind the `hosts` stand the rows of
+    one replica, whose devices' own links carry what they send. `able` are the bytes/s that leave each, infinite where
+    that is not known.
     """
 
     leaving: Floats
@@ -48,6 +50,7 @@ class Homes(NamedTuple):
     before: list[int]
     behind: list[int]
     able: Floats
+    hosts: int
 
 
 class Passing(NamedTuple):
@@ -80,24 +83,16 @@ def homes_of(point: Candidate, cluster: Cluster) -> Homes:
 def _homes(point: Candidate, cluster: Cluster, schedule: Schedule, chunks: int) -> Homes:
     devices = choose(cluster, point.devices)
     hosts = list(dict.fromkeys(device.host for device in devices))
-    able = np.array([outward(cluster).get(host, 0.0) for host in hosts])
+    places = {host: number for number, host in enumerate(hosts)}
     depth, replicas, stages = point.depth, point.replica_count, point.depth * chunks
     rows = [schedule.homes(stage, depth) for stage in range(stages)]
-    before = [len({row for own in rows[: s + 1] for row in own}) for s in range(stages)]
-    behind = [len({row for own in rows[s:] for row in own}) for s in range(stages)]
-    if len(hosts) < 2 or not (np.isfinite(able) & (able > 0)).all():
-        nowhere = np.zeros((stages - 1, 0))
-        return Homes(nowhere, nowhere, np.zeros(stages), np.zeros(stages), before, behind, np.zeros(0))
-    places = {host: number for number, host in enumerate(hosts)}
-    own = np.array([places[device.host] for device in devices]).reshape(-1, point.tensor_count)
-    at = (
-        own.reshape(depth, replicas, -1)
-        if point.mapping == "stages"
-        else own.reshape(replicas, depth, -1).swapaxes(0, 1)
-    )
-    stages = depth * chunks
-    rows = [schedule.homes(stage, depth) for stage in range(stages)]
-    sizes = np.bincount(own[:, 0], minlength=len(hosts)) / len(own)
+    numbers = np.arange(len(devices)).reshape(-1, point.tensor_count)
+    if point.mapping == "stages":
+        dealt = numbers.reshape(depth, replicas, -1)
+    else:
+        dealt = numbers.reshape(replicas, depth, -1).swapaxes(0, 1)
+    at = np.array([places[device.host] for device in devices])[dealt]
+    sizes = np.bincount(at.ravel(), minlength=len(hosts)) / len(devices)
 
     def spanned(stage: int) -> float:
         held = at[list(rows[stage])].reshape(-1, point.tensor_count)
@@ -105,16 +100,27 @@ def _homes(point: Candidate, cluster: Cluster, schedule: Schedule, chunks: int) 
 
     spans = np.array([spanned(stage) for stage in range(stages)])
     served = np.array([float((1 - sizes[at[list(rows[stage])][..., 0]]).sum()) for stage in range(stages)])
-    leaving, entering = np.zeros((stages - 1, len(hosts))), np.zeros((stages - 1, len(hosts)))
+    leaving, entering = (np.zeros((stages - 1, len(hosts) + depth)) for _ in range(2))
     if len({(device.speed, device.threads, device.memory_bytes) for device in devices}) == 1:
-        for edge in range(stages - 1):
-            for one, other in zip(rows[edge], rows[edge + 1], strict=True):
-                apart = at[one] != at[other]
-                leaving[edge] += np.bincount(at[one][apart], minlength=len(hosts))
-                entering[edge] += np.bincount(at[other][apart], minlength=len(hosts))
+        for edge, row in itertools.product(range(stages - 1), range(schedule.copies)):
+            one, other = rows[edge][row], rows[edge + 1][row]
+            apart = at[one] != at[other]
+            leaving[edge, : len(hosts)] += np.bincount(at[one][apart], minlength=len(hosts))
+            entering[edge, : len(hosts)] += np.bincount(at[other][apart], minlength=len(hosts))
+            leaving[edge, len(hosts) + one] += one != other
+            entering[edge, len(hosts) + other] += one != other
     else:  # the order of unequal devices is not known
         spans[:], served[:] = spans.min(), served.min()
-    return Homes(leaving, entering, spans, served, before, behind, able)
+    between, each = outward(cluster), from_devices(cluster)
+    able = [between[host] for host in hosts]
+    able += [max(each.get(devices[number].name, 0.0) for number in place.flat) for place in dealt]
+    return Homes(
+        *(leaving, entering, spans, served),
+        [len({row for own in rows[: s + 1] for row in own}) for s in range(stages)],
+        [len({row for own in rows[s:] for row in own}) for s in range(stages)],
+        np.array([rate if rate > 0 else np.inf for rate in able]),
+        len(hosts),
+    )
 
 
 def least_seconds(homes: Homes, passing: Passing, schedule: Schedule, share: float) -> float:
@@ -135,8 +141,8 @@ def least_seconds(homes: Homes, passing: Passing, schedule: Schedule, share: flo
 def _carrying(homes: Homes, passing: Passing, schedule: Schedule, share: float, limit: float) -> float:
     """Return seconds for which hosts' links are busy in any plan of at most `limit` seconds; infinite if none."""
     found = _windows(homes, passing, schedule, share, limit)
-    if found is None or not len(homes.able):
-        return float("inf") if found is None else 0.0
+    if found is None:
+        return float("inf")
     first, last = found
     each = share / schedule.copies
     stages = len(homes.spans)
@@ -145,9 +151,13 @@ def _carrying(homes: Homes, passing: Passing, schedule: Schedule, share: float, 
     sent = forward @ homes.leaving + backward @ homes.entering
     received = forward @ homes.entering + backward @ homes.leaving
     agreed = _least(homes.spans, passing.agreed, first, last) + _least(homes.served, passing.served, first, last)
-    every = float(homes.able.sum())
-    busiest = float((np.maximum(sent, received) / homes.able).max())
-    return max(busiest, (float(sent.sum()) + agreed) / every, passing.begin + agreed / every if agreed > 0 else 0.0)
+    every = float(homes.able[: homes.hosts].sum())
+    busiest = float((np.maximum(sent, received) / homes.able).max(initial=0.0))
+    return max(
+        busiest,
+        (float(sent[: homes.hosts].sum()) + agreed) / every,
+        passing.begin + agreed / every if agreed > 0 else 0.0,
+    )
 
 
 def _least(weights: Floats, sizes: Floats, first: list[int], last: list[int]) -> float:

@@ -59,15 +59,24 @@ def outward(cluster: Cluster) -> dict[str, float]:
 
     def make() -> dict[str, float]:
         home = {**cluster.routes.host_of, **{host.name: host.name for host in cluster.hosts}}
-        found = dict.fromkeys((host.name for host in cluster.hosts), 0.0)
-        for link in cluster.links:
-            ends = [home.get(end, "") for end in link.between]
-            if ends[0] != ends[1]:
-                for end in filter(None, ends):
-                    found[end] += link.bandwidth_bytes_per_s if link.shared else float("inf")
-        return found
+        return _outward(cluster, home)
 
     return memoised(cluster, "outward", make)
+
+
+def from_devices(cluster: Cluster) -> dict[str, float]:
+    """Bytes/s that can leave each device: over all its links, infinite where one is not shared."""
+    return memoised(cluster, "from devices", lambda: _outward(cluster, {name: name for name in cluster.routes.host_of}))
+
+
+def _outward(cluster: Cluster, home: dict[str, str]) -> dict[str, float]:
+    found = dict.fromkeys(dict.fromkeys(home.values()), 0.0)
+    for link in cluster.links:
+        ends = [home.get(end, "") for end in link.between]
+        if ends[0] != ends[1]:
+            for end in filter(None, ends):
+                found[end] += link.bandwidth_bytes_per_s if link.shared and not link.points else float("inf")
+    return found
 
 
 def seams_of(profile: Profile) -> float:

@@ -66,6 +66,17 @@ class _Order(NamedTuple):
     m: npt.NDArray[np.int32]
 
 
+class _Unmade(NamedTuple):
+    """A candidate in the queue of which no plan has been made, nor any with more savings been put there."""
+
+    candidate: Candidate
+
+    @property
+    def key(self) -> str:
+        """The candidate's key."""
+        return self.candidate.key
+
+
 class Search:
     """A search that can be stopped after any candidate and taken up again."""
 
@@ -114,7 +125,7 @@ class Search:
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
         self.tally = Tally(self.blocks, space.savings, stale=stale)
-        self.queue: list[tuple[float, int, str, Candidate | Found]] = []
+        self.queue: list[tuple[float, int, str, Candidate | Found | _Unmade]] = []
         self.leaders: list[Found] = []
         self.tied: list[Found] = []
         self.choice: Found | None = None
@@ -196,7 +207,9 @@ class Search:
                 self.seen += 1
                 continue
             score, *_, item = heapq.heappop(self.queue)
-            if isinstance(item, Candidate):
+            if isinstance(item, _Unmade):
+                self._begin(score, item.candidate)
+            elif isinstance(item, Candidate):
                 self._look(item, score)
             elif self._hopeless(score, item):
                 self._spare(score, item)
@@ -255,13 +268,16 @@ class Search:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
         for candidate in block.at(block.ms[m], tuple(self.savings)):
-            self._begin(bound, candidate)
+            least = max(bound, self._score(candidate, self.bounds[candidate.sequence].sends(candidate)))
+            if self._hopeless(least, candidate):
+                self._spare(least, candidate, opened=False)
+            elif least > bound:  # what promises more is looked at before it
+                heapq.heappush(self.queue, (least, len(candidate.savings), candidate.key, _Unmade(candidate)))
+            else:
+                self._begin(least, candidate)
 
     def _begin(self, bound: float, candidate: Candidate) -> None:
         """Put a candidate that saves least in the queue, and those that save more if it says nothing of them."""
-        if self._hopeless(bound, candidate):
-            return self._spare(bound, candidate, opened=False)
-        bound = max(bound, self._score(candidate, self.bounds[candidate.sequence].sends(candidate)))
         if self._hopeless(bound, candidate):
             return self._spare(bound, candidate, opened=False)
         least = max(bound, self._takes(candidate))
