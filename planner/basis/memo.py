@@ -18,6 +18,8 @@ class Keeper(Protocol):
 
 def memoised(keeper: Keeper, key: Hashable, make: Callable[[], T]) -> T:
     """Return what has been derived before under `key`, or make it now."""
-    if key not in keeper.tables:
-        keeper.tables[key] = make()
-    return cast("T", keeper.tables[key])
+    tables = keeper.tables
+    found = tables.get(key, tables)  # asked once: to hash the names of a thousand devices takes long
+    if found is tables:
+        found = tables[key] = make()
+    return cast("T", found)

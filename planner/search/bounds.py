@@ -354,11 +354,15 @@ def bound(point: Candidate, profile: Profile, cluster: Cluster) -> float:
 
 def _split(profile: Profile, cluster: Cluster, count: int, tensor_count: int) -> Profile:
     """The profile that devices see which split tensors; unsplit where that is not possible, which its plan will say."""
-    names = tuple(device.name for device in choose(cluster, count))
-    try:
-        return tensor.split(profile, (names[:tensor_count],), cluster.only(names))
-    except PlanError:
-        return profile
+
+    def make() -> Profile:
+        names = tuple(device.name for device in choose(cluster, count))
+        try:
+            return tensor.split(profile, (names[:tensor_count],), cluster.only(names))
+        except PlanError:
+            return profile
+
+    return memoised(profile, ("split for bounds", cluster.identity, count, tensor_count), make)
 
 
 def _filled(passing: Floats, both: Floats, depth: int, share: Floats) -> Floats:

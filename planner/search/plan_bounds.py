@@ -103,11 +103,15 @@ def _crossing(placed: Placed) -> float:
     sent, received = np.zeros(len(bandwidth)), np.zeros(len(bandwidth))
     share = plan.microbatches // plan.replicas / schedule.copies
     homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
+    key = "between hosts", plan.groups, plan.depth
+    known = memoised(placed.cluster, key, lambda: dict[tuple[int, int], tuple[Floats, Floats]]())
     for edge in plan.edges:
         forward = share * placed.edge_bytes(edge, gradients=False)
         back = share * placed.edge_bytes(edge, gradients=True) if schedule.trains else 0.0
         for pair in zip(homes[edge.producer], homes[edge.consumer], strict=True):
-            leaving, entering = _between_hosts(placed, *pair)
+            if pair not in known:
+                known[pair] = _between_hosts(placed, *pair)
+            leaving, entering = known[pair]
             sent += forward * leaving + back * entering
             received += forward * entering + back * leaving
     able = np.array(list(bandwidth.values()))
@@ -118,18 +122,14 @@ def _crossing(placed: Placed) -> float:
 def _between_hosts(placed: Placed, producer: int, consumer: int) -> tuple[Floats, Floats]:
     """How many devices at one place of all pipelines have their next on another host, by their host and by its."""
     cluster, plan = placed.cluster, placed.plan
-
-    def make() -> tuple[Floats, Floats]:
-        places = {host: number for number, host in enumerate(outward(cluster))}
-        host_of = cluster.routes.host_of
-        rows = zip(plan.groups[producer :: plan.depth], plan.groups[consumer :: plan.depth], strict=True)
-        each = (pair for one, other in rows for pair in zip(one, other, strict=True))
-        pairs = ((places[host_of[a]], places[host_of[b]]) for a, b in each)
-        apart = np.array([pair for pair in pairs if pair[0] != pair[1]], np.int64).reshape(-1, 2)
-        leaving, entering = (np.bincount(apart[:, end], minlength=len(places)).astype(float) for end in (0, 1))
-        return leaving, entering
-
-    return memoised(cluster, ("between hosts", plan.groups, plan.depth, producer, consumer), make)
+    places = {host: number for number, host in enumerate(outward(cluster))}
+    host_of = cluster.routes.host_of
+    rows = zip(plan.groups[producer :: plan.depth], plan.groups[consumer :: plan.depth], strict=True)
+    each = (pair for one, other in rows for pair in zip(one, other, strict=True))
+    pairs = ((places[host_of[a]], places[host_of[b]]) for a, b in each)
+    apart = np.array([pair for pair in pairs if pair[0] != pair[1]], np.int64).reshape(-1, 2)
+    leaving, entering = (np.bincount(apart[:, end], minlength=len(places)).astype(float) for end in (0, 1))
+    return leaving, entering
 
 
 def plan_lack(placed: Placed) -> float:

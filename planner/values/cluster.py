@@ -76,9 +76,14 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
 
         An elastic host makes as many devices as there are names. Raises `PlanError` (exit 5) for an unknown name.
         """
-        if self.elastic or set(names) == {device.name for device in self.devices[: len(names)]}:
-            return self.take(len(names))
-        wanted = frozenset(names)
+        asked = tuple(names)
+        if asked not in self._asked:
+            self._asked[asked] = self._called(frozenset(asked), len(asked))
+        return self._asked[asked]
+
+    def _called(self, wanted: frozenset[str], count: int) -> Cluster:
+        if self.elastic or wanted == {device.name for device in self.devices[:count]}:
+            return self.take(count)
         if wanted not in self._chosen:
             unknown_names = wanted - {device.name for device in self.devices}
             if unknown_names:
@@ -109,6 +114,10 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def _taken(self) -> dict[int, Cluster]:
+        return {}
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, ...], Cluster]:
         return {}
 
     @cached_property
