@@ -105,32 +105,23 @@ def cut(
     import numpy as np
     from numpy.typing import NDArray
 
-    below = np.tri(len(_at(seconds, 0)), dtype=bool)
-    known: dict[tuple[int, ...], Table] = {}  # stages that are alike have the same tables
-    alive: list[Table] = []
+    layers = len(_at(seconds, 0)) - 1
+    width = layers - stages + 1  # every other stage has a layer: stage s begins at s or up to so many cuts later
+    if width < 1:
+        return None
+    backwards = np.tri(width, k=-1, dtype=bool)
 
-    def once(make: Callable[[], Table], *tables: Table) -> Table:
-        """Return what follows from some tables, made once for all stages that have them."""
-        key = tuple(map(id, tables))
-        if key not in known:
-            known[key] = make()
-            alive.extend(tables)
-        return known[key]
+    def part(table: Table, stage: int) -> Table:
+        """What a stage may hold: rows are where it begins, columns where it ends."""
+        return table[stage : stage + width, stage + 1 : stage + 1 + width]
 
     def held(stage: int) -> Table:
         """Seconds of what a stage may hold, infinite where it may not."""
-        table = _at(seconds, stage)
-        if filled is None:
-            return once(lambda: np.where(below, np.inf, table), table)
-        share = _at(filled, stage)
-        return once(lambda: np.where(below | ~(share <= 1), np.inf, table), table, share)
+        own = part(_at(seconds, stage), stage)
+        never = backwards if filled is None else backwards | ~(part(_at(filled, stage), stage) <= 1)
+        return np.where(never, np.inf, own)
 
-    def squared(stage: int, limit: float) -> Table:
-        """The squares of what a stage may hold that is not slower than the limit, infinite elsewhere."""
-        own, value = tables[stage], tables[stage] if even is None else _at(even, stage)
-        return once(lambda: np.square(np.where((own <= limit) & (own < np.inf), value, np.inf)), own, value, below)
-
-    slowest = np.where(np.arange(len(below)) > 0, np.inf, 0.0)
+    slowest = np.where(np.arange(width) > 0, np.inf, 0.0)
     squares, starts = slowest.copy(), list[NDArray[np.intp]]()
     tables = [held(stage) for stage in range(stages)]
     for table in tables:
@@ -138,14 +129,15 @@ def cut(
     limit = float(slowest[-1])
     if not limit < np.inf:
         return None
-    for stage in range(stages):
-        sums = squares[:, None] + squared(stage, limit)
+    for stage, own in enumerate(tables):
+        value = own if even is None else part(_at(even, stage), stage)
+        sums = squares[:, None] + np.square(np.where((own <= limit) & (own < np.inf), value, np.inf))
         start = sums.argmin(axis=0)
         starts.append(start)
         squares = np.take_along_axis(sums, start[None, :], axis=0)[0]
-    edges = [len(slowest) - 1]
-    for start in reversed(starts):
-        edges.append(int(start[edges[-1]]))
+    edges = [layers]
+    for stage in reversed(range(stages)):
+        edges.append(stage + int(starts[stage][edges[-1] - stage - 1]))
     return tuple(range(a, b) for a, b in pairwise(reversed(edges)))
 
 
