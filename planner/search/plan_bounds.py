@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from planner.costs.stage_costs import MEDIAN, LayerTable, layer_table
 from planner.costs.stage_memory import of_stage
 from planner.costs.static_memory import static_bytes
 from planner.placement.flight import flight
-from planner.search.any_cut import agreeing
+from planner.search import any_cut
 from planner.search.best_case import fastest, outward, seams_of
 from planner.search.copying import copying
 from planner.values.plan import asynchronous
@@ -52,7 +53,7 @@ def plan_bound(placed: Placed, again: Sequence[float] = ()) -> float:
         work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies + besides
         own = speeds[plan.groups[row][0]]
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
-    return max(found, _reducing(placed, sums, seams), _crossing(placed), copying(placed))
+    return max(found, _between(placed, sums, seams), copying(placed))
 
 
 def _repeated(table: LayerTable, run: range) -> float:
@@ -62,45 +63,71 @@ def _repeated(table: LayerTable, run: range) -> float:
     return float(table.forward[MEDIAN, last] - table.forward[MEDIAN, run.start] + again)
 
 
-def _reducing(placed: Placed, sums: list[Floats], seams: float) -> float:
-    """Return seconds that gradients between hosts make a plan's step take at least, 0 where they make none.
+def _between(placed: Placed, sums: list[Floats], seams: float) -> float:
+    """Return seconds that what leaves hosts makes a plan's step take at least.
 
-    A stage whose replicas are on h hosts brings its gradients over h - 1 of them per pass at least, whatever the
-    pattern; all stages' go over the NICs of all these hosts. None begins before the last backward of its stage, and
-    before that come all others of a row that holds it.
+    The busiest host's NICs carry what its stages send, or receive. All hosts of some stages together carry that, and
+    the gradients of these stages; before the first of these come the backwards of all micro-batches but one.
+    """
+    bandwidth = outward(placed.cluster)
+    if asynchronous(placed.plan) or len(bandwidth) < 2:
+        return 0.0
+    able = np.array([rate if rate > 0 else np.inf for rate in bandwidth.values()])
+    sent, received = _crossing(placed)
+    found = float((np.maximum(sent, received) / able).max())
+    agreeing = _agreeing(placed, sums, seams)
+    for hosts in {one.hosts for one in agreeing} | {frozenset[int]().union(*(one.hosts for one in agreeing))}:
+        own, at = [one for one in agreeing if one.hosts <= hosts], sorted(hosts)
+        size, rate = sum(one.bytes for one in own), float(able[at].sum())
+        if own:
+            begin = min(one.begin for one in own)
+            found = max(found, begin + size / rate, (size + float(max(sent[at].sum(), received[at].sum()))) / rate)
+    return found
+
+
+class _Agreeing(NamedTuple):
+    """Hosts whose replicas of a stage agree, by number; bytes that leave them for that, none before `begin` seconds."""
+
+    hosts: frozenset[int]
+    bytes: float
+    begin: float
+
+
+def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreeing]:
+    """Return what the replicas of every stage bring between hosts.
+
+    Replicas on h hosts bring their gradients over h - 1 of them per pass at least, whatever the pattern. None begins
+    before the last backward of its stage, and before that come all others of a row that holds it; what is sharded is
+    reduced, and gathered, from the beginning.
     """
     plan, agreed = placed.plan, placed.synchronisation
-    if asynchronous(plan) or agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps:
-        return 0.0
-    host_of, bandwidth = placed.cluster.routes.host_of, outward(placed.cluster)
-    reduced, gathered = agreeing(agreed, plan.microbatches // plan.replicas)
-    leaving, begins, hosts = 0.0, [], set[str]()
+    if agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps or not placed.schedule.trains:
+        return []
+    places = {host: number for number, host in enumerate(outward(placed.cluster))}
+    host_of = placed.cluster.routes.host_of
+    reduced, gathered = any_cut.agreeing(agreed, plan.microbatches // plan.replicas)
+    found = []
     for s, layers in enumerate(placed.ranges):
-        own = {host_of[name] for row in placed.holders[s] for name in plan.groups[row]}
-        spans = [len({host_of[plan.groups[row][rank]] for row in placed.holders[s]}) for rank in range(plan.tensor)]
+        held = [[places[host_of[name]] for name in plan.groups[row]] for row in placed.holders[s]]
+        spans = [len(set(rank)) for rank in zip(*held, strict=True)]
         if max(spans) < 2:
             continue
-        own_layers = [placed.profile.layers[i] for i in layers]
-        size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own_layers)
-        leaving += sum((count - 1) * size for count in spans)
-        hosts |= own
+        own = [placed.profile.layers[i] for i in layers]
+        size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own)
         share = plan.microbatches // plan.replicas // placed.schedule.copies
         speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
         least = min(_part(one, layers, placed.profile) for one in sums)
-        begins.append((share - 1) * max(0.0, least - seams) / speed)
-    if not begins or not all(bandwidth[host] < float("inf") for host in hosts):
-        return 0.0
-    begin = 0.0 if "gradients" in agreed.shards else min(begins)  # these are reduced, and gathered, from the beginning
-    return begin + leaving / sum(bandwidth[host] for host in hosts)
+        begin = 0.0 if "gradients" in agreed.shards else (share - 1) * max(0.0, least - seams) / speed
+        found.append(_Agreeing(frozenset().union(*held), sum(count - 1 for count in spans) * size, begin))
+    return found
 
 
-def _crossing(placed: Placed) -> float:
-    """Seconds for which the NICs of the busiest host send, or receive, what stages send to each other."""
+def _crossing(placed: Placed) -> tuple[Floats, Floats]:
+    """Return the bytes that each host sends, and receives, as stages send to each other."""
     plan, schedule = placed.plan, placed.schedule
-    bandwidth = outward(placed.cluster)
-    if asynchronous(plan) or plan.uneven or len(bandwidth) < 2:
-        return 0.0
-    sent, received = np.zeros(len(bandwidth)), np.zeros(len(bandwidth))
+    sent, received = np.zeros(len(outward(placed.cluster))), np.zeros(len(outward(placed.cluster)))
+    if plan.uneven:
+        return sent, received
     share = plan.microbatches // plan.replicas / schedule.copies
     homes = [schedule.homes(stage, plan.depth) for stage in range(len(plan.stages))]
     key = "between hosts", plan.groups, plan.depth
@@ -114,9 +141,7 @@ def _crossing(placed: Placed) -> float:
             leaving, entering = known[pair]
             sent += forward * leaving + back * entering
             received += forward * entering + back * leaving
-    able = np.array(list(bandwidth.values()))
-    busy = np.maximum(sent, received)[able > 0] / able[able > 0]
-    return float(busy.max(initial=0.0))
+    return sent, received
 
 
 def _between_hosts(placed: Placed, producer: int, consumer: int) -> tuple[Floats, Floats]:
