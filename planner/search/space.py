@@ -142,7 +142,7 @@ class Candidate(NamedTuple):
     def mechanisms(self) -> int:
         """How many mechanisms its plan has at least (`planner.search.simplicity`)."""
         if self.how.devices == "chosen":
-            return 1 + len(self.savings)
+            return len(self.savings) + (self.m > 1 or self.asynchronous)  # one micro-batch may be on one device
         schedule, chunks = self.arranged
         return len(
             mechanisms_of(

@@ -335,6 +335,7 @@ def test_what_is_said_before_a_plan_is_walked_is_below_it(question: tuple[Profil
         placed = Placed(costs, plan, cluster)
         need, _ = evaluate(placed).worst(placed)
         assert plan_lack(placed) <= need * (1 + 1e-9), plan
+        assert candidate.mechanisms <= len(mechanisms(plan)), candidate
         if "recompute-layers" not in candidate.savings:
             assert bounds.need(candidate).lack <= need * (1 + 1e-9), candidate
         if need <= 1:
