@@ -44,17 +44,18 @@ def layer(
     *,
     spread: float = 0.0,
     bytes_: int = 1000,
+    gradient_bytes: int | None = None,
     optimizer_s: float = 0.0,
     recompute_s: float | None = None,
     half_s: float | None = None,
     split: Split | None = None,
 ) -> LayerProfile:
-    """A layer whose times are per sample; its bytes are `bytes_` of everything."""
+    """A layer whose times are per sample; its bytes are `bytes_` of everything, gradients unless given."""
     return LayerProfile(
         name=name,
         parameter_bytes=bytes_,
         buffer_bytes=0,
-        gradient_bytes=bytes_,
+        gradient_bytes=bytes_ if gradient_bytes is None else gradient_bytes,
         optimizer_bytes=2 * bytes_,
         optimizer_peak_bytes=0,
         times=(
@@ -93,6 +94,7 @@ def profile(
     names: Sequence[str] | None = None,
     message_bytes: int = 0,
     bytes_: Sequence[int] | None = None,
+    gradients: float = 1.0,
     optimizer_s: float = 0.0,
     recompute_s: Sequence[float] | None = None,
     half_s: Sequence[float] | None = None,
@@ -100,7 +102,10 @@ def profile(
     tied: tuple[tuple[str, ...], ...] = (),
     machine: Cluster | None = None,
 ) -> Profile:
-    """A chain of layers with the given seconds per sample; backward takes as long as forward unless given."""
+    """A chain of layers with the given seconds per sample; backward takes as long as forward unless given.
+
+    A layer has `gradients` bytes of gradients per byte of parameters: 2 where they are wider.
+    """
     backward_s = backward_s or forward_s
     names = names or [f"layer{i}" for i in range(len(forward_s))]
     layers = tuple(
@@ -109,7 +114,8 @@ def profile(
             forward_s[i],
             backward_s[i],
             spread=spread,
-            bytes_=bytes_[i] if bytes_ else 1000,
+            bytes_=(size := bytes_[i] if bytes_ else 1000),
+            gradient_bytes=int(gradients * size),
             optimizer_s=optimizer_s,
             recompute_s=recompute_s[i] if recompute_s else None,
             half_s=half_s[i] if half_s else None,
