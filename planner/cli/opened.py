@@ -78,12 +78,24 @@ def profiling(profile: Profile, sequence: int) -> str:
     return f"plan profile {profile.model_path}" + (f" --sequence {sequence}" if sequence else "") + estimated
 
 
+def _pairs(tied: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(" and ".join(map(str, group)) for group in tied) or "none"
+
+
 def of_plan(store: Store, path: Path, profile: Profile, plan: Plan, given: str | None) -> tuple[Path, Profile]:
     """Return the profile of a plan's sequence length; one that a person has `given` must be of it.
 
     Raises `PlanError` (exit 4) where there is none, or the plan is for another model.
     """
-    plan.layer_ranges([layer.name for layer in profile.layers])
+    shared = profile.ties(plan.layer_ranges([layer.name for layer in profile.layers]))
+    if shared != plan.tied:
+        raise PlanError(
+            what="the plan says of other stages that they share parameters",
+            where=f"plan {plan}, tied",
+            why=f"it says {_pairs(plan.tied)}, and by the profile it is {_pairs(shared)}",
+            fix=f"tied = {[list(group) for group in shared]}",
+            code=ARTEFACT,
+        )
     if not plan.sequence or plan.sequence == profile.sequence:
         return path, profile
     if given is not None:

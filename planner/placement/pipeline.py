@@ -18,7 +18,6 @@ from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, p
 from planner.placement.question import Question
 from planner.programs import extent
 from planner.values.plan import Plan, Stage, shares_without_flush
-from planner.values.profile import Profile
 
 ALONE = "1f1b"
 """What any schedule that flushes comes to where one device holds all stages: one micro-batch after the other."""
@@ -131,13 +130,6 @@ def bucket(q: Question) -> int:
     return 0 if any(d.shares_cores for d in q.devices) else BUCKET_BYTES
 
 
-def tied(profile: Profile, ranges: tuple[range, ...]) -> tuple[tuple[int, ...], ...]:
-    """Groups of stages that share a parameter."""
-    home = {profile.layers[i].name: s for s, layers in enumerate(ranges) for i in layers}
-    groups = [tuple(sorted({home[layer] for layer in layers})) for _, *layers in profile.tied]
-    return tuple(sorted({group for group in groups if len(group) > 1}))
-
-
 def _depth(q: Question) -> int:
     if q.k % (q.replicas * q.tensor):
         raise PlanError(
@@ -206,7 +198,7 @@ def with_layers(q: Question, plan: Plan, ranges: tuple[range, ...]) -> Plan:
         Stage(layers=tuple(names[i] for i in own), devices=stage.devices)
         for own, stage in zip(ranges, plan.stages, strict=True)
     )
-    return msgspec.structs.replace(plan, stages=stages, tied=tied(q.profile, ranges))
+    return msgspec.structs.replace(plan, stages=stages, tied=q.profile.ties(ranges))
 
 
 def _servers(q: Question, agreed: synchronisations.Synchronisation) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from planner.placement.cutting import ranges_of, tables_of
 from planner.placement.devices import levels
 from planner.placement.filling import Holding, crossing, stage_bytes
 from planner.placement.hierarchy import Fits, Level, Members, solve
-from planner.placement.pipeline import bucket, pipeline, tied
+from planner.placement.pipeline import bucket, pipeline
 from planner.placement.question import Question
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Device
@@ -137,7 +137,7 @@ def _dealt(q: Question, stages: Sequence[Stage]) -> bool:
 
 def _with(q: Question, whole: Plan, stages: tuple[Stage, ...]) -> Plan:
     plan = msgspec.structs.replace(savings.without(whole), stages=stages, bucket_bytes=bucket(q))
-    return msgspec.structs.replace(plan, tied=tied(q.profile, ranges_of(plan)))
+    return msgspec.structs.replace(plan, tied=q.profile.ties(ranges_of(plan)))
 
 
 def _whole(q: Question, strategy: str, schedule: str) -> Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ def read(path: Path) -> Plan:
     """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
     try:
         plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
+        _check_fields(plan)
         _check_shape(plan)
         return plan
     except OSError as error:
@@ -33,6 +36,38 @@ def read(path: Path) -> Plan:
         raise PlanError(
             what="the plan is not valid", where=str(path), why=str(error), fix=fix, code=ARTEFACT
         ) from error
+
+
+def _check_fields(plan: Plan) -> None:
+    """Raise `ValueError` for what no plan has that was planned: names that are no file names, unknown stages or layers.
+
+    What names layers names the plan's own; a checkpoint is a run of layers of one stage, and none overlaps another.
+    """
+    for field, name in (("strategy", plan.strategy), ("mark", plan.mark or "-")):
+        if not re.fullmatch(r"[A-Za-z0-9+_.-]+", name) or ".." in name:
+            raise ValueError(f"{field}: '{name}' is no name: letters, digits, '-', '_' and '+'")
+    count = len(plan.stages)
+    for group in plan.tied:
+        if len(group) < 2 or list(group) != sorted(set(group)) or group[0] < 0 or group[-1] >= count:
+            raise ValueError(f"tied: {list(group)} are no stages of the {count}, the lowest first")
+    seconds = plan.stage_seconds
+    if seconds and (len(seconds) != count or not all(0 <= x < math.inf for each in seconds for x in each)):
+        raise ValueError(f"stage_seconds: there must be three times, 0 or more, for each of the {count} stages")
+    place = {name: (s, i) for s, stage in enumerate(plan.stages) for i, name in enumerate(stage.layers)}
+    runs = [(name, name) for name in plan.recompute_layers] + list(plan.recompute_blocks)
+    field = "recompute_layers" if plan.recompute_layers else "recompute_blocks"
+    taken: set[tuple[int, int]] = set()
+    for first, last in runs:
+        unknown = next((name for name in (first, last) if name not in place), None)
+        if unknown is not None:
+            raise ValueError(f"{field}: '{unknown}' is no layer of the plan")
+        (stage, begin), (other, end) = place[first], place[last]
+        if stage != other or begin > end:
+            raise ValueError(f"{field}: {first} to {last} is no run of layers of one stage")
+        run = {(stage, i) for i in range(begin, end + 1)}
+        if run & taken:
+            raise ValueError(f"{field}: {first} is recomputed twice")
+        taken |= run
 
 
 def _check_shape(plan: Plan) -> None:

@@ -253,6 +253,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if index < len(self.layers) - 1 and index not in read:
                 raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
 
+    def ties(self, ranges: Sequence[range]) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of stages, of so many layers each, that share a parameter."""
+        home = {self.layers[i].name: s for s, layers in enumerate(ranges) for i in layers}
+        groups = [tuple(sorted({home[layer] for layer in layers})) for _, *layers in self.tied]
+        return tuple(sorted({group for group in groups if len(group) > 1}))
+
     @property
     def sequence(self) -> int:
         """Tokens of a sample, of which all times and bytes are; 0 where samples are no sequences."""
