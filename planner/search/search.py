@@ -23,18 +23,18 @@ import numpy.typing as npt
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
-from planner.placement.cutting import squeezed
-from planner.placement.repeating import least_repeated
 from planner.search import objective as objectives
 from planner.search.answer import Answer, Found, Progress, State, pareto
 from planner.search.bounds import Bounds
 from planner.search.choice import TIE, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
+from planner.search.making import Plans
 from planner.search.objective import Reckoned
+from planner.search.order import ordered
 from planner.search.plan_bounds import plan_bound, plan_lack
 from planner.search.simplicity import identity, mechanisms
-from planner.search.space import Block, Candidate, Space, begun, blocks, finished, question
+from planner.search.space import Block, Candidate, Space, blocks
 from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import Evaluation, evaluate
@@ -52,18 +52,8 @@ ACTIONS = 100_000
 
 WORTH_A_LOOK = 0.98
 """A candidate that looks better than the best by this factor is looked at closely at once: it rules others out."""
-MADE = 16
-"""Plans that are kept, as a candidate is often looked at again at once."""
 TELL_S = 0.1
 """Seconds between two reports of progress."""
-
-
-class _Order(NamedTuple):
-    """Points by the least score that they can have: which block they are in, and which of its M they have."""
-
-    scores: npt.NDArray[np.float64]
-    block: npt.NDArray[np.int32]
-    m: npt.NDArray[np.int32]
 
 
 class _Unmade(NamedTuple):
@@ -109,19 +99,17 @@ class Search:
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
         self.blocks = list(blocks(space, profile, cluster)) if among is None else list(among)
-        self.large: list[tuple[float, int, int]] = []
-        """Points of which no plan fits: how much they lack at least, their block and which of its M, the least last."""
         self.bounds = {length: Bounds(self.lengths.get(length, profile), cluster) for length in space.sequences}
         self.larger: list[tuple[float, str]] = []
         """Candidates that were put aside, as no plan of theirs fits: how much they lack at least, a heap."""
         self.aside = set[Candidate]()
-        self.order = self._ordered()
+        on_host = any(savings.states_on_host(chosen) for chosen in space.savings)
+        self.order, self.large = ordered(self.blocks, self.bounds, self._least_scores, on_host=on_host, stale=stale)
         self.slowing = frozenset.intersection(*(slowing(one.profile, cluster) for one in self.bounds.values()))
         self.quickening = len(self.slowing) < len(savings.names())
         self.savings = by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
-        self.made: dict[str, Placed] = {}
-        self.begun: dict[str, Plan] = {}
+        self.plans = Plans(profile, cluster, space, self.lengths)
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
         self.tally = Tally(self.blocks, space.savings, stale=stale)
@@ -140,28 +128,11 @@ class Search:
         self.began = time.monotonic()
         self.complete = False
 
-    def _ordered(self) -> _Order:
-        """The points of all blocks by the least score that they can have; those that cannot meet the terms last."""
-        on_host = any(savings.states_on_host(chosen) for chosen in self.space.savings)
-        scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-        for number, block in enumerate(self.blocks):
-            if block.point.asynchronous and not self.stale:
-                continue
-            bounds = self.bounds[block.point.sequence]
-            lack = min(bounds.lack(block, agreed, on_host=on_host) for agreed in block.agreed)
-            if lack > 1:
-                self.large += [(lack, number, m) for m in range(len(block.ms))]
-                continue
-            price = least_price_per_hour(self.cluster, block.point.devices)
-            bound, units = bounds.of(block), block.point.units
-            score = self.objective.score(Reckoned(bound, 0.0, price, units), self.terms)
-            scores.append(np.where(self.terms.met(bound, units, price), score, np.inf))
-            where.append(np.full(len(bound), number, np.int32))
-            which.append(np.arange(len(bound), dtype=np.int32))
-        self.large.sort(reverse=True)
-        every = np.concatenate(scores)
-        order = np.argsort(every, kind="stable")
-        return _Order(every[order], np.concatenate(where)[order], np.concatenate(which)[order])
+    def _least_scores(self, block: Block, seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return scores that a block's points cannot beat, as little as these seconds; infinite off the terms."""
+        price, units = least_price_per_hour(self.cluster, block.point.devices), block.point.units
+        score = self.objective.score(Reckoned(seconds, 0.0, price, units), self.terms)
+        return np.where(self.terms.met(seconds, units, price), score, np.inf)
 
     @property
     def best(self) -> float:
@@ -287,9 +258,9 @@ class Search:
             self._spare(least, candidate)
             return self._save(candidate, bound)
         try:
-            placed = self._placed(candidate)
+            placed = self.plans.placed(candidate)
             own = max(least, self.score(placed.plan, plan_bound(placed), 0.0))
-            recut = self._squeezed(candidate, placed)
+            recut = self.plans.squeezed(candidate, placed)
         except PlanError as error:
             return self._impossible(candidate, f"{error.what}: {error.why}")
         if recut or self.quickening:  # what saves is cut otherwise: what this plan takes says nothing about it
@@ -327,7 +298,7 @@ class Search:
         wanted = LARGER
         for _, key in heapq.nsmallest(4 * LARGER, self.larger):
             try:
-                candidate, placed = Candidate.parse(key), self._placed(Candidate.parse(key))
+                candidate, placed = Candidate.parse(key), self.plans.placed(Candidate.parse(key))
                 if wanted and self.score(placed.plan, plan_bound(placed), 0.0) < self.best:
                     self.state.done[key] = self._found(candidate, placed, evaluate(placed))
                     wanted -= 1
@@ -342,18 +313,6 @@ class Search:
         """Return the least score of a candidate's plan that takes so many seconds at least."""
         price = least_price_per_hour(self.cluster, candidate.devices)
         return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.units), self.terms))
-
-    def _placed(self, candidate: Candidate) -> Placed:
-        """Make a candidate's plan; the last few are kept, as they are often asked for again at once."""
-        if candidate.key not in self.made:
-            self.made[candidate.key] = Placed(self.profile_of(candidate), self._plan(candidate), self.cluster)
-            while len(self.made) > MADE:
-                self.made.pop(next(iter(self.made)))
-        return self.made[candidate.key]
-
-    def _squeezed(self, candidate: Candidate, placed: Placed) -> bool:
-        """Whether memory decided where a candidate's plan is cut."""
-        return squeezed(question(candidate, self.profile_of(candidate), self.cluster), placed)
 
     def _push(self, score: float, item: Candidate | Found) -> None:
         """Put a candidate, or one that has been looked at, in the queue: of equals the one that saves least first."""
@@ -444,11 +403,12 @@ class Search:
         """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
         try:
             if savings.behind_cut(candidate.savings):
-                own = self._before_choice(candidate)
+                plan, seconds = self.plans.before_choice(candidate)
+                own = self.score(plan, seconds, 0.0)
                 if own < float("inf") and self._hopeless(own, candidate):
                     self._spare(own, candidate)
                     return None
-            placed = self._placed(candidate)
+            placed = self.plans.placed(candidate)
             plan = placed.plan
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
@@ -462,11 +422,6 @@ class Search:
         except PlanError as error:
             return Found(key=candidate.key, family=candidate.family, why=f"{error.what}: {error.why}")
         return self._found(candidate, placed, evaluation)
-
-    def _before_choice(self, candidate: Candidate) -> float:
-        """Return the least score of a plan that fits, by its cut: the layers to repeat are not chosen yet."""
-        placed = Placed(self.profile_of(candidate), self._begun(candidate), self.cluster)
-        return self.score(placed.plan, plan_bound(placed, least_repeated(placed)), 0.0)
 
     def _found(self, candidate: Candidate, placed: Placed, evaluation: Evaluation) -> Found:
         """What is known of a candidate that has been evaluated."""
@@ -489,7 +444,7 @@ class Search:
             exact=not shares(placed),
             batch=plan.batch,
             sequence=candidate.sequence,
-            squeezed=self._squeezed(candidate, placed),
+            squeezed=self.plans.squeezed(candidate, placed),
         )
 
     def _too_large(self, candidate: Candidate, placed: Placed, score: float) -> Found:
@@ -503,7 +458,7 @@ class Search:
             batch=candidate.batch,
             sequence=candidate.sequence,
             lack=plan_lack(placed),
-            squeezed=self._squeezed(candidate, placed),
+            squeezed=self.plans.squeezed(candidate, placed),
             outlined=True,
         )
 
@@ -527,7 +482,7 @@ class Search:
         plan = self.plan(found)
         if actions(plan) > ACTIONS:
             return found
-        step_s = simulated_step(self._placed(Candidate.parse(found.key)))
+        step_s = simulated_step(self.plans.placed(Candidate.parse(found.key)))
         self.simulated += 1
         score = self.score(plan, step_s, found.peak_bytes)
         late = self._late(plan, step_s)
@@ -560,24 +515,11 @@ class Search:
 
     def profile_of(self, one: Candidate | Plan) -> Profile:
         """Return the profile of a candidate's, or a plan's, sequence length."""
-        return self.lengths.get(one.sequence, self.profile)
+        return self.plans.profile_of(one)
 
     def plan(self, found: Found) -> Plan:
         """Make the plan of a candidate that has been found."""
-        return self._placed(Candidate.parse(found.key)).plan
-
-    def _plan(self, candidate: Candidate) -> Plan:
-        """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
-        marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
-        marks += [f"s{candidate.sequence}"] if candidate.sequence else []
-        plan = finished(candidate, self._begun(candidate), self.profile_of(candidate), self.cluster)
-        return msgspec.structs.replace(plan, mark="-".join([*marks, plan.mark]).strip("-")) if marks else plan
-
-    def _begun(self, candidate: Candidate) -> Plan:
-        """Make a candidate's plan but for what is chosen behind its cut; the last is kept, to be finished."""
-        if candidate.key not in self.begun:
-            self.begun = {candidate.key: begun(candidate, self.profile_of(candidate), self.cluster)}
-        return self.begun[candidate.key]
+        return self.plans.placed(Candidate.parse(found.key)).plan
 
     def progress(self) -> Progress:
         """How far it is."""
