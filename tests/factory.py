@@ -15,7 +15,17 @@ from planner.programs.lowering import lower
 from planner.programs.program import Program
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import Plan, Stage
-from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
+from planner.values.profile import (
+    LayerProfile,
+    LayerSizes,
+    LayerTimes,
+    Profile,
+    ProfileKey,
+    Split,
+    Timing,
+    Value,
+    WholeStep,
+)
 
 KEY = ProfileKey(
     model="model.py", source_sha256="0" * 64, device="by hand", dtype="float32", cores=2, torch="2.13.0", python="3.11"
@@ -100,11 +110,13 @@ def profile(
     half_s: Sequence[float] | None = None,
     split: Split | None = None,
     tied: tuple[tuple[str, ...], ...] = (),
+    whole: tuple[float, float] | None = None,
     machine: Cluster | None = None,
 ) -> Profile:
     """A chain of layers with the given seconds per sample; backward takes as long as forward unless given.
 
-    A layer has `gradients` bytes of gradients per byte of parameters: 2 where they are wider.
+    A layer has `gradients` bytes of gradients per byte of parameters: 2 where they are wider. Measured `whole`, the
+    model's forward and backward take these shares of its layers' seconds.
     """
     backward_s = backward_s or forward_s
     names = names or [f"layer{i}" for i in range(len(forward_s))]
@@ -140,7 +152,7 @@ def profile(
             for i in range(len(layers) - 1)
         ),
         tied=tied,
-        whole=(),
+        whole=(_whole(sum(forward_s), sum(backward_s), *whole),) if whole else (),
         load=(
             Timing.of(1, []),
             Timing.of(8, []),
@@ -150,6 +162,19 @@ def profile(
         action_s=0.0,
         noise=0.0,
         machine=machine or devices(len(layers)),
+    )
+
+
+def _whole(layers_forward_s: float, layers_backward_s: float, forward: float, backward: float) -> WholeStep:
+    return WholeStep(
+        threads=1,
+        samples=1,
+        forward_s=forward * layers_forward_s,
+        backward_s=backward * layers_backward_s,
+        optimizer_s=1.0,
+        layers_forward_s=layers_forward_s,
+        layers_backward_s=layers_backward_s,
+        layers_optimizer_s=1.0,
     )
 
 

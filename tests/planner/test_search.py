@@ -135,6 +135,7 @@ def profiles(draw: st.DrawFn, layers: int = 0) -> Profile:
         half_s=[draw(st.sampled_from([0.3, 0.5, 0.8])) * b for b in backward],
         recompute_s=[draw(st.sampled_from([0.1, 1.0])) * f for f in forward],
         tied=(("w", "layer0", f"layer{count - 1}"),) if count > 1 and draw(st.booleans()) else (),
+        whole=draw(st.one_of(st.none(), st.tuples(*[st.sampled_from([0.7, 1.0, 1.05])] * 2))),
     )
 
 
@@ -303,6 +304,20 @@ def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Spac
         assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
         assert bounds.sends(candidate) <= step, candidate
+
+
+@pytest.mark.parametrize("whole", [(1.05, 0.8), (0.8, 1.2), (0.8, 0.8), (1.05, 1.05)])
+def test_a_direction_that_is_slower_whole_does_not_hide_that_the_other_is_quicker(whole: tuple[float, float]) -> None:
+    """Every operation runs its layers, quicker or slower than they are, by its own part."""
+    costs, cluster = profile([1.0] * 4, [2.0] * 4, whole=whole), devices(2)
+    saved = ((), ("recompute",))
+    of = space(costs, cluster, 8, strategies=("single", "gpipe", "zb-h1"), replicas=(1,), savings=saved)
+    bounds, found = Bounds(costs, cluster), made(costs, cluster, of)
+    assert {candidate.savings for candidate, _ in found} == set(saved)
+    for candidate, plan in found:
+        step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
+        assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
+        assert max(bound(candidate, costs, cluster), bounds.sends(candidate), bounds.takes(candidate)) <= step, plan
 
 
 @settings(max_examples=40)
