@@ -11,7 +11,7 @@ from planner.orders import schedules
 from planner.orders.action import parse
 from planner.orders.operations import FORWARD, OPERATIONS, PULL, PUSH
 from planner.values.outcome import Outcome
-from planner.values.plan import Plan, steady_windows, windows
+from planner.values.plan import Plan, full, windows
 from planner.values.trace import COMPUTE
 
 
@@ -86,7 +86,5 @@ def _of_pipeline(outcome: Outcome) -> Iterator[int]:
 
 def steady(plan: Plan, microbatch: int) -> bool:
     """Whether a micro-batch belongs to a step that neither fills nor drains the pipeline."""
-    count = windows(plan)
-    edge = (count - steady_windows(plan)) // 2
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
-    return edge <= microbatch % (share * count) // share < count - edge
+    return microbatch % (share * windows(plan)) // share in full(plan)

@@ -15,7 +15,7 @@ import msgspec
 
 from planner.orders.action import parse
 from planner.orders.operations import OPERATIONS
-from planner.values.plan import Plan, steady_windows, windows
+from planner.values.plan import Plan, full, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
 ROUNDING = 1e-9
@@ -123,10 +123,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def _full(self) -> tuple[float, float]:
         """When the steps are over between which the pipeline of a plan without flush is full; else the whole step."""
-        plan, count = self.plan, windows(self.plan)
+        plan, count, steady = self.plan, windows(self.plan), full(self.plan)
         if count == 1:
             return 0.0, self.trace.end
-        edge = (count - steady_windows(plan)) // 2
         share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
         over = [0.0] * count
         for event in self.trace.events:
@@ -135,7 +134,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                 if OPERATIONS[action.op].gradients == "adds":
                     window = (action.microbatch or 0) % (share * count) // share
                     over[window] = max(over[window], event.end)
-        return over[edge - 1], over[count - edge - 1]
+        return over[steady.start - 1], over[steady.stop - 1]
 
     @property
     def peak(self) -> tuple[MemoryPoint, ...]:

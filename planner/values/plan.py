@@ -23,6 +23,9 @@ from planner.values import holding
 STEADY_WINDOWS, LONG_WINDOW = 3, 64
 """Steps of an asynchronous plan that are unrolled beyond those that fill and drain its pipeline; one is enough where it
 has so many times more micro-batches than stages."""
+SETTLING_TURNS, STEADY_TURNS, LONG_TURNS = 2, 6, 8
+"""Where replicas take turns: turns of all of them until each turn is like those before, and turns to see that by; of
+the latter at most so many micro-batches as this many times the devices."""
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -310,12 +313,44 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def windows(plan: Plan) -> int:
-    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on.
+    """Return how many steps are unrolled: one, or for asynchronous plans enough to fill the pipeline and go on."""
+    return full(plan).stop + _filling(plan)
+
+
+def full(plan: Plan) -> range:
+    """Return which of the unrolled steps neither fill nor drain the pipeline.
+
+    Replicas that take turns need some turns of all of them until every turn is like the last, and it takes some more to
+    see what a turn takes (`planner.simulate.steady`): so many steps as have these.
+    """
+    if not asynchronous(plan):
+        return range(1)
+    begin, steady = _filling(plan), 1 if plan.microbatches >= LONG_WINDOW * plan.depth else STEADY_WINDOWS
+    turn, most = whole_turn(plan), LONG_TURNS * len(plan.groups)
+    if turn > 1:
+        begin += math.ceil(min(SETTLING_TURNS * turn, most) / plan.microbatches)
+        seen = min(STEADY_TURNS, max(1, most // turn)) * turn
+        steady = max(steady, math.ceil(min(seen, most) / plan.microbatches))
+    return range(begin, begin + steady)
+
+
+def whole_turn(plan: Plan) -> int:
+    """Return after how many micro-batches all replicas of all stages begin again; 1 where they do not take turns.
+
+    They do where stages have different numbers of them and parameters change with every micro-batch.
+    """
+    served = synchronisation.get(plan.synchronisation).server
+    each = schedules.get(plan.schedule).updates == "microbatch" and not served
+    return math.lcm(*plan.turns) if each else 1
+
+
+def _filling(plan: Plan) -> int:
+    """Return how many steps fill the pipeline of an asynchronous plan, and drain it; 0 for others.
 
     Workers of a server that begin together need a step more until they come one after the other.
     """
     if not asynchronous(plan):
-        return 1
+        return 0
     schedule, spread = schedules.get(plan.schedule), bool(synchronisation.get(plan.synchronisation).server)
     # As many micro-batches as there are stages fill a pipeline; of replicas that take turns as many as there are, and a
     # turn besides until all of them have updated.
@@ -323,12 +358,7 @@ def windows(plan: Plan) -> int:
     filling = (len(plan.groups) if plan.uneven else plan.depth) + (turn if schedule.updates == "microbatch" else 0)
     alone = plan.uneven or not schedule.asynchronous
     share = plan.microbatches if alone else plan.microbatches // plan.replicas
-    return steady_windows(plan) + 2 * (math.ceil(filling / share) + spread)
-
-
-def steady_windows(plan: Plan) -> int:
-    """Return how many of the unrolled steps neither fill nor drain the pipeline."""
-    return 1 if plan.microbatches >= LONG_WINDOW * plan.depth else STEADY_WINDOWS
+    return math.ceil(filling / share) + spread
 
 
 def actions(plan: Plan) -> int:
