@@ -49,12 +49,14 @@ def _swapped(row: codes.Codes, kept: Floats) -> float:
 def by_host(placed: Placed, rows: Floats) -> dict[str, float]:
     """Return the most bytes that the plan keeps on each host: its rows', and the parameters that the host serves.
 
-    `rows` are those of `by_row`; of a program of the first replicas only, each row stands for those of the others.
+    `rows` are those of `by_row`, for each of the devices that split a row's tensors; of a program of the first replicas
+    only, each row stands for those of the others.
     A host that serves parameters has them and the optimizer's state once (TensorFlow's CentralStorageStrategy).
     """
     found = {host.name: 0.0 for host in placed.cluster.hosts}
-    for row, device in enumerate(placed.devices):
-        found[device.host] += float(rows[row % len(rows)]) if len(rows) else 0.0
+    for row, members in enumerate(placed.members if len(rows) else ()):
+        for device in members:
+            found[device.host] += float(rows[row % len(rows)])
     if placed.synchronisation.server == "host":
         layers = placed.whole.layers
         served = float(sum(layer.parameter_bytes + layer.optimizer_bytes for layer in layers))

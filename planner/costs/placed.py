@@ -7,8 +7,11 @@ a cluster or asks which rows hold a stage.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import combinations
+
+import msgspec
 
 from planner.basis.memo import memoised
 from planner.costs import tensor
@@ -66,14 +69,14 @@ class Placed:
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
-        """The device of every row of the plan's program, of a group its first."""
-        by_name = {device.name: device for device in self.cluster.devices}
-        return tuple(by_name[group[0]] for group in self.plan.groups)
+        """What stands for every row of the plan's program: its device, or its group's first, as weak as any of them."""
+        return tuple(map(weakest, self.members))
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of `devices`."""
-        return tuple(group[0] for group in self.plan.groups)
+    def members(self) -> tuple[tuple[Device, ...], ...]:
+        """The devices of every row of the plan's program: one, or as many as split its tensors."""
+        by_name = {device.name: device for device in self.cluster.devices}
+        return tuple(tuple(by_name[name] for name in group) for group in self.plan.groups)
 
     @cached_property
     def holders(self) -> tuple[tuple[int, ...], ...]:
@@ -93,8 +96,7 @@ class Placed:
     @cached_property
     def capacities(self) -> tuple[float, ...]:
         """Each row's memory in bytes: that of the smallest device in its group."""
-        memory = {device.name: float(device.memory_bytes) for device in self.cluster.devices}
-        return tuple(min(memory[name] for name in group) for group in self.plan.groups)
+        return tuple(float(device.memory_bytes) for device in self.devices)
 
     @cached_property
     def host_capacities(self) -> dict[str, float]:
@@ -119,7 +121,7 @@ class Placed:
     @cached_property
     def even(self) -> bool:
         """Whether the devices of all replicas, and the links of their messages and copies, are as quick."""
-        if len({(d.speed, d.threads, d.memory_bytes) for d in self.devices}) > 1:
+        if len({(d.speed, d.threads, d.memory_bytes) for d in self.cluster.devices}) > 1:
             return False
         return self.plan.replicas == 1 or self.plan.uneven or len(self._looks) == 1
 
@@ -145,25 +147,41 @@ class Placed:
         return memoised(cluster, ("looks", plan.groups, within, copies), make)
 
     def served(self, row: int) -> object:
-        """The figures of the links between a row and the devices that serve, whatever their order.
+        """The figures of the links between each of a row's devices and those that serve, whatever their order."""
+        return tuple(map(self._served, self.plan.groups[row]))
 
-        Of very many servers only the links at the row's own end are looked at: those of its device, and of its host.
+    def _served(self, name: str) -> object:
+        """The figures of the links between a device and those that serve.
+
+        Of very many servers only the links at the device's own end are looked at: its own, and its host's.
         Where all devices serve, each has one less than there are, and how many are how far counts, too.
         """
-        cluster, servers, name = self.cluster, self.plan.servers, self.names[row]
+        cluster, servers = self.cluster, self.plan.servers
 
         def make() -> object:
             if len(servers) > MANY:
                 return cluster.ends.get(name), cluster.ends.get(cluster.routes.host_of[name])
             found = Counter(cluster.figures(cluster.path(name, server)) for server in servers if server != name)
-            return frozenset(found.items() if len(servers) == len(self.names) else found)
+            return frozenset(found.items() if len(servers) == len(cluster.devices) else found)
 
         return memoised(cluster, ("served", name, servers), make)
 
     @property
     def overlaps(self) -> bool:
         """Whether collectives hide behind computing: where devices share cores, they compute on the same ones."""
-        return not any(device.shares_cores for device in self.devices)
+        return not any(device.shares_cores for device in self.cluster.devices)
+
+
+def weakest(devices: Sequence[Device]) -> Device:
+    """Return the first of devices that wait for each other, as slow and as small as any of them."""
+    first = devices[0]
+    if len(devices) == 1:
+        return first
+    speed, memory = min(d.speed for d in devices), min(d.memory_bytes for d in devices)
+    threads = min(d.threads for d in devices)
+    if (speed, memory, threads) == (first.speed, first.memory_bytes, first.threads):
+        return first
+    return msgspec.structs.replace(first, speed=speed, memory_bytes=memory, threads=threads)
 
 
 def _look(
@@ -180,5 +198,5 @@ def _look(
         return between
     routes = cluster.routes
     rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
-    own = [group[0] for group in groups]
+    own = [name for group in groups for name in group]
     return between, tuple((rate[routes.host_of[name]], cluster.figures(routes.to_host(name))) for name in own)

@@ -119,13 +119,13 @@ class Prices(NamedTuple):
 
 def prices_of(placed: Placed, linked: Linked) -> Prices:
     """Price every kind of action and transfer; as `costs_of`."""
-    devices = placed.devices[: linked.devices]
     prices = PriceList(placed, linked.edges)
-    classes = {device: number for number, device in enumerate(dict.fromkeys(map(_class, devices)))}
-    examples = {classes[_class(device)]: device for device in reversed(devices)}
+    sorts = list(map(prices.sort, range(linked.devices)))
+    classes = {sort: number for number, sort in enumerate(dict.fromkeys(sorts))}
+    examples = [sorts.index(sort) for sort in classes]
     plane = linked.stages * len(OPS)
     width = linked.ports * plane
-    shift = width * np.array([classes[_class(device)] for device in devices], np.int64)
+    shift = width * np.array([classes[sort] for sort in sorts], np.int64)
     place = np.full(width * len(classes), -1, np.int32)
     _occurring(len(linked.flat), linked.flat, linked.offsets, shift, len(OPS), plane, place)
     found = np.flatnonzero(place >= 0)
@@ -209,10 +209,6 @@ def _price(flat, offsets, shift, ops, plane, place, medians, kind, seconds):  # 
             kind[i] = own
             seconds[i] = medians[own]
     return 0
-
-
-def _class(device: Device) -> tuple[float, int]:
-    return device.speed, device.threads
 
 
 def _transfers(linked: Linked, prices: PriceList) -> tuple[tuple[TransferKind, ...], Numbers]:

@@ -29,8 +29,9 @@ from planner.orders.operations import (
     UNSHARD_FORWARD,
 )
 from planner.programs.waits import MESSAGES
-from planner.values.cluster import Device, by_size
+from planner.values.cluster import by_size
 from planner.values.holding import replicas_of
+from planner.values.profile import Profile
 from planner.values.routes import Path
 
 BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("pair", "tied", "host", "server"))
@@ -86,8 +87,18 @@ class PriceList:
         self.tables: dict[object, object] = {}
         self.choices: dict[tuple[tuple[int, ...], int], collectives.Choice] = {}
 
-    def action(self, op: str, stage: int, device: Device, port: int = 0) -> Spread:
-        """Seconds that an action keeps its device from computing, at every quantile."""
+    def sort(self, row: int) -> object:
+        """All of a row's devices that the seconds of its actions follow from: rows of one sort take as long."""
+        speeds = self._speeds(row)
+        if not self.plan.host_optimizer:
+            return speeds
+        return speeds, self.copies_look(row)
+
+    def _speeds(self, row: int) -> frozenset[tuple[float, int]]:
+        return frozenset((device.speed, device.threads) for device in self.placed.members[row])
+
+    def action(self, op: str, stage: int, row: int, port: int = 0) -> Spread:
+        """Seconds that an action keeps a row from computing, at every quantile: of a group its slowest device."""
         if op == LOAD:
             return np.array([at(self.profile.load, self.plan.loaded(stage), quantile) for quantile in QUANTILES])
         if OPERATIONS[op].side:
@@ -95,12 +106,13 @@ class PriceList:
             return np.full(len(QUANTILES), self.cluster.post_seconds(size))
         if op == REDUCE_ASYNC and not self.overlaps:  # what is sent beside computing needs the cores that compute
             return np.full(len(QUANTILES), self._reduced(op, stage).busy)
-        seconds = self.stages[stage].spread(op, device)
+        each = [self.stages[stage].spread(op, threads) / speed for speed, threads in self._speeds(row)]
+        seconds: Spread = np.maximum.reduce(each)
         if op == OPTIMIZER:
             if "optimizer" in self.agreed.shards:
                 seconds = seconds / len(self.holders[stage])
             if self.plan.host_optimizer:
-                seconds = np.full(len(QUANTILES), self.on_host(stage, device))
+                seconds = np.full(len(QUANTILES), self.on_host(stage, row))
         return seconds
 
     def message_bytes(self, op: str, edge: int) -> float:
@@ -278,9 +290,9 @@ class PriceList:
         return TransferKind(op, stage, row, row, size, seconds, 0.0, flows, at_once=at_once)
 
     def _ends(self, op: str, row: int) -> list[tuple[str, str]]:
-        """The source and the target of each of a worker's flows: it has its own shard already."""
-        mine = self.groups[row][0]
-        return [(name, mine) if op == PULL else (mine, name) for name in self.plan.servers if name != mine]
+        """The source and the target of each of a worker's flows: each of its devices has its own shard already."""
+        pairs = [(mine, name) for mine in self.groups[row] for name in self.plan.servers if name != mine]
+        return [(name, mine) if op == PULL else (mine, name) for mine, name in pairs]
 
     def _flows(self, ends: list[tuple[str, str]], size: float) -> tuple[Flow, ...]:
         """Flows of so many bytes between devices that talk to many others at the same time."""
@@ -335,20 +347,27 @@ class PriceList:
         return self.cluster.routes.back(path) if back else path
 
     def copied(self, row: int, size: float, *, back: bool = False) -> tuple[tuple[Flow, ...], float]:
-        """Return the flow of a copy from a row's device to its host's memory, or back, and its seconds alone.
+        """Return the flows of copies from a row's devices to their hosts' memory, or back, and their seconds alone.
 
-        All copies of a host's devices pass its memory.
+        All copies of a host's devices pass its memory. Devices that split tensors copy at the same time, and wait for
+        the last: each has as many bytes.
         """
-        return self._copied(self.groups[row][0], size, back=back)
+        flows = self.copying(row, size, back=back)
+        paths = {self._copying(device, back=back)[0] for device in self.groups[row]}
+        own = (self.cluster.transfer_seconds(path, size) for path in paths)
+        return flows, max(*own, carrying(self.cluster, flows))
 
     def copying(self, row: int, size: float, *, back: bool = False) -> tuple[Flow, ...]:
-        """Return the flow of a copy between a row's device and its host's memory."""
-        return (Flow(self._copying(self.groups[row][0], back=back)[1], size),)
+        """Return the flows of copies between a row's devices and their hosts' memory."""
+        return tuple(Flow(self._copying(device, back=back)[1], size) for device in self.groups[row])
 
-    def _copied(self, device: str, size: float, *, back: bool = False) -> tuple[tuple[Flow, ...], float]:
-        path, through = self._copying(device, back=back)
-        flows = (Flow(through, size),)
-        return flows, max(self.cluster.transfer_seconds(path, size), carrying(self.cluster, flows))
+    def copies_look(self, row: int) -> object:
+        """What a row's copies' seconds follow from: its paths' figures, and which of them meet on what."""
+        paths = [self._copying(device, back=False) for device in self.groups[row]]
+        numbers: dict[int, int] = {}
+        met = tuple(tuple(numbers.setdefault(n, len(numbers)) for n in through) for _, through in paths)
+        memories = tuple(self.cluster.bandwidths[through[-1]] for _, through in paths)
+        return tuple(self.cluster.figures(path) for path, _ in paths), memories, met
 
     def _copying(self, device: str, *, back: bool) -> tuple[Path, Path]:
         """A copy's links, and these with its host's memory, kept with the cluster."""
@@ -360,38 +379,46 @@ class PriceList:
         return memoised(self.cluster, ("copying", device, back), make)
 
     def applying(self, stage: int) -> float:
-        """Seconds that the servers need to update a stage: each its shard; the host at its memory's speed."""
-        device = self.devices[self.holders[stage][0]]
-        if self.agreed.server == "host":
-            return self.on_host(stage, device, copies=False)
-        return float(self.stages[stage].optimizer(device.threads)[MEDIAN]) / device.speed / len(self.plan.servers)
+        """Seconds that the slowest server needs to update its shard of a stage; the host at its memory's speed.
 
-    def on_host(self, stage: int, device: Device, *, copies: bool = True) -> float:
-        """Seconds of an update on the host: gradients down, memory-bound arithmetic, parameters up.
+        Servers have all that a stage's devices split between them.
+        """
+        servers = self.plan.servers
+        if self.agreed.server == "host":
+            _, _, moved = self._moved(self.placed.whole, stage)
+            rates = {host.name: host.memory_bytes_per_s for host in self.cluster.hosts}
+            return moved / len(servers) / min(rates[name] for name in servers)
+        whole = StageCosts(self.placed.whole, self.ranges[stage], self.plan.samples)
+        sorts = {(device.speed, device.threads) for device in self.cluster.devices if device.name in set(servers)}
+        return max(float(whole.optimizer(threads)[MEDIAN]) / speed for speed, threads in sorts) / len(servers)
+
+    def on_host(self, stage: int, row: int) -> float:
+        """Seconds of an update on a row's host: gradients down, memory-bound arithmetic, parameters up.
 
         The update reads parameters, gradients and state and writes parameters and state (ZeRO-Offload, arXiv
         2101.06840, finds the CPU's Adam bound by memory). All of that passes the memory, which may be slower than the
-        device's link.
+        device's link. Devices that split tensors do each of these together, in step.
         """
         gradients, parameters, moved = self._updated(stage)
-        host = next(host for host in self.cluster.hosts if host.name == device.host)
-        seconds = moved / host.memory_bytes_per_s
-        if copies:
-            seconds += self._copied(device.name, gradients)[1] + self._copied(device.name, parameters, back=True)[1]
-        return seconds
+        arithmetic = carrying(self.cluster, self._memories(row, moved))
+        return self.copied(row, gradients)[1] + arithmetic + self.copied(row, parameters, back=True)[1]
+
+    def _memories(self, row: int, moved: float) -> tuple[Flow, ...]:
+        """What a row's devices read and write of their hosts' memories, so much each."""
+        return tuple(Flow(flow.path[-1:], moved) for flow in self.copying(row, moved))
 
     def updating(self, stage: int, row: int) -> tuple[Flow, ...]:
-        """Return what an update of a stage on a row's host brings over its device's link and through its memory."""
+        """Return what an update of a stage on a row's host brings over its devices' links and through its memory."""
         gradients, parameters, moved = self._updated(stage)
         down, up = self.copying(row, gradients), self.copying(row, parameters, back=True)
-        return (*down, *up, Flow(down[0].path[-1:], moved))
+        return (*down, *up, *self._memories(row, moved))
 
     def _updated(self, stage: int) -> tuple[float, float, float]:
         """Bytes of gradients and parameters that an update needs and makes, and what it reads and writes for that."""
-        return memoised(self, ("updated", stage), lambda: self._moved(stage))
+        return memoised(self, ("updated", stage), lambda: self._moved(self.profile, stage))
 
-    def _moved(self, stage: int) -> tuple[float, float, float]:
-        layers = [self.profile.layers[i] for i in self.ranges[stage]]
+    def _moved(self, profile: Profile, stage: int) -> tuple[float, float, float]:
+        layers = [profile.layers[i] for i in self.ranges[stage]]
         shards = len(self.holders[stage]) if "optimizer" in self.agreed.shards else 1
         parameters = float(sum(layer.parameter_bytes for layer in layers)) / shards
         gradients = float(sum(layer.gradient_bytes for layer in layers)) / shards

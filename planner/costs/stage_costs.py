@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from planner.basis.memo import memoised
 from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
-from planner.values.cluster import Device
 from planner.values.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
 
 Quantile = Literal["low", "lower", "median", "upper", "high"]
@@ -95,8 +94,8 @@ class StageCosts:
         self.checkpoints = checkpoints
         self.is_last = layers.stop == len(profile.layers)
 
-    def spread(self, op: str, device: Device) -> Spread:
-        """Seconds of an operation on a device, at every quantile. Operations that do not compute take none."""
+    def spread(self, op: str, threads: int) -> Spread:
+        """Seconds of an operation on a device of speed 1, at every quantile; none of one that does not compute."""
         price = {
             FORWARD: self.forward,
             BACKWARD: self.backward,
@@ -105,7 +104,7 @@ class StageCosts:
             RECOMPUTE: self.recompute,
             OPTIMIZER: self.optimizer,
         }.get(op)
-        return price(device.threads) / device.speed if price else np.zeros(len(QUANTILES))
+        return price(threads) if price else np.zeros(len(QUANTILES))
 
     def forward(self, threads: int) -> Spread:
         """Seconds of one micro-batch's forward, with the loss on the last stage."""

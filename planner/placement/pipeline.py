@@ -108,13 +108,16 @@ def _estimated(q: Question, plan: Plan) -> float:
 
 
 def measured(q: Question, plan: Plan) -> Plan:
-    """Write each stage's seconds into a plan whose schedule orders by them."""
+    """Write each stage's seconds, those of its slowest device, into a plan whose schedule orders by them."""
     ranges = plan.layer_ranges([layer.name for layer in q.profile.layers])
     seconds = []
     for s, layers in enumerate(ranges):
-        device = next(d for d in q.devices if d.name == plan.stages[s].devices[0])
+        own = set(plan.stages[s].devices)
+        sorts = {(device.speed, device.threads) for device in q.devices if device.name in own}
         costs = StageCosts(q.profile, layers, q.samples)
-        seconds.append(tuple(float(costs.spread(op, device)[MEDIAN]) for op in ("F", "I", "W")))
+        seconds.append(
+            tuple(max(float(costs.spread(op, n)[MEDIAN]) / speed for speed, n in sorts) for op in ("F", "I", "W"))
+        )
     return msgspec.structs.replace(plan, stage_seconds=tuple(seconds))
 
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
 from planner.basis.memo import memoised
 from planner.costs import collectives
+from planner.costs.placed import weakest
 from planner.costs.stage_costs import MEDIAN, layer_table
 from planner.orders import schedules, synchronisation
 from planner.placement import partition
@@ -58,7 +57,7 @@ class StageTables:
         self.q, self.plan, self.chosen = q, plan, chosen
         self.flight = flight(plan)
         self.names = {device.name: device for device in q.devices}
-        self.alike = len({(device.speed, device.memory_bytes) for device in q.devices}) == 1
+        self.alike = len({(device.speed, device.threads, device.memory_bytes) for device in q.devices}) == 1
         self.device = [self.weakest(stage.devices) for stage in plan.stages]
         self.cluster = q.cluster.only(plan.device_names)
         self.schedule = schedules.get(plan.schedule)
@@ -69,13 +68,7 @@ class StageTables:
 
     def weakest(self, names: Sequence[str]) -> Device:
         """Return the first of a stage's devices, as slow and as small as any of them: replicas wait for each other."""
-        if self.alike:
-            return self.names[names[0]]
-        own = [self.names[name] for name in names]
-        speed, memory = min(device.speed for device in own), min(device.memory_bytes for device in own)
-        if speed == own[0].speed and memory == own[0].memory_bytes:
-            return own[0]
-        return msgspec.structs.replace(own[0], speed=speed, memory_bytes=memory)
+        return self.names[names[0]] if self.alike else weakest([self.names[name] for name in names])
 
     def figures(self, stage: int) -> tuple[object, ...]:
         """What a stage's tables follow from, its devices' and links' names aside."""

@@ -40,12 +40,13 @@ def copying(placed: Placed) -> float:
                 through[row] += (3 * own.parameters + 2 * own.gradients + 2 * own.optimizer) / shards
     routes = cluster.routes
     slowest = [
-        size / min(links, default=float("inf"))
-        for size, links in zip(one_way.tolist(), (_links(placed, group[0]) for group in plan.groups), strict=False)
+        size / min((rate for name in group for rate in _links(placed, name)), default=float("inf"))
+        for size, group in zip(one_way.tolist(), plan.groups, strict=False)
     ]
     on_host: dict[str, float] = defaultdict(float)
     for row, group in enumerate(plan.groups):
-        on_host[routes.host_of[group[0]]] += float(through[row % plan.depth])
+        for name in group:
+            on_host[routes.host_of[name]] += float(through[row % plan.depth])
     rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
     return max(*slowest, *(size / rate[host] for host, size in on_host.items()))
 

@@ -33,10 +33,9 @@ def plan_bound(placed: Placed, again: Sequence[float] = ()) -> float:
     plan, profile = placed.plan, placed.profile
     if plan.uneven:
         return 0.0
-    table = layer_table(profile, plan.samples, plan.threads)
+    speed, threads = fastest(placed.cluster, len(plan.device_names))
+    table = layer_table(profile, plan.samples, threads)
     splits = placed.schedule.splits
-    speeds = placed.cluster.speeds
-    speed, _ = fastest(placed.cluster, len(plan.device_names))
     seams = seams_of(profile)
     sums = [table.forward[MEDIAN] + table.backward[MEDIAN]]
     if splits:
@@ -51,7 +50,7 @@ def plan_bound(placed: Placed, again: Sequence[float] = ()) -> float:
         leading = table.forward[MEDIAN] if splits else sums[0]
         before = leading[ranges[min(held)].start] if copies == 1 and not asynchronous(plan) else 0.0
         work += sum(_repeated(table, run) for s in held for run in placed.checkpoints[s]) / copies + besides
-        own = speeds[plan.groups[row][0]]
+        own = placed.devices[row].speed
         found = max(found, share * max(0.0, work - seams) / own + max(0.0, float(before) - seams) / speed)
     return max(found, _between(placed, sums, seams), copying(placed))
 
@@ -115,7 +114,7 @@ def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreein
         own = [placed.profile.layers[i] for i in layers]
         size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own)
         share = plan.microbatches // plan.replicas // placed.schedule.copies
-        speed = max(placed.cluster.speeds[plan.groups[row][0]] for row in placed.holders[s])
+        speed = max(placed.devices[row].speed for row in placed.holders[s])
         least = min(_part(one, layers, placed.profile) for one in sums)
         begin = 0.0 if "gradients" in agreed.shards else (share - 1) * max(0.0, least - seams) / speed
         found.append(_Agreeing(frozenset().union(*held), sum(count - 1 for count in spans) * size, begin))

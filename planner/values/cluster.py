@@ -108,11 +108,6 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
         return object()
 
     @cached_property
-    def speeds(self) -> dict[str, float]:
-        """Every device's speed by its name."""
-        return {device.name: device.speed for device in self.devices}
-
-    @cached_property
     def _taken(self) -> dict[int, Cluster]:
         return {}
 
