@@ -17,6 +17,7 @@ from planner.search.answer import Answer, Family, Found
 from planner.search.choice import TIE
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
+from planner.search.hiring import named, words
 from planner.search.kinds import contenders
 from planner.search.possible import Rejected, grouped, rejections
 from planner.search.search import Search
@@ -101,6 +102,7 @@ def as_data(
             }
             for f in rented
         ],
+        "hires": [named(hire) for hire in searching.hires],
         "families": [msgspec.to_builtins(family) for family in answer.families],
         "estimated": searching.profile.estimated,
     }
@@ -139,6 +141,9 @@ def show(
     if rented:
         stopped = "" if enough else " (stopped: there may be quicker plans)"
         output.results.print(f"time against cost: {'; '.join(front)}{stopped}", markup=False)
+    hired = words(searching.cluster, searching.space.ks, searching.hires)
+    if hired:
+        output.results.print(hired, markup=False)
     for line in _families(searching, answer):
         output.results.print(line, markup=False)
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))

@@ -48,7 +48,11 @@ def search(
     recompute: RecomputeOption = None,
     saving: SavingOption = None,
     objective: Annotated[
-        str, typer.Option(help="throughput, epoch, memory or cost.", autocompletion=complete.objectives)
+        str,
+        typer.Option(
+            help="throughput, epoch, memory or cost; cost also hires slower devices that cost less.",
+            autocompletion=complete.objectives,
+        ),
     ] = "throughput",
     epoch: Annotated[
         int,
@@ -62,7 +66,12 @@ def search(
     deadline: Annotated[
         float | None, typer.Option(help="Hours, more than 0, within which --epoch samples must be done.")
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="What --epoch samples may cost at most, from 0.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="What --epoch samples may cost at most, from 0; slower devices that cost less are hired, too."
+        ),
+    ] = None,
     stale: Annotated[bool, typer.Option(help="Let plans with stale gradients compete.")] = False,
     profile: ProfileOption = None,
     cluster: ClusterOption = None,

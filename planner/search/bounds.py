@@ -349,7 +349,7 @@ def _sums(seconds: Floats) -> Floats:
 def bound(point: Candidate, profile: Profile, cluster: Cluster) -> float:
     """Return seconds that no plan at this point can beat, whatever it saves."""
     block = Block(point._replace(synchronisation="", savings=(), m=0), (point.m,), (), ())
-    return float(Bounds(profile, cluster).of(block)[0])
+    return float(Bounds(profile, point.offered(cluster)).of(block)[0])
 
 
 def _split(profile: Profile, cluster: Cluster, count: int, tensor_count: int) -> Profile:

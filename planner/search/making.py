@@ -52,6 +52,7 @@ class Plans:
         """Make a candidate's plan, and mark what tells its name from those of the others in this space."""
         marks = [f"b{candidate.batch}"] if len(self.space.batches) > 1 else []
         marks += [f"s{candidate.sequence}"] if candidate.sequence else []
+        marks += [candidate.hire] if candidate.hire else []
         plan = finished(candidate, self._begun(candidate), self.profile_of(candidate), self.cluster)
         return msgspec.structs.replace(plan, mark="-".join([*marks, plan.mark]).strip("-")) if marks else plan
 

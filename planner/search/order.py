@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.search.bounds import Bounds
-from planner.search.space import Block
+from planner.search.space import Block, Candidate
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,7 +27,7 @@ class Order(NamedTuple):
 
 def ordered(
     blocks: Sequence[Block],
-    bounds: Mapping[int, Bounds],
+    bounds: Callable[[Candidate], Bounds],
     score: Callable[[Block, Floats], Floats],
     *,
     on_host: bool,
@@ -35,15 +35,15 @@ def ordered(
 ) -> tuple[Order, TooLarge]:
     """Order the points of all blocks, and tell which are too large; of overlapping steps only if they may be `stale`.
 
-    `bounds` are those of each sequence length, `score` is what seconds come to that no plan of a block can beat.
-    `on_host`: some plans keep the optimizer's state on their hosts.
+    `bounds` gives those of a point's length and devices, `score` is what seconds come to that no plan of a block can
+    beat. `on_host`: some plans keep the optimizer's state on their hosts.
     """
     scores, where, which = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     large: TooLarge = []
     for number, block in enumerate(blocks):
         if block.point.asynchronous and not stale:
             continue
-        own = bounds[block.point.sequence]
+        own = bounds(block.point)
         lack = min(own.lack(block, agreed, on_host=on_host) for agreed in block.agreed)
         if lack > 1:
             large += [(lack, number, m) for m in range(len(block.ms))]

@@ -29,6 +29,7 @@ from planner.search.bounds import Bounds
 from planner.search.choice import TIE, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour
 from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
+from planner.search.hiring import HIRES
 from planner.search.making import Plans
 from planner.search.objective import Reckoned
 from planner.search.order import ordered
@@ -98,18 +99,24 @@ class Search:
         self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.units), stale
         objectives.check(self.objective, self.terms, cluster)
         self.state = state or State(question="")
-        self.blocks = list(blocks(space, profile, cluster)) if among is None else list(among)
-        self.bounds = {length: Bounds(self.lengths.get(length, profile), cluster) for length in space.sequences}
+        money = self.objective.priced or self.terms.budget is not None
+        every = space._replace(hires=space.hires or (HIRES if money else ()))
+        self.blocks = list(blocks(every, profile, cluster)) if among is None else list(among)
+        self.hires = tuple(hire for hire in HIRES if any(block.point.hire == hire for block in self.blocks))
+        self.plans = Plans(profile, cluster, space, self.lengths)
+        self.bounds: dict[tuple[int, str, int], Bounds] = {}
+        """Of each length and hire."""
         self.larger: list[tuple[float, str]] = []
         """Candidates that were put aside, as no plan of theirs fits: how much they lack at least, a heap."""
         self.aside = set[Candidate]()
         on_host = any(savings.states_on_host(chosen) for chosen in space.savings)
-        self.order, self.large = ordered(self.blocks, self.bounds, self._least_scores, on_host=on_host, stale=stale)
-        self.slowing = frozenset.intersection(*(slowing(one.profile, cluster) for one in self.bounds.values()))
+        self.order, self.large = ordered(self.blocks, self._bounds_of, self._least_scores, on_host=on_host, stale=stale)
+        self.slowing = frozenset.intersection(
+            *(slowing(self.lengths.get(n, profile), cluster) for n in space.sequences)
+        )
         self.quickening = len(self.slowing) < len(savings.names())
         self.savings = by_least(space.savings)
         self.known: dict[Candidate, list[tuple[frozenset[str], Found]]] = defaultdict(list)
-        self.plans = Plans(profile, cluster, space, self.lengths)
         self.same: dict[int, str] = {}
         """The key of the candidate that first was each plan."""
         self.tally = Tally(self.blocks, space.savings, stale=stale)
@@ -133,6 +140,13 @@ class Search:
         price, units = least_price_per_hour(self.cluster, block.point.devices), block.point.units
         score = self.objective.score(Reckoned(seconds, 0.0, price, units), self.terms)
         return np.where(self.terms.met(seconds, units, price), score, np.inf)
+
+    def _bounds_of(self, point: Candidate) -> Bounds:
+        """Bounds for plans of a point's length on the devices that it hires."""
+        key = point.sequence, point.hire, point.devices if point.hire else 0
+        if key not in self.bounds:
+            self.bounds[key] = Bounds(self.profile_of(point), point.offered(self.cluster))
+        return self.bounds[key]
 
     @property
     def best(self) -> float:
@@ -239,7 +253,7 @@ class Search:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
         for candidate in block.at(block.ms[m], tuple(self.savings)):
-            least = max(bound, self._score(candidate, self.bounds[candidate.sequence].sends(candidate)))
+            least = max(bound, self._score(candidate, self._bounds_of(candidate).sends(candidate)))
             if self._hopeless(least, candidate):
                 self._spare(least, candidate, opened=False)
             elif least > bound:  # what promises more is looked at before it
@@ -271,7 +285,7 @@ class Search:
 
     def _cannot_fit(self, candidate: Candidate) -> bool:
         """Put a candidate aside of which no plan fits, however it is cut."""
-        bounds = self.bounds[candidate.sequence]
+        bounds = self._bounds_of(candidate)
         lack = bounds.need(candidate).lack * (1 - 1e-9)
         if bounds.takes(candidate) < float("inf") and (lack <= 1 or "recompute-layers" in candidate.savings):
             return False
@@ -307,7 +321,7 @@ class Search:
 
     def _takes(self, candidate: Candidate) -> float:
         """Return the least score of a candidate's plan that fits, by what it computes, saves and keeps."""
-        return self._score(candidate, self.bounds[candidate.sequence].takes(candidate))
+        return self._score(candidate, self._bounds_of(candidate).takes(candidate))
 
     def _score(self, candidate: Candidate, seconds: float) -> float:
         """Return the least score of a candidate's plan that takes so many seconds at least."""

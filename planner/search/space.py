@@ -19,6 +19,7 @@ from planner.placement.mapping import MAPPINGS, across
 from planner.placement.pipeline import arranged
 from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Strategy
+from planner.search.hiring import FASTEST, hires, offered
 from planner.search.simplicity import mechanisms_of
 from planner.values.cluster import Cluster
 from planner.values.plan import Plan
@@ -32,7 +33,9 @@ class Space(NamedTuple):
     """What is tried: strategies by name, K, M, replicas, tensor splits, chunks, synchronisations, sets of savings.
 
     `batches` are samples per step, `sequences` tokens per sample: 0 for what the profile has, several where there is a
-    profile of each. `mappings` are tried where they differ: pipelines with replicas on several hosts.
+    profile of each. `mappings` are tried where they differ: pipelines with replicas on several hosts. So are `hires`:
+    which devices K are, where hosts cost differently (`planner.search.hiring`); none said are what a question needs:
+    all where it is about money, else the fastest.
     """
 
     strategies: tuple[str, ...]
@@ -46,6 +49,7 @@ class Space(NamedTuple):
     batches: tuple[int, ...]
     mappings: tuple[Mapping, ...] = MAPPINGS
     sequences: tuple[int, ...] = (0,)
+    hires: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -72,6 +76,7 @@ class Candidate(NamedTuple):
     batch: int
     mapping: Mapping = ""
     sequence: int = 0
+    hire: str = FASTEST
 
     @property
     def units(self) -> int:
@@ -93,6 +98,10 @@ class Candidate(NamedTuple):
     def devices(self) -> int:
         """How many devices its plan takes."""
         return 1 if self.how.devices == "one" else self.k
+
+    def offered(self, cluster: Cluster) -> Cluster:
+        """Return the cluster from which its plan takes devices."""
+        return offered(cluster, self.devices, self.hire)
 
     @property
     def tensor_count(self) -> int:
@@ -172,13 +181,14 @@ class Candidate(NamedTuple):
         if self.depth > 1:
             return self.shape, agreed.name
         said = "" if self.replica_count == 1 else agreed.name
-        return schedule.updates, self.replica_count, self.tensor_count, said, self.batch, self.sequence
+        return schedule.updates, self.replica_count, self.tensor_count, said, self.batch, self.sequence, self.hire
 
     @property
     def key(self) -> str:
         """The same point under the same name in every search; `parse` reads it."""
         numbers = self.k, self.m, self.batch, self.sequence, self.replicas, self.chunks, self.tensor
-        return "|".join(map(str, (self.strategy, *numbers, self.mapping, self.synchronisation, "+".join(self.savings))))
+        names = self.mapping, self.synchronisation, "+".join(self.savings), self.hire
+        return "|".join(map(str, (self.strategy, *numbers, *names)))
 
     @classmethod
     def parse(cls, key: str) -> Candidate:
@@ -187,10 +197,10 @@ class Candidate(NamedTuple):
         >>> Candidate.parse(Candidate("1f1b", 8, 32, 2, 1, 1, "zero-1", ("recompute",), 64).key).savings
         ('recompute',)
         """
-        strategy, *numbers, mapping, agreed, chosen = key.split("|")
+        strategy, *numbers, mapping, agreed, chosen, hire = key.split("|")
         k, m, batch, sequence, replicas, chunks, split = map(int, numbers)
         savings = tuple(chosen.split("+")) if chosen else ()
-        return cls(strategy, k, m, replicas, chunks, split, agreed, savings, batch, _mapping(mapping), sequence)
+        return cls(strategy, k, m, replicas, chunks, split, agreed, savings, batch, _mapping(mapping), sequence, hire)
 
 
 def _mapping(name: str) -> Mapping:
@@ -258,7 +268,7 @@ def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
     seen = set[tuple[object, ...]]()
     every = [strategies.get(name) for name in of.strategies]
     for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
-        for point in _points(of, chosen, profile):
+        for point in _points(of, chosen, profile, cluster):
             replicas = point.replica_count
             ms = tuple(m for m in of.ms if m % replicas == 0 and point.batch % m == 0)
             free = "synchronisation" in chosen.takes and replicas > 1
@@ -269,12 +279,12 @@ def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
                     seen.add(does)
                     agreed.append(name)
             if ms and agreed:
-                apart = point.replicas > 1 and point.depth > 1 and across(choose(cluster, point.devices))
+                apart = point.replicas > 1 and point.depth > 1 and across(choose(point.offered(cluster), point.devices))
                 yield Block(point, ms, tuple(agreed), of.mappings if apart else ("",))
 
 
-def _points(of: Space, chosen: Strategy, profile: Profile) -> Iterator[Candidate]:
-    """Yield every length, batch, K, tensor split, replicas and chunks that a strategy can have."""
+def _points(of: Space, chosen: Strategy, profile: Profile, cluster: Cluster) -> Iterator[Candidate]:
+    """Yield every length, batch, K, tensor split, replicas, chunks and hire that a strategy can have."""
     whole = sum(len(layer.times) > 0 for layer in profile.layers)
     schedule = schedules.get(chosen.schedule)
     ks = of.ks if "k" in chosen.takes else (min(of.ks),)
@@ -287,7 +297,8 @@ def _points(of: Space, chosen: Strategy, profile: Profile) -> Iterator[Candidate
         for v in chunks:
             point = Candidate(chosen.name, k, 0, replicas, v, ways, "", (), batch, sequence=sequence)
             if point.depth * max(1, v) <= whole:
-                yield point
+                own = hires(cluster, point.devices)
+                yield from (point._replace(hire=hire) for hire in of.hires or (FASTEST,) if hire in own)
 
 
 def _chunks(chosen: Strategy, schedule: schedules.Schedule, of: Space) -> tuple[int, ...]:
@@ -300,8 +311,8 @@ def question(point: Candidate, profile: Profile, cluster: Cluster) -> Question:
     """Return what a point's strategy is asked."""
     return Question(
         profile,
-        cluster,
-        k=point.k,
+        point.offered(cluster),
+        k=point.devices,
         m=point.m,
         batch=point.batch,
         replicas=point.replicas,

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from planner.basis.errors import PlanError
 from planner.placement import strategies
+from planner.placement.devices import choose as taken_of
 from planner.placement.question import Question
 from planner.search.choice import TIE, Merit, choose
 from planner.search.cost import Terms, least_price_per_hour, price_per_hour, with_prices
 from planner.search.front import cost_front
+from planner.search.hiring import HIRES, hires, offered, rents
 from planner.search.ranking import rank
 from planner.search.search import Search
 from planner.search.simplicity import identity, mechanisms
@@ -166,3 +168,74 @@ def test_the_front_of_time_against_cost() -> None:
     assert [f.step_s for f in front] == sorted((f.step_s for f in front), reverse=True)
     late = Search(costs, cluster, of, terms=Terms(24, deadline_s=front[1].step_s))
     assert cost_front(late)[0] == front[1:], "what misses the deadline is not on it"
+
+
+def two_kinds(prices: tuple[float, ...], speeds: tuple[float, ...], each: int = 2) -> Cluster:
+    """Hosts of some devices, each host with its own price and speed."""
+    hosts = [f"h{i}" for i in range(len(prices))]
+    return Cluster(
+        name="kinds",
+        hosts=tuple(
+            Host(name=h, cores=4, memory_bytes=10**9, price_per_hour=p) for h, p in zip(hosts, prices, strict=True)
+        ),
+        devices=tuple(
+            Device(name=f"{h}d{i}", memory_bytes=10**9, host=h, speed=s)
+            for h, s in zip(hosts, speeds, strict=True)
+            for i in range(each)
+        ),
+        links=tuple(
+            Link(between=(a, b), latency_s=0.0, bandwidth_bytes_per_s=1e12) for a in hosts for b in hosts if a <= b
+        ),
+    )
+
+
+def test_a_cheap_host_is_hired_where_money_is_asked_about() -> None:
+    """Two devices a tenth slower for a hundredth of the price: a step of 4 x 4 x 2 s takes 16 s on both of them."""
+    costs, cluster = profile([1.0] * 4, bytes_=[0] * 4), two_kinds((100.0, 1.0), (1.1, 1.0))
+    of = space(costs, cluster, 4, strategies=("single", "data-parallel"), savings=((),))
+    quick = Search(costs, cluster, of).run().leaders[0]
+    assert (quick.label, quick.price_per_hour) == ("data-parallel-k4-m4", 101.0)
+    cheap = Search(costs, cluster, of, objective="cost").run().leaders[0]
+    assert (cheap.label, cheap.price_per_hour) == ("data-parallel-k2-m2-cheapest", 1.0)
+    assert cheap.step_s == pytest.approx(16.0)
+    assert cheap.score == pytest.approx(16.0 / 3600 / 4 * 1e6)
+    budget = Search(costs, cluster, of, terms=Terms(4, budget=1.01 * 16 / 3600)).run().leaders[0]
+    assert budget.key == cheap.key, "within the budget only the cheap host is"
+    front, proved = cost_front(Search(costs, cluster, of, terms=Terms(4)))
+    assert proved
+    assert [found.label for found in front] == [cheap.label, quick.label]
+
+
+def test_a_host_is_hired_by_its_price_for_what_it_gives() -> None:
+    """Of three hosts the slowest costs least per device, the middle one least per work."""
+    cluster = two_kinds((100.0, 2.0, 1.5), (4.0, 2.0, 1.0))
+    assert hires(cluster, 2) == HIRES
+    assert [rents(cluster, 2, hire) for hire in HIRES] == [100.0, 1.5, 2.0]
+    assert [rents(cluster, 4, hire) for hire in hires(cluster, 4)] == [102.0, 3.5]
+    assert hires(cluster, 6) == HIRES[:1], "there are no others"
+    assert hires(with_prices(cluster, host=3.0), 2) == HIRES[:1], "none costs less"
+    assert hires(with_prices(cluster, host=0.0), 2) == HIRES[:1]
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda n: st.tuples(*(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=n, max_size=n) for _ in range(2)))
+    ),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_every_hire_has_its_devices_and_costs_less(
+    drawn: tuple[list[float], list[float]], each: int, equal: bool
+) -> None:
+    prices, speeds = drawn
+    cluster = two_kinds(tuple(prices[:1] * len(prices) if equal else prices), tuple(speeds), each)
+    for count in range(1, len(cluster.devices) + 1):
+        own = hires(cluster, count)
+        taken = [frozenset(d.name for d in taken_of(offered(cluster, count, hire), count)) for hire in own]
+        assert own[0] == ""
+        assert len(set(taken)) == len(taken), "no plan twice"
+        assert {len(names) for names in taken} == {count}
+        assert all(rents(cluster, count, hire) < rents(cluster, count, "") for hire in own[1:])
+        assert not equal or own == ("",)
+        least = min(rents(cluster, count, hire) for hire in own)
+        assert least == least_price_per_hour(cluster, count), "hosts are alike in size: the cheapest are the cheapest"

@@ -28,6 +28,7 @@ from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
 from planner.search.dominance import orders_by_seconds, slowing
 from planner.search.explain import _memory, cheapest_change, explain
+from planner.search.hiring import HIRES
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
 from planner.search.plan_bounds import plan_bound, plan_lack
@@ -151,7 +152,7 @@ def questions(
     ways = draw(st.lists(st.sampled_from(WAYS), min_size=1, max_size=2, unique=True))
     of = space(
         costs, cluster, *batches, strategies=tuple(chosen), savings=tuple({(): None, **dict.fromkeys(found)}),
-        synchronisations=tuple(ways), chunks=(2,),
+        synchronisations=tuple(ways), chunks=(2,), hires=draw(st.sampled_from([(), HIRES])),
     )  # fmt: skip
     return costs, cluster, of
 
@@ -195,6 +196,8 @@ def everything(
 ) -> list[Tried]:
     """All plans that fit and may be the best; scores are per sample, or per token."""
     found = []
+    if objective == "cost" or terms.budget is not None:
+        of = of._replace(hires=of.hires or HIRES)
     for _, plan in made(costs, cluster, of):
         held, fits = peaks(costs, plan, cluster)
         if fits and (stale or not asynchronous(plan)):
@@ -298,8 +301,8 @@ NETWORKS = questions(strategies=2, savings=2, of_clusters=networks())
 @given(st.one_of(questions(), NETWORKS))
 def test_bounds_are_below_what_they_bound(question: tuple[Profile, Cluster, Space]) -> None:
     costs, cluster, of = question
-    bounds = Bounds(costs, cluster)
     for candidate, plan in made(costs, cluster, of):
+        bounds = Bounds(costs, candidate.offered(cluster))
         step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
         assert bound(candidate, costs, cluster) <= step, candidate
         assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
@@ -346,8 +349,8 @@ def test_whatever_layers_are_repeated_fits_only_if_they_take_as_long_as_the_leas
 def test_what_is_said_before_a_plan_is_walked_is_below_it(question: tuple[Profile, Cluster, Space]) -> None:
     """No plan is thrown away that would fit, or that repeats forwards and is quicker than was said."""
     costs, cluster, of = question
-    bounds = Bounds(costs, cluster)
     for candidate, plan in made(costs, cluster, of):
+        bounds = Bounds(costs, candidate.offered(cluster))
         placed = Placed(costs, plan, cluster)
         need, _ = evaluate(placed).worst(placed)
         assert plan_lack(placed) <= need * (1 + 1e-9), plan
