@@ -127,14 +127,14 @@ def least_seconds(homes: Homes, passing: Passing, schedule: Schedule, share: flo
     """Return seconds that no plan can beat with `share` micro-batches per replica."""
     low = share * max(0.0, passing.work[-1] / homes.before[-1] - passing.quicker)
     high = _carrying(homes, passing, schedule, share, low)
-    if high <= low:
-        return low
     for _ in range(HALVINGS):
+        if high <= low:
+            return low
         middle = (low + min(high, 2 * low)) / 2 if low > 0 else high / 2
         needed = _carrying(homes, passing, schedule, share, middle)
-        low, high = (middle, min(high, needed)) if needed > middle else (low, middle)
-        if high <= low:
-            break
+        low, high = max(low, min(middle, needed)), min(high, max(middle, needed))
+    if low < high < float("inf"):  # who takes less than `high` carries at least what those do who take as long
+        low = max(low, min(high, _carrying(homes, passing, schedule, share, high)))
     return low
 
 

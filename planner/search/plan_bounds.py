@@ -66,7 +66,7 @@ def _between(placed: Placed, sums: list[Floats], seams: float) -> float:
     """Return seconds that what leaves hosts makes a plan's step take at least.
 
     The busiest host's NICs carry what its stages send, or receive. All hosts of some stages together carry that, and
-    the gradients of these stages; before the first of these come the backwards of all micro-batches but one.
+    the gradients of these stages: those that begin no earlier than some moment come behind it, one after the other.
     """
     bandwidth = outward(placed.cluster)
     if asynchronous(placed.plan) or len(bandwidth) < 2:
@@ -79,8 +79,9 @@ def _between(placed: Placed, sums: list[Floats], seams: float) -> float:
         own, at = [one for one in agreeing if one.hosts <= hosts], sorted(hosts)
         size, rate = sum(one.bytes for one in own), float(able[at].sum())
         if own:
-            begin = min(one.begin for one in own)
-            found = max(found, begin + size / rate, (size + float(max(sent[at].sum(), received[at].sum()))) / rate)
+            found = max(found, (size + float(max(sent[at].sum(), received[at].sum()))) / rate)
+        for one in own:
+            found = max(found, one.begin + sum(other.bytes for other in own if other.begin >= one.begin) / rate)
     return found
 
 
@@ -96,8 +97,7 @@ def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreein
     """Return what the replicas of every stage bring between hosts.
 
     Replicas on h hosts bring their gradients over h - 1 of them per pass at least, whatever the pattern. None begins
-    before the last backward of its stage, and before that come all others of a row that holds it; what is sharded is
-    reduced, and gathered, from the beginning.
+    before the last backward of its stage (`_before_last`); what is sharded is reduced and gathered from the beginning.
     """
     plan, agreed = placed.plan, placed.synchronisation
     if agreed.server or placed.schedule.updates == "microbatch" or not placed.overlaps or not placed.schedule.trains:
@@ -113,12 +113,32 @@ def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreein
             continue
         own = [placed.profile.layers[i] for i in layers]
         size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own)
-        share = plan.microbatches // plan.replicas // placed.schedule.copies
         speed = max(placed.devices[row].speed for row in placed.holders[s])
-        least = min(_part(one, layers, placed.profile) for one in sums)
-        begin = 0.0 if "gradients" in agreed.shards else (share - 1) * max(0.0, least - seams) / speed
+        begin = 0.0 if "gradients" in agreed.shards else _before_last(placed, s, sums, seams) / speed
         found.append(_Agreeing(frozenset().union(*held), sum(count - 1 for count in spans) * size, begin))
     return found
+
+
+def _before_last(placed: Placed, stage: int, sums: list[Floats], seams: float) -> float:
+    """Return seconds, at speed 1, that a row with a stage computes before the stage's last backward.
+
+    All its other backwards. And where the stage is on one row of a pipeline: every micro-batch has passed all stages
+    forwards, and all later ones backwards (of split backwards the gradients of inputs), those on this row, too.
+    """
+    plan, profile, ranges = placed.plan, placed.profile, placed.ranges
+    share = plan.microbatches // plan.replicas // placed.schedule.copies
+    least = min(_part(one, ranges[stage], profile) for one in sums)
+    if placed.schedule.copies > 1:
+        return (share - 1) * max(0.0, least - seams)
+    table = layer_table(profile, plan.samples, plan.threads)
+    forward, back = table.forward[MEDIAN], [table.backward[MEDIAN]]
+    if placed.schedule.splits:
+        back.append(table.backward_input[MEDIAN])
+    held = plan.stages_of[placed.holders[stage][0]]
+    work = least + sum(_part(forward, ranges[s], profile) for s in held if s != stage)
+    work += sum(min(_part(one, ranges[s], profile) for one in back) for s in held if s > stage)
+    own = least - _part(forward, ranges[stage], profile)  # the last backward itself
+    return max(0.0, share * max(0.0, work - seams) - own)
 
 
 def _crossing(placed: Placed) -> tuple[Floats, Floats]:

@@ -97,25 +97,11 @@ def clusters(draw: st.DrawFn, most: int = 4) -> Cluster:
 def networks(draw: st.DrawFn) -> Cluster:
     """Two to four hosts of one to three equal devices, on a switch that each reaches over a NIC of its own."""
     hosts, each = draw(st.sampled_from([(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (4, 1)]))
-    nic = draw(st.sampled_from([3e2, 3e3, 3e4]))
-    inside = draw(st.sampled_from([1e3, 1e12]))
-    latency = draw(st.sampled_from([0.0, 0.1]))
+    nic, inside = draw(st.sampled_from([3e2, 3e3, 3e4])), draw(st.sampled_from([1e3, 1e12]))
+    cluster = hosts_of(hosts, each, nic=nic, inside=inside, latency_s=draw(st.sampled_from([0.0, 0.1])))
     memory = draw(st.sampled_from([20_000, 10**9]))
-    names = [f"h{i}" for i in range(hosts)]
-    own = [(f"{host}d{i}", host) for host in names for i in range(each)]
-    return Cluster(
-        name="network",
-        hosts=tuple(Host(name=name, cores=4, memory_bytes=10**9, memory_bytes_per_s=1e4) for name in names),
-        devices=tuple(
-            Device(name=name, memory_bytes=memory, host=host, speed=1.0, price_per_hour=1.0) for name, host in own
-        ),
-        switches=("switch",),
-        links=tuple(
-            Link(between=pair, latency_s=wait, bandwidth_bytes_per_s=rate, shared=True)
-            for pairs, wait, rate in (([(host, "switch") for host in names], latency, nic), (own, 0.0, inside))
-            for pair in pairs
-        ),
-    )
+    made = tuple(msgspec.structs.replace(device, memory_bytes=memory) for device in cluster.devices)
+    return msgspec.structs.replace(cluster, devices=made)
 
 
 @st.composite
@@ -636,3 +622,18 @@ def test_gradients_between_hosts_are_in_a_plans_bound(agreed: str, gradients: fl
         assert Bounds(costs, cluster).sends(candidate) <= simulated_step(placed) * (1 + 1e-9), candidate
         if candidate.strategy == "data-parallel" and candidate.k == 16 and agreed == "all-reduce":
             assert plan_bound(placed) >= 0.96
+
+
+@pytest.mark.parametrize(("strategy", "mapping", "seconds"), [
+    ("data-parallel", "", 4 + 2 * 4000 / 200),  # no gradient before the forward; each host's parts leave over its NIC
+    ("gpipe", "stages", 4 * 500 / 100),  # each host has a stage: all four samples' values leave the first
+    ("gpipe", "pipelines", 4 + 2 * 4000 / 200),  # both stages' replicas are on both hosts
+])  # fmt: skip
+def test_what_leaves_hosts_is_known_before_a_plan_is_made(strategy: str, mapping: str, seconds: float) -> None:
+    """Four layers of 1000 bytes on 2 hosts of 2 devices with a NIC of 100 bytes/s each; 500 bytes cross every cut."""
+    costs, cluster = profile([1.0] * 4, [2.0] * 4, message_bytes=500), hosts_of(2, 2, nic=100.0)
+    replicas = 2 if strategy == "gpipe" else 1
+    point = Candidate(strategy, 4, 4, replicas, 0, 1, "all-reduce", (), 4, mapping)
+    step = simulated_step(Placed(costs, make(point, costs, cluster), cluster))
+    assert 0.98 * seconds <= Bounds(costs, cluster).sends(point) <= seconds * (1 + 1e-9)  # it is found by halving
+    assert seconds <= step
