@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -28,22 +28,25 @@ from planner.placement.selection import cheapest
 from planner.programs.lowering import swaps, unroll
 from planner.programs.waits import Linked
 from planner.values.plan import Plan
+from planner.values.profile import Profile
 
 Change = Callable[[Question, Plan], Plan]
+Repeated = Callable[[Profile, int], Sequence[range]]
+"""From a profile and the samples of a micro-batch to the runs of layers that may be repeated."""
 
 
 class Saving(NamedTuple):
     """A registered saving. `behind_cut` ones choose layers of the stages that there are; others need no layers.
 
-    `states_on_host` tells that no device keeps optimizer state, `repeats` that forwards are done again, `swaps` that
-    activations go to the host and back.
+    `states_on_host` tells that no device keeps optimizer state, `repeats` whether forwards are done again and of which
+    layers at most, `swaps` that activations go to the host and back.
     """
 
     name: str
     change: Change
     behind_cut: bool
     states_on_host: bool
-    repeats: bool
+    repeats: Repeated | None
     swaps: bool
 
 
@@ -65,7 +68,12 @@ COMBINATIONS: tuple[tuple[str, ...], ...] = (
 
 
 def saving(
-    name: str, *, behind_cut: bool = False, states_on_host: bool = False, repeats: bool = False, swaps: bool = False
+    name: str,
+    *,
+    behind_cut: bool = False,
+    states_on_host: bool = False,
+    repeats: Repeated | None = None,
+    swaps: bool = False,
 ) -> Callable[[Change], Change]:
     """Register `(question, plan) -> plan` under `name`; see `Saving` for the rest."""
 
@@ -84,6 +92,16 @@ def names() -> tuple[str, ...]:
 def states_on_host(wanted: tuple[str, ...]) -> bool:
     """Whether one of these savings moves the optimizer's state off the devices."""
     return any(get(name).states_on_host for name in wanted)
+
+
+def repeated(wanted: tuple[str, ...], profile: Profile, samples: int) -> list[range]:
+    """Return the runs of layers whose forwards these savings may repeat."""
+    return [run for name in wanted if (runs := get(name).repeats) is not None for run in runs(profile, samples)]
+
+
+def keeps(wanted: tuple[str, ...]) -> bool:
+    """Whether what layers save stays on the device, but for layers that are chosen behind the cut."""
+    return not any(one.swaps or (one.repeats and not one.behind_cut) for one in map(get, wanted))
 
 
 def behind_cut(wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,7 +139,11 @@ def without(plan: Plan) -> Plan:
     return msgspec.structs.replace(plan.without_recompute(), offload=False, host_optimizer=False)
 
 
-@saving("recompute", repeats=True)
+def _every_layer(profile: Profile, samples: int) -> Sequence[range]:
+    return [range(len(profile.layers))]
+
+
+@saving("recompute", repeats=_every_layer)
 def recompute(q: Question, plan: Plan) -> Plan:
     """Keep only what stages exchange; repeat a stage's forward before its backward (Chen et al., arXiv 1604.06174)."""
     if not schedules.get(plan.schedule).trains:
@@ -129,7 +151,7 @@ def recompute(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, recompute=True)
 
 
-@saving("recompute-blocks", repeats=True)
+@saving("recompute-blocks", repeats=worth_a_checkpoint)
 def recompute_blocks(q: Question, plan: Plan) -> Plan:
     """Make every block of the model a checkpoint of its own, as users wrap a transformer's blocks.
 
@@ -143,7 +165,7 @@ def recompute_blocks(q: Question, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, recompute_blocks=tuple((names[b[0]], names[b[-1]]) for b in worth))
 
 
-@saving("recompute-layers", behind_cut=True, repeats=True)
+@saving("recompute-layers", behind_cut=True, repeats=_every_layer)
 def recompute_layers(q: Question, plan: Plan) -> Plan:
     """Repeat the cheapest layers whose activations make every device fit; nothing where all fit already.
 

@@ -17,7 +17,6 @@ from planner.placement import savings
 from planner.placement.devices import choose
 from planner.placement.filling import crossing, layers_bytes, sizes_of
 from planner.placement.flight import ARRANGED
-from planner.placement.freeing import worth_a_checkpoint
 from planner.search import any_cut
 from planner.search.best_case import copying, fastest, hosts_memory, roomiest, seams_of
 from planner.search.room import Need, held, homes, need, swapped
@@ -70,7 +69,7 @@ class Bounds:
         steady = point.asynchronous or not schedule.trains
         work = self._work(point, profile, updates=not steady)
         begin = n * float(passes.both[0]) / point.depth
-        chosen = "recompute-layers" in point.savings
+        chosen = bool(savings.behind_cut(point.savings))
         shape = schedules.Shape(point.depth, point.m // point.replica_count, chunks)
         fills = not steady and shape.stages <= len(profile.layers) and shape.stages * shape.microbatches <= ARRANGED
         if not fills or schedules.why_not(schedule, shape) is not None:  # steps without a flush fill once
@@ -78,7 +77,7 @@ class Bounds:
             return max(begin, (float((seconds * work.number).sum()) - work.quicker) / point.depth)
         here, many = homes(schedule.name, shape)
         swaps = np.zeros(here.shape)
-        if "offload" in point.savings and not schedule.measured and not point.repeats:
+        if point.swaps and not schedule.measured and not point.repeats:
             swaps = swapped(schedule.name, shape)
         chained = schedule.placement == "straight"
         rows = Rows(here / schedule.copies, here, many, swaps, chained, self.led(profile, point))
@@ -170,20 +169,18 @@ class Bounds:
         both = forward + back
         both[-2] += both[-1]  # the loss is the last stage's
         again = np.minimum(forward, np.diff(table.recompute[MEDIAN]))[:-1]
-        repeated = {"recompute", "recompute-layers"} & set(point.savings)
-        if not repeated:
-            own = np.zeros(len(again))
-            for block in worth_a_checkpoint(self.profile, samples) if "recompute-blocks" in point.savings else ():
-                own[block.start : block.stop] = again[block.start : block.stop]
-            again = own
+        repeats = np.zeros(len(again), bool)
+        for run in savings.repeated(point.savings, self.profile, samples):
+            repeats[run.start : run.stop] = True
+        again = np.where(repeats, again, 0.0)
         update = np.zeros(len(again))
         if updates and not agreed.server:
             shards = holders if "optimizer" in agreed.shards else 1
             update = schedule.copies * self._updating(point, profile, threads, speed) / shards
         of, sizes = layers_bytes(profile), sizes_of(profile, samples)
-        keeps = not point.repeats or "recompute-layers" in point.savings
+        keeps = not point.repeats or savings.behind_cut(point.savings)
         saved = sizes.saved - sizes.output if keeps else np.zeros(len(again))
-        swaps = "offload" in point.savings
+        swaps = point.swaps
         rate = copying(self.cluster, point.devices) if swaps else 1.0
         leading = forward[:-1]
         if (

@@ -67,5 +67,5 @@ def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
         moved = 2 * layer.parameter_bytes + layer.gradient_bytes + 2 * layer.optimizer_bytes
         own = max(times.optimizer.median_s for times in layer.times) / speed
         if own > moved / rate:
-            return every - {"host-optimizer"}
+            return frozenset(name for name in every if not savings.get(name).states_on_host)
     return every

@@ -287,7 +287,7 @@ class Search:
         """Put a candidate aside of which no plan fits, however it is cut."""
         bounds = self._bounds_of(candidate)
         lack = bounds.need(candidate).lack * (1 - 1e-9)
-        if bounds.takes(candidate) < float("inf") and (lack <= 1 or "recompute-layers" in candidate.savings):
+        if bounds.takes(candidate) < float("inf") and (lack <= 1 or savings.behind_cut(candidate.savings)):
             return False
         if candidate.key in self.state.done:
             return False

@@ -172,6 +172,11 @@ class Candidate(NamedTuple):
         return any(savings.get(name).repeats for name in self.savings)
 
     @property
+    def swaps(self) -> bool:
+        """Whether its savings copy activations to the host and back."""
+        return any(savings.get(name).swaps for name in self.savings)
+
+    @property
     def does(self) -> tuple[object, ...]:
         """What its plan does, but for M and savings: equal for two names of one plan.
 

@@ -366,6 +366,35 @@ def test_savings_that_slow_make_no_plan_quicker(question: tuple[Profile, Cluster
         assert step >= simulated_step(Placed(costs, plan, cluster)) * (1 - 1e-9), saved
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "zb-h1", "data-parallel"])
+def test_savings_are_asked_what_they_do_not_what_they_are_called(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under other names they bound the same: little memory and a slow link to the host's make each of them count."""
+    costs = profile(
+        [1.0] * 4, [2.0] * 4, bytes_=[3000] * 4, optimizer_s=1.0, names=["a.0.x", "a.0.y", "a.1.x", "a.1.y"]
+    )
+    cluster = devices(2, memory_bytes=24_000, host_bandwidth=1e3)
+    of = space(costs, cluster, 8, strategies=(schedule,), savings=all_savings.COMBINATIONS)
+    plain = all_savings.names()
+    entries = {f"my-{name}": all_savings.get(name)._replace(name=f"my-{name}") for name in plain}
+
+    def said(mine: str) -> tuple[list[tuple[float, float, float]], set[str]]:
+        """Need and seconds of every point, and which savings slow, of those whose names begin so."""
+        bounds, found = Bounds(costs, cluster), []
+        for point in candidates(of, costs, cluster):
+            own = point._replace(savings=tuple(f"{mine}{name}" for name in point.savings))
+            need = bounds.need(own)
+            found.append((need.lack, float(need.freed.sum()), bounds.takes(own)))
+        return found, {name for name in plain if f"{mine}{name}" in slowing(costs, cluster)}
+
+    found, slow = said("")
+    assert len(set(found)) > 4
+    assert 0 < len(slow) < len(plain)
+    monkeypatch.setattr(all_savings, "_REGISTRY", {**all_savings._REGISTRY, **entries})
+    assert said("my-") == (found, slow)
+
+
 def example(**changes: Any) -> tuple[Profile, Cluster, Space]:
     """Four layers on four devices that share a link: some strategies do not fit, and sharing decides."""
     costs = profile([1.0, 2.0, 1.0, 3.0], message_bytes=500)
