@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -512,6 +513,21 @@ def test_every_plan_that_a_sentence_names_can_be_explained(capsys: pytest.Captur
         assert own["plan"] == name
         lacks = any(found.label == name and found.lack > 1 for found in done)
         assert ("too large, as it lacks" in own["sentences"][0]) == lacks
+
+
+def test_a_plan_has_one_figure_in_the_table_and_in_time_against_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shared links make a step longer than its bound: what the table has simulated is no "at least" below it."""
+    machine = factory.hosts_of(2, 2, nic=1e3)
+    Store().save_profile(factory.profile([1.0] * 4, machine=machine, message_bytes=300))
+    found = data(capsys, "search", "--profile", Store().name_of(Store().profile_path(None)), "--batch", "8")
+    table = {plan["plan"]: plan for plan in found["plans"]}
+    both = [point for point in found["pareto"] if point["plan"] in table]
+    assert both
+    for point in both:
+        assert point["contention_simulated"]
+        assert point["step_s"] == table[point["plan"]]["step_s"]
+    points = found["pareto"]
+    assert all(a["peak_bytes"] < b["peak_bytes"] and a["step_s"] > b["step_s"] for a, b in itertools.pairwise(points))
 
 
 def test_the_commands_of_a_run_begin_with_its_simulation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from planner.cli import output, tables
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures
 from planner.cli.unmet import unmet
-from planner.search.answer import Answer, Family, Found
+from planner.search.answer import Answer, Family, Found, pareto
 from planner.search.choice import TIE
 from planner.search.cost import HOUR_S
 from planner.search.explain import cheapest_change, explain
@@ -87,7 +87,7 @@ def as_data(
                 "peak_bytes": f.peak_bytes,
                 "contention_simulated": f.exact,
             }
-            for f in answer.front
+            for f in _front(searching, outcomes)
         ],
         "time_against_cost": [
             {
@@ -121,7 +121,9 @@ def show(
     lengths = answer.sequences if any(answer.sequences) else (outcomes[0].plan.sequence,)
     title += f"{samples_words(answer.batches, lengths)} per step"
     title = f"estimated: {title}" if searching.profile.estimated else title
-    tables.show(rows, title=title, best=outcomes[0], unit=searching.space.unit, without=("interval", "fits"))
+    without, bounds = ("interval", "fits"), {f.label for f in searching.state.done.values() if not f.exact}
+    bounds -= {str(outcome.plan) for outcome in outcomes if outcome.idle is None}
+    tables.show(rows, title=title, best=outcomes[0], unit=searching.space.unit, without=without, bounds=bounds)
     alike = _alike(searching, answer, rows)
     if alike:
         output.results.print(alike, markup=False)
@@ -132,7 +134,8 @@ def show(
         f"plans/s), {answer.simulated} with contention: {state}"
     )
     front = [
-        f"{f.label} ({'' if f.exact else 'at least '}{seconds(f.step_s)}, {size(f.peak_bytes)})" for f in answer.front
+        f"{f.label} ({'' if f.exact else 'at least '}{seconds(f.step_s)}, {size(f.peak_bytes)})"
+        for f in _front(searching, outcomes)
     ]
     if len(front) > 1:
         shown = front if len(front) <= 5 else [*front[:2], f"{len(front) - 4} more", *front[-2:]]
@@ -149,6 +152,19 @@ def show(
     print(ascii_timeline(outcomes[0].trace, width=min(90, output.results.width)))
     for sentence in explain(searching, answer, outcomes[0], changes=False):
         output.results.print(sentence, markup=False)
+
+
+def _front(searching: Search, outcomes: Sequence[Outcome]) -> list[Found]:
+    """The plans that no other beats in both time and memory, the least memory first; those shown as they are shown."""
+    simulated = {str(outcome.plan): outcome for outcome in outcomes if outcome.idle is None}
+
+    def as_shown(found: Found) -> Found:
+        outcome = simulated.get(found.label)
+        if outcome is None:
+            return found
+        return msgspec.structs.replace(found, step_s=outcome.step_s, peak_bytes=outcome.peak_bytes, exact=True)
+
+    return sorted(pareto(map(as_shown, contenders(searching))), key=lambda f: f.peak_bytes)
 
 
 def _alike(searching: Search, answer: Answer, rows: Sequence[Outcome]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -62,7 +63,11 @@ def explain(
         chosen = known[plan]
     shown = searching.plan(chosen)
     outcome = simulate(searching.profile_of(shown), shown, searched.cluster)
+    before = len(searched.done)
     text = sentences(searching, answer, outcome, of=chosen)
+    if len(searching.state.done) > before:  # what a sentence names can be asked about, too
+        with contextlib.suppress(PlanError):  # but for a folder that may only be read
+            store.save_search(searched)
     if json:
         output.document("explain", {"plan": str(outcome.plan), "sentences": text})
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from planner.basis.errors import PlanError, unknown
@@ -81,8 +81,9 @@ def show(
     best: Outcome | None,
     unit: str = "sample",
     without: tuple[str, ...] = (),
+    bounds: Collection[str] = (),
 ) -> None:
-    """Print the table, the best plan's row in bold."""
+    """Print the table, the best plan's row in bold; of the plans in `bounds` the step is the least that it takes."""
     from rich.table import Table
 
     from planner.cli import output
@@ -92,8 +93,11 @@ def show(
     for column in shown:
         table.add_column(column.heading, justify="left" if column.name in ("plan", "fits") else "right", no_wrap=True)
     for outcome in outcomes:
+        marks = {"step": "≥ ", "throughput": "≤ "} if str(outcome.plan) in bounds else {}
         bold = best is not None and outcome.plan == best.plan
-        table.add_row(*(column.cell(outcome) for column in shown), style="bold" if bold else None)
+        table.add_row(
+            *(marks.get(column.name, "") + column.cell(outcome) for column in shown), style="bold" if bold else None
+        )
     output.results.print(title, markup=False, soft_wrap=True)
     output.results.print(table)
 

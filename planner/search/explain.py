@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import msgspec
-
-from planner.basis.errors import PlanError
 from planner.basis.units import percent, samples_words, seconds, size
-from planner.costs.placed import Placed
 from planner.search.answer import Answer, Found
+from planner.search.changed import with_more_memory, with_other_links
 from planner.search.choice import choose
-from planner.search.kinds import QUICK_ACTIONS, decision, first_of_each, settled, strategy
-from planner.search.search import Search, shares
+from planner.search.kinds import decision, first_of_each, settled, strategy
+from planner.search.search import Search
 from planner.search.space import Candidate
-from planner.simulate.contention import simulated_step
-from planner.simulate.evaluate import evaluate
-from planner.simulate.injection import with_bandwidth
-from planner.simulate.limits import limits
+from planner.simulate.limits import bounded_by
 from planner.values.cluster import Cluster
 from planner.values.outcome import Outcome
-from planner.values.plan import Plan, actions
 
 NAMED = 4
 """Plans that one sentence names."""
-FACTORS = (1.5, 2.0, 4.0, 10.0)
-"""How much faster or slower links are tried to be, or memory larger or smaller."""
 
 
 def explain(
@@ -63,9 +54,9 @@ def explain(
     text += [*_next(best, rivals), *_ruled_out(best, larger)]
     if changes:
         if answer.objective != "memory":
-            text += _bandwidth(search, best, everything)
-        sure = not any(family.too_large for family in answer.families)
-        text += _memory(search, best, larger, everything, sure=sure)
+            text += with_other_links(search, best, everything)
+        text += with_more_memory(search, best, everything, larger)
+        text += _less_memory(search, best, everything)
         text += _microbatches(search, best, everything)
         text += _batches(search, best, everything)
         text += _lengths(search, best, everything)
@@ -110,10 +101,7 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
 
 
 def _bounds(outcome: Outcome, cluster: Cluster) -> list[str]:
-    found = limits(outcome, cluster)
-    if not found[0].share:
-        return [f"It is bound by {found[0].text}."]
-    return [f"It is bound by {'; and by '.join(limit.text for limit in found[:2])}."]
+    return [f"It is bound by {bounded_by(outcome, cluster)}."]
 
 
 def _next(best: Found, others: list[Found]) -> list[str]:
@@ -137,63 +125,16 @@ def _ruled_out(best: Found, better: list[Found]) -> list[str]:
     return [f"Memory rules out {'; '.join(names)} of its worst device's memory."]
 
 
-def _bandwidth(search: Search, best: Found, known: list[Found]) -> list[str]:
-    """The smallest change of all links' bandwidth after which another strategy wins, by the objective asked for."""
-    rivals = [best, *_of_each_strategy(f for f in known if f.lack <= 1 and f.strategy != best.strategy)[:8]]
-    if len(rivals) == 1:
-        return []
-
-    def winner(factor: float) -> tuple[Found, float]:
-        changed = with_bandwidth(search.cluster, factor)
-        found = []
-        for rival in rivals:
-            plan = search.plan(rival)
-            try:
-                step_s = _step_s(search, plan, changed)
-            except PlanError:
-                continue
-            score = search.score(plan, step_s, rival.peak_bytes)
-            found.append(msgspec.structs.replace(rival, score=score, step_s=step_s, exact=True))
-        best = choose([(one.merit, one) for one in found])
-        return best, best.score
-
-    def first_change(factors: Iterable[float], change: str) -> str:
-        for factor in factors:
-            found, score = winner(factor)
-            if found.strategy != best.strategy:
-                times = max(factor, 1 / factor)
-                return f"With links {times:g} times {change}, {found.label} would win: {search.words(score)}."
-        others = f"the best of {len(rivals) - 1} other kinds"
-        return f"With links {FACTORS[-1]:g} times {change}, it would still win against {others}."
-
-    return [first_change((1 / f for f in FACTORS), "slower"), first_change(FACTORS, "faster")]
-
-
-def _step_s(search: Search, plan: Plan, cluster: Cluster) -> float:
-    """Seconds per step, with what is shared as far as that can be simulated while somebody waits."""
-    placed = Placed(search.profile_of(plan), plan, cluster)
-    if shares(placed) and actions(plan) <= QUICK_ACTIONS:
-        return simulated_step(placed)
-    return evaluate(placed).step_s
-
-
-def _memory(search: Search, best: Found, better: list[Found], known: list[Found], *, sure: bool) -> list[str]:
-    """What more memory would buy (`sure`: nothing was too large), and how much less the plan can do with."""
-    text = []
-    if better:
-        nearest = min(better, key=lambda f: f.lack)
-        more = percent(nearest.lack - 1)
-        text.append(f"With {more} more memory, {nearest.label} would be {_better(best, nearest)}.")
-    elif sure:
-        text.append("More memory would not change the answer.")
+def _less_memory(search: Search, best: Found, known: list[Found]) -> list[str]:
+    """How much less memory the plan can do with, and which of those evaluated needs less."""
     smaller = [f for f in known if f.lack < min(0.8, 0.8 * best.lack)]
-    if smaller:
-        chosen = choose([(found.merit, found) for found in smaller])  # as a search among them would
-        text.append(
-            f"With more than {percent(1 - best.lack)} less memory it would not fit any more; {chosen.label} needs "
-            f"{percent(1 - chosen.lack / best.lack)} less, {_behind(best, settled(search, chosen))}."
-        )
-    return text
+    if not smaller:
+        return []
+    chosen = choose([(found.merit, found) for found in smaller])  # as a search among them would
+    return [
+        f"With more than {percent(1 - best.lack)} less memory it would not fit any more; of those evaluated "
+        f"{chosen.label} needs {percent(1 - chosen.lack / best.lack)} less, {_behind(best, settled(search, chosen))}."
+    ]
 
 
 def _microbatches(search: Search, best: Found, known: list[Found]) -> list[str]:
@@ -230,14 +171,6 @@ def _best_of_other(search: Search, best: Found, known: list[Found], what: Callab
         if what(found) != what(best):
             first.setdefault(what(found), found)
     return [settled(search, first[value]) for value in sorted(first)]
-
-
-def _of_each_strategy(found: Iterable[Found]) -> list[Found]:
-    """The best of each strategy by its bound, best first."""
-    best: dict[str, Found] = {}
-    for one in sorted(found, key=lambda f: (f.score, f.key)):
-        best.setdefault(one.strategy, one)
-    return list(best.values())
 
 
 def cheapest_change(search: Search, answer: Answer) -> str:

@@ -32,7 +32,8 @@ Words = Callable[[float, str], str]
 class Objective(NamedTuple):
     """A registered objective: its score, from what was reckoned and the terms; its words.
 
-    `priced` objectives need prices; of `timed` ones a plan that takes longer is never better.
+    `priced` objectives need prices; of `timed` ones a plan that takes longer is never better. Where `rises` is on, what
+    the words say rises as the score falls.
     """
 
     name: str
@@ -40,16 +41,19 @@ class Objective(NamedTuple):
     words: Words
     priced: bool = False
     timed: bool = True
+    rises: bool = False
 
 
 _REGISTRY: dict[str, Objective] = {}
 
 
-def objective(name: str, words: Words, *, priced: bool = False, timed: bool = True) -> Callable[[Score], Score]:
+def objective(
+    name: str, words: Words, *, priced: bool = False, timed: bool = True, rises: bool = False
+) -> Callable[[Score], Score]:
     """Register a score that does not fall when step time, peak or price rise."""
 
     def register(score: Score) -> Score:
-        _REGISTRY[name] = Objective(name, score, words, priced, timed)
+        _REGISTRY[name] = Objective(name, score, words, priced, timed, rises)
         return score
 
     return register
@@ -67,7 +71,7 @@ def get(name: str) -> Objective:
     return _REGISTRY[name]
 
 
-@objective("throughput", lambda score, unit: rate(1 / score, unit))
+@objective("throughput", lambda score, unit: rate(1 / score, unit), rises=True)
 def throughput(of: Reckoned, terms: Terms) -> Amount:
     """Seconds per sample, or per token."""
     return of.step_s / of.units

@@ -204,6 +204,15 @@ class Search:
         self.complete = True
         return self.answer()
 
+    def begin_with(self, candidates: Iterable[Candidate]) -> None:
+        """Look at some candidates before all others, however long it takes: good ones rule others out."""
+        for candidate in candidates:
+            self._look(candidate, 0.0)
+
+    def looked_at(self, candidate: Candidate) -> Found | None:
+        """Put one candidate through the fast interpreter; None where another name of its plan has been."""
+        return self._evaluate(candidate)
+
     def _hopeless(self, bound: float, item: Candidate | Found) -> bool:
         """Whether a plan with this bound is neither better than the choice, nor as good and simpler.
 
@@ -505,6 +514,7 @@ class Search:
     def like(
         self,
         *,
+        cluster: Cluster | None = None,
         space: Space | None = None,
         objective: str = "",
         terms: Terms | None = None,
@@ -515,7 +525,7 @@ class Search:
         """Return a search that has not begun, of the same but for what is given; its state is new if it is not."""
         return Search(
             self.profile,
-            self.cluster,
+            cluster or self.cluster,
             space or self.space,
             lengths=self.lengths.values(),
             objective=objective or self.objective.name,

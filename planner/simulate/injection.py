@@ -46,6 +46,21 @@ def with_bandwidth(cluster: Cluster, factor: float) -> Cluster:
     )
 
 
+def with_memory(cluster: Cluster, factor: float) -> Cluster:
+    """Return the cluster with the memory of every device and host `factor` times as large."""
+    return msgspec.structs.replace(
+        cluster,
+        name=f"{cluster.name}, memory x {factor:g}",
+        devices=tuple(
+            msgspec.structs.replace(device, memory_bytes=int(device.memory_bytes * factor))
+            for device in cluster.devices
+        ),
+        hosts=tuple(
+            msgspec.structs.replace(host, memory_bytes=int(host.memory_bytes * factor)) for host in cluster.hosts
+        ),
+    )
+
+
 def _slower(link: Link, factor: float) -> Link:
     return msgspec.structs.replace(
         link,

@@ -1,4 +1,4 @@
-"""What keeps a plan from being faster: where its devices' time goes, the largest loss first."""
+"""What keeps a plan from being faster: where its devices' time goes, the largest share first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from planner.values.outcome import Outcome
 from planner.values.plan import Plan, windows
 from planner.values.trace import COMPUTE, LINK
 
-MOSTLY = 0.9
-"""Share of the devices' time from which on computing itself is what limits a plan, before all losses."""
-
 
 class Limit(NamedTuple):
-    """One loss: the share of all devices' time, and a sentence."""
+    """What takes a share of all devices' time, a loss or computing itself, and its words."""
 
     share: float
     text: str
@@ -61,11 +58,14 @@ def _beside(op: str) -> bool:
 
 
 def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
-    """Return the losses that matter (2 % of the devices' time and more), largest first; or that there is none."""
+    """Return what takes the devices' time, the largest share first: their own computing, and losses of 2 % and more."""
     trace = outcome.trace
     if not trace.events:
+        own = 1.0 - outcome.bubble - outcome.synchronising
         found = [Limit(outcome.bubble, _bubble(outcome)), Limit(outcome.synchronising, _synchronising(outcome, {}))]
-        return sorted(found, key=lambda limit: -limit.share)[: 1 + (min(outcome.bubble, outcome.synchronising) > 0.02)]
+        found = [limit for limit in found if limit.share > 0.02]
+        found.append(Limit(own, f"the devices' own work: {percent(own)} of their time"))
+        return sorted(found, key=lambda limit: -limit.share)
     count, whole = len(trace.devices), trace.end * len(trace.devices)
     computed = trace.computing
     busiest = max(range(count), key=lambda d: computed[d])
@@ -101,10 +101,15 @@ def limits(outcome: Outcome, cluster: Cluster) -> list[Limit]:
             )
         )
     own = sum(by_op.get(op, 0.0) for op, operation in OPERATIONS.items() if operation.computes) / whole
-    if found and own > MOSTLY:
+    if found:
         found.append(Limit(own, f"the layers' own computing: {percent(own)} of the devices' time"))
     found.sort(key=lambda limit: -limit.share)
     if not found:
         work = seconds(max(computed) / windows(outcome.plan))
         found.append(Limit(0.0, f"the layers' own computing: {work} of the {seconds(outcome.step_s)} step"))
     return found
+
+
+def bounded_by(outcome: Outcome, cluster: Cluster) -> str:
+    """Say the two largest shares of the devices' time."""
+    return "; and by ".join(limit.text for limit in limits(outcome, cluster)[:2])

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from planner.basis.units import percent, rate, seconds, size
-from planner.simulate.limits import limits
+from planner.simulate.limits import bounded_by
 from planner.values.outcome import Error, Outcome
 from planner.values.plan import Plan
 from reports.figures import (
@@ -143,7 +143,7 @@ def _sentences(report: Report) -> list[str]:
     speed = f"{outcome.plan} should train {known(numbers.throughput_samples_per_s, rate)}"
     speed += f" ({interval})" if interval else ""
     speed += f" at {known(numbers.step_s, seconds)} per step."
-    sentences = [speed, _memory_sentence(outcome), f"Limited by {limits(outcome, report.cluster)[0].text}."]
+    sentences = [speed, _memory_sentence(outcome), f"Limited by {bounded_by(outcome, report.cluster)}."]
     if report.measured is not None:
         error = relative(_error(report, report.measured))
         found = figures(report.measured)

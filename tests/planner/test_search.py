@@ -27,7 +27,7 @@ from planner.search.bounds import Bounds, bound
 from planner.search.choice import TIE, Merit
 from planner.search.cost import Terms, price_per_hour
 from planner.search.dominance import orders_by_seconds, slowing
-from planner.search.explain import _memory, cheapest_change, explain
+from planner.search.explain import _less_memory, cheapest_change, explain
 from planner.search.hiring import HIRES
 from planner.search.objective import Reckoned
 from planner.search.objective import get as objective_of
@@ -520,7 +520,7 @@ def test_less_memory_names_the_simplest_of_those_as_good() -> None:
     some = {"lack": 0.1 * best.lack, "exact": True}
     quick = msgspec.structs.replace(best, label="quick", score=1.5 * best.score, mechanisms=9, **some)
     simple = msgspec.structs.replace(best, label="simple", score=1.51 * best.score, mechanisms=1, **some)
-    assert "; simple needs 90.0 % less" in _memory(search, best, [], [quick, simple], sure=True)[1]
+    assert "simple needs 90.0 % less" in _less_memory(search, best, [quick, simple])[0]
 
 
 def test_everything_is_explained() -> None:

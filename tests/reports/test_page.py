@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from planner.basis.errors import ARTEFACT, PlanError
-from planner.simulate.limits import limits
+from planner.simulate.limits import bounded_by
 from planner.simulate.predict import simulate
 from planner.values.outcome import Comparison, Error, Outcome
 from planner.values.plan import Stage
@@ -296,8 +296,8 @@ def test_a_thinned_curve_keeps_its_peak() -> None:
 
 
 def test_the_verdict_says_what_limits_the_plan(whole: Report) -> None:
-    first = limits(whole.predicted, whole.ranking.cluster if whole.ranking else whole.profile.machine)[0]
-    assert f"Limited by {html.escape(first.text)}." in text_of(whole).replace("\xa0", " ")
+    bound = bounded_by(whole.predicted, whole.ranking.cluster if whole.ranking else whole.profile.machine)
+    assert f"Limited by {html.escape(bound)}." in text_of(whole).replace("\xa0", " ")
 
 
 def comparison(total: float, replay: float | None, noise: float = 0.01) -> Comparison:
