@@ -108,6 +108,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"stages: devices come in groups of {self.tensor * self._schedule.copies} per replica")
         if self.uneven and (self.chunks > 1 or self._schedule.copies > 1):
             raise ValueError("stages: only plain pipelines can have different numbers of devices per stage")
+        entangled = _entangled(self)
+        if entangled is not None:
+            raise ValueError(f"synchronisation: {entangled}")
         if synchronisation.get(self.synchronisation).server and not self.servers and self.replicas > 1:
             raise ValueError(f"servers: {self.synchronisation} needs devices or hosts that keep the parameters")
         if not self._dealt.once:
@@ -369,6 +372,27 @@ def actions(plan: Plan) -> int:
 def asynchronous(plan: Plan) -> bool:
     """Whether steps overlap: no flush, or a parameter server that nobody waits for."""
     return schedules.get(plan.schedule).asynchronous or synchronisation.get(plan.synchronisation).asynchronous
+
+
+def _entangled(plan: Plan) -> str | None:
+    """Return why replicas of a stage that take turns cannot agree as a plan has it, or None where they can.
+
+    In an agreement within the step one replica waits until another has had a later micro-batch. Where the order of
+    messages does not know of that, they wait for each other for ever. It knows of reductions beside computing.
+    """
+    agreed, each = synchronisation.get(plan.synchronisation), schedules.get(plan.schedule).updates == "microbatch"
+    if not plan.uneven:
+        return None
+    if each and agreed.shards:
+        does, others = "gathers parameters for every micro-batch", "all-reduce"
+    elif "gradients" in agreed.shards:
+        does, others = "reduces gradients after every micro-batch", "all-reduce or zero-1"
+    else:
+        return None
+    return (
+        f"{agreed.name} {does}, and replicas that take micro-batches in turn would wait for each other for ever; "
+        f"choose {others}, or give every stage as many devices"
+    )
 
 
 def shares_without_flush(plan: Plan) -> str | None:
