@@ -40,6 +40,10 @@ class Placed:
         self.cluster = cluster.only(plan.device_names)
         self.profile = tensor.split(profile, plan.groups, self.cluster)
 
+    def seen(self, speed: float) -> Profile:
+        """Return what a device of a speed sees of the model: its times over the speed are seconds, the wires' too."""
+        return tensor.split(self.whole, self.plan.groups, self.cluster, speed)
+
     def with_plan(self, plan: Plan) -> Placed:
         """Return another plan for the same devices in the same place."""
         return Placed(self.whole, plan, self.cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -82,8 +83,8 @@ class PriceList:
         self.profile, self.plan, self.cluster = placed.profile, placed.plan, placed.cluster
         self.ranges, self.holders, self.devices = placed.ranges, placed.holders, placed.devices
         self.groups, self.agreed, self.overlaps = placed.plan.groups, placed.synchronisation, placed.overlaps
-        stages = zip(self.ranges, placed.checkpoints, strict=True)
-        self.stages = [StageCosts(self.profile, layers, self.plan.samples, runs) for layers, runs in stages]
+        self.stages: dict[tuple[int, float], StageCosts] = {}
+        self.seen = cache(placed.seen)
         self.tables: dict[object, object] = {}
         self.choices: dict[tuple[tuple[int, ...], int], collectives.Choice] = {}
 
@@ -106,7 +107,7 @@ class PriceList:
             return np.full(len(QUANTILES), self.cluster.post_seconds(size))
         if op == REDUCE_ASYNC and not self.overlaps:  # what is sent beside computing needs the cores that compute
             return np.full(len(QUANTILES), self._reduced(op, stage).busy)
-        each = [self.stages[stage].spread(op, threads) / speed for speed, threads in self._speeds(row)]
+        each = [self._costs(stage, speed).spread(op, threads) / speed for speed, threads in self._speeds(row)]
         seconds: Spread = np.maximum.reduce(each)
         if op == OPTIMIZER:
             if "optimizer" in self.agreed.shards:
@@ -114,6 +115,13 @@ class PriceList:
             if self.plan.host_optimizer:
                 seconds = np.full(len(QUANTILES), self.on_host(stage, row))
         return seconds
+
+    def _costs(self, stage: int, speed: float) -> StageCosts:
+        """A stage's costs as a device of a speed sees them, before they are divided by it."""
+        if (stage, speed) not in self.stages:
+            own, runs = self.seen(speed), self.placed.checkpoints[stage]
+            self.stages[stage, speed] = StageCosts(own, self.ranges[stage], self.plan.samples, runs)
+        return self.stages[stage, speed]
 
     def message_bytes(self, op: str, edge: int) -> float:
         """Bytes of the messages that a receive `op` takes along an edge, by its number."""
@@ -236,24 +244,24 @@ class PriceList:
 
     def _reached(self, stage: int, *, forward: bool) -> list[float]:
         """Seconds after a pass's begin at which it reaches each of the stage's layers, in its own direction."""
-        layers, sums = self.ranges[stage], self._sums(forward=forward)
-        speed = min(self.devices[row].speed for row in self.holders[stage])
-        reached = sums[layers.start : layers.stop] / speed
+        layers, sums = self.ranges[stage], self._sums(stage, forward=forward)
+        reached = sums[layers.start : layers.stop]
         if forward:
             return [float(r) for r in reached - reached[0]]
-        ends = sums[layers.start + 1 : layers.stop + 1] / speed
+        ends = sums[layers.start + 1 : layers.stop + 1]
         return [float(e) for e in (ends[-1] - ends)[::-1]]
 
     def _pass_seconds(self, stage: int) -> float:
         """Seconds of the backward, or of its half, that gradients become ready in."""
-        layers, sums = self.ranges[stage], self._sums(forward=False)
-        speed = min(self.devices[row].speed for row in self.holders[stage])
-        return float(sums[layers.stop] - sums[layers.start]) / speed
+        layers, sums = self.ranges[stage], self._sums(stage, forward=False)
+        return float(sums[layers.stop] - sums[layers.start])
 
-    def _sums(self, *, forward: bool) -> Spread:
-        table = layer_table(self.profile, self.plan.samples, self.plan.threads)
+    def _sums(self, stage: int, *, forward: bool) -> Spread:
+        """Seconds of a pass up to each layer, on the slowest of a stage's devices."""
+        speed = min(self.devices[row].speed for row in self.holders[stage])
+        table = layer_table(self.seen(speed), self.plan.samples, self.plan.threads)
         sums = table.forward if forward else table.backward_weight if self._splits else table.backward
-        own: Spread = sums[MEDIAN]
+        own: Spread = sums[MEDIAN] / speed
         return own
 
     def tied_bytes(self, group: tuple[int, ...]) -> float:

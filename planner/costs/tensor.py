@@ -18,8 +18,11 @@ from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile
 _PASSES = {"forward": "forward", "recompute": "forward", "backward": "backward", "backward_input": "backward"}
 
 
-def split(profile: Profile, groups: collectives.Groups, cluster: Cluster) -> Profile:
+def split(profile: Profile, groups: collectives.Groups, cluster: Cluster, speed: float = 0.0) -> Profile:
     """Return the profile of one device of `groups`, which each split a stage's tensors between them.
+
+    A layer's times are divided by a device's `speed` later, what it sends is not: here it takes as much longer as that
+    will make it quicker. Without a speed it is that of the slowest device, so that it is never too long.
 
     Raises `PlanError` (exit 2) when no layer declares how it splits.
     """
@@ -37,15 +40,17 @@ def split(profile: Profile, groups: collectives.Groups, cluster: Cluster) -> Pro
     # All groups reduce at the same time; the slowest one's seconds hold for all.
     reduce = collectives.over(cluster, groups, collectives.ALL_REDUCE)
 
+    scale = speed or min(device.speed for device in cluster.devices)
+
     def make() -> Profile:
-        layers = tuple(_layer(layer, tensor, reduce) for layer in profile.layers)
+        layers = tuple(_layer(layer, tensor, reduce, scale) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.
         return msgspec.structs.replace(profile, layers=layers, whole=())
 
-    return memoised(profile, ("split", tensor, reduce.figures), make)
+    return memoised(profile, ("split", tensor, reduce.figures, scale), make)
 
 
-def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice) -> LayerProfile:
+def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice, scale: float) -> LayerProfile:
     how = layer.split
     if how is None:
         return layer
@@ -57,7 +62,7 @@ def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice) -> LayerProf
 
     def reduced(samples: int) -> float:
         known = min(outputs, key=lambda s: abs(s - samples))
-        return reduce.seconds(outputs[known] * samples / known)
+        return scale * reduce.seconds(outputs[known] * samples / known)
 
     def of(own: LayerTimes) -> LayerTimes:
         changed = {

@@ -74,6 +74,28 @@ def test_of_a_group_each_action_takes_as_long_as_on_its_slowest() -> None:
     assert alone == pytest.approx([6.0 + 4.0, 2.0 + 6.0])
 
 
+@pytest.mark.parametrize("speeds", [(0.5, 0.5), (2.0, 2.0), (2.0, 0.5)])
+def test_wires_are_as_quick_between_slow_devices(speeds: tuple[float, float]) -> None:
+    """Two layers of 12 / 2 seconds over the speed; each pass all-reduces 1000 bytes of two in 1000 / 1000 seconds."""
+    costs = profile([4.0] * 2, [8.0] * 2, split=Split(forward=1, backward=1))
+    own = msgspec.structs.replace(unequal(speeds), links=devices(2, bandwidth=1000.0).links)
+    step = 2 * (12.0 / 2 / min(speeds) + 2 * 1.0)
+    placed = Placed(costs, over(1), own)
+    assert simulate(costs, over(1), own).step_s == pytest.approx(step)
+    assert evaluate(placed).step_s == pytest.approx(step)
+    assert plan_bound(placed) <= step * (1 + 1e-9)
+
+
+def test_wires_are_as_quick_in_a_quick_stage_as_in_a_slow_one() -> None:
+    """One stage at half, one at twice the speed: 12 / 2 seconds over each, two all-reduces of 1 second each."""
+    costs = profile([4.0] * 2, [8.0] * 2, split=Split(forward=1, backward=1))
+    own = msgspec.structs.replace(unequal((0.5, 0.5, 2.0, 2.0)), links=devices(4, bandwidth=1000.0).links)
+    stages = tuple(Stage(layers=(f"layer{s}",), devices=(f"d{2 * s}", f"d{2 * s + 1}")) for s in range(2))
+    plan = over(1, stages=stages)
+    assert simulate(costs, plan, own).step_s == pytest.approx(12.0 + 2.0 + 3.0 + 2.0)
+    assert plan_bound(Placed(costs, plan, own)) <= 19.0
+
+
 @pytest.mark.parametrize("synchronisation", ["all-reduce", "zero-2"])
 def test_any_device_may_be_the_smallest(synchronisation: str) -> None:
     """Whichever of two replicas' four devices is small: what the plan holds is compared with it."""
@@ -182,8 +204,10 @@ def test_servers_serve_all_devices_of_a_group() -> None:
     st.sampled_from([1, 2]),
 )
 def test_bounds_of_unequal_groups_stay_below(speeds: list[float], memories: list[int], saving: str, depth: int) -> None:
-    costs: Profile = profile([2.0, 3.0], [3.0, 5.0], split=FREE, optimizer_s=1.0)
+    costs: Profile = profile([2.0, 3.0], [3.0, 5.0], split=Split(forward=1, backward=2), optimizer_s=1.0)
     cluster = unequal(speeds, memories, bandwidth=500.0)
+    wires = devices(4, bandwidth=2000.0).links
+    cluster = msgspec.structs.replace(cluster, links=(*wires, *cluster.links[1:]))
     replicas = 2 // depth
     own = (("layer0",), ("layer1",)) if depth == 2 else (("layer0", "layer1"),)
     names = [f"d{i}" for i in range(4)]
