@@ -207,7 +207,10 @@ def _windows(
 
 
 def agreeing(agreed: Synchronisation, share: float) -> tuple[float, float]:
-    """Return how often a stage's holders send gradients, and parameters, per step, if each is on another host."""
+    """Return how often a stage's holders send gradients, and parameters, per step, if each is on another host.
+
+    `share` are the micro-batches that each of them has: of a stage that is held twice, half of its replica's.
+    """
     if agreed.server:
         return 0.0, 0.0
     if "parameters" in agreed.shards:

@@ -124,7 +124,7 @@ class Bounds:
         work = np.append(both[:-2], both[-1])  # the loss is the last stage's
         of, quicker = layers_bytes(profile), self.seams / speed
         served = agreed.server == "devices" and schedule.trains
-        reduced, gathered = any_cut.agreeing(agreed, share)
+        reduced, gathered = any_cut.agreeing(agreed, share / schedule.copies)
         if not schedule.trains:
             reduced, gathered = 0.0, 0.0
         begin = 0.0

@@ -104,7 +104,7 @@ def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreein
         return []
     places = {host: number for number, host in enumerate(outward(placed.cluster))}
     host_of = placed.cluster.routes.host_of
-    reduced, gathered = any_cut.agreeing(agreed, plan.microbatches // plan.replicas)
+    reduced, gathered = any_cut.agreeing(agreed, plan.microbatches // plan.replicas / placed.schedule.copies)
     found = []
     for s, layers in enumerate(placed.ranges):
         held = [[places[host_of[name]] for name in plan.groups[row]] for row in placed.holders[s]]

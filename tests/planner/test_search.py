@@ -395,6 +395,19 @@ def test_savings_are_asked_what_they_do_not_what_they_are_called(
     assert said("my-") == (found, slow)
 
 
+@pytest.mark.parametrize("gradients", [1.0, 2.0])
+def test_holders_of_a_stage_that_is_held_twice_agree_once_for_their_own_microbatches(gradients: float) -> None:
+    """Two pipelines that run against each other take half of the micro-batches each, so shards pass half as often."""
+    costs, cluster = profile([0.1] * 4, bytes_=[4000] * 4, gradients=gradients), hosts_of(4, 1, nic=200.0)
+    of = space(costs, cluster, 8, strategies=("chimera",), replicas=(2,), savings=((),), synchronisations=("zero-3",))
+    bounds, found = Bounds(costs, cluster), made(costs, cluster, of)
+    assert found
+    for candidate, plan in found:
+        step = simulated_step(Placed(costs, plan, cluster)) * (1 + 1e-9)
+        assert plan_bound(Placed(costs, plan, cluster)) <= step, plan
+        assert bounds.sends(candidate) <= step, candidate
+
+
 def example(**changes: Any) -> tuple[Profile, Cluster, Space]:
     """Four layers on four devices that share a link: some strategies do not fit, and sharing decides."""
     costs = profile([1.0, 2.0, 1.0, 3.0], message_bytes=500)
