@@ -87,6 +87,7 @@ def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "cluster",
             "batch_samples",
             "batches_samples",
+            "hires",
             "tokens_per_sample",
             "complete",
             "left_out_better_by_at_most",
