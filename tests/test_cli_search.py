@@ -95,7 +95,7 @@ def test_a_search_as_json(capsys: pytest.CaptureFixture[str]) -> None:
             "evaluated",
             "best",
         ),
-        *("plans", "pareto"),
+        *("plans", "pareto", "hires"),
         *("simulated_with_contention", "search_s", "plans_per_s", "explanation", "families", "estimated"),
         *("run_best", "run_best_why_not_best", "time_against_cost", "time_against_cost_complete"),
     } == set(found)

@@ -46,10 +46,8 @@ def words(cluster: Cluster, counts: Sequence[int], tried: Sequence[str]) -> str:
     front = f"the front of time against cost also has those of the {' and the '.join(HIRES[1:])} hosts"
     if set(tried) <= {FASTEST}:
         return f"hosts' prices differ: of each number of devices only the fastest were tried; {front}"
-    return (
-        f"hosts' prices differ: of each number of devices the {', '.join(map(named, tried))} were tried, "
-        "no other mix of hosts"
-    )
+    every = " and the ".join(map(named, tried))
+    return f"hosts' prices differ: of each number of devices the {every} were tried, no other mix of hosts"
 
 
 def named(hire: str) -> str:
