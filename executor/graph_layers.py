@@ -138,8 +138,9 @@ class Cutter:
 
         inner = [one for one in call.calls if narrow(one.start)]
         opened = {id(one): list(self._inside(one)) for one in inner if narrow(one.stop)}
-        listed = sum(isinstance(self._parent(one.path), LISTS) for one in inner)
-        if not root and listed < 2 and not any(opened.values()):
+        listed = [one for one in call.calls if isinstance(self._parent(one.path), LISTS)]
+        chain = len(listed) > 1 and all(narrow(one.start) for one in listed)  # branches of a list are no chain
+        if not root and not chain and (listed or not any(opened.values())):
             return
         for one in inner:
             yield one.start, one.path
