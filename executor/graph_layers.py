@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from executor.capture import Captured
+from executor.layer import Layer
 from executor.opaque import OPAQUE
 
 SAMPLES = "samples"
@@ -32,22 +33,6 @@ class Call:
     start: int
     stop: int = 0
     calls: list[Call] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of steps that is a layer, with the names of the values that it reads and makes.
-
-    `ambient` are the names of what it reads of nobody (`executor.capture`), `changes` those of its inputs into which
-    it writes.
-    """
-
-    name: str
-    module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    ambient: tuple[str, ...]
-    changes: tuple[str, ...]
 
 
 class Cutter:
@@ -195,7 +180,7 @@ class Cutter:
         early = [node for node in self.captured.inputs if node not in self.late]
         return [node for node in (*early, *self.steps[:cut]) if self.last[node] >= cut]
 
-    def pieces(self) -> list[Piece]:
+    def layers(self) -> list[Layer]:
         """Return the model's layers; the last one's outputs are what the loss reads."""
         cuts = self.cuts()
         bounds = [*(at for at, _ in cuts), self.end]
@@ -204,15 +189,15 @@ class Cutter:
             nodes = self.steps[start:stop]
             behind = self.passing(stop) or [self.captured.loss]
             made = behind if stop == self.end else [node for node in nodes if self.last[node] >= stop]
-            found.append(self._piece(name, nodes, self._read(nodes, made), made))
+            found.append(self._layer(name, nodes, self._read(nodes, made), made))
         return found
 
-    def loss(self) -> Piece:
+    def loss(self) -> Layer:
         """Return the loss as a layer that reads what the last one makes, and then the targets."""
         loss = self.captured.loss
         targets = (*self.late, *self.captured.targets)
         taken = [*(self.passing(self.end) or [loss]), *targets]
-        return self._piece("loss", self.steps[self.end :], taken, [loss])
+        return self._layer("loss", self.steps[self.end :], taken, [loss])
 
     def _read(self, nodes: Iterable[fx.Node], made: list[fx.Node]) -> list[fx.Node]:
         """Return the values of other layers that nodes read, or that pass among what they make."""
@@ -220,12 +205,12 @@ class Cutter:
         read = dict.fromkeys([*(arg for node in nodes for arg in node.all_input_nodes), *made])
         return [node for node in read if node not in inside and (node in self.place or node in self.captured.inputs)]
 
-    def _piece(self, name: str, nodes: Iterable[fx.Node], taken: list[fx.Node], made: list[fx.Node]) -> Piece:
+    def _layer(self, name: str, nodes: Iterable[fx.Node], taken: list[fx.Node], made: list[fx.Node]) -> Layer:
         inside, owner = set(nodes), self.captured.owner
         builder = _Builder(self.captured)
         module = builder.build(nodes, taken, made)
         changed = {of for node, of in self.captured.changed.items() if node in inside}
-        return Piece(
+        return Layer(
             name=name,
             module=module,
             inputs=tuple(node.name for node in taken),

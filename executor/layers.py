@@ -17,28 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from executor.batch import Drawn, tensors
 from executor.capture import EXAMPLE, capture
-from executor.graph_layers import SAMPLES, Cutter, Piece
+from executor.graph_layers import SAMPLES, Cutter
+from executor.layer import Layer
 from executor.model_file import ModelFile
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
 
 MODEL_INPUT = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One layer: called with the tensors named `inputs`, it returns those named `outputs`.
-
-    Behind the inputs it takes what is `ambient`, which no layer makes (`LayeredModel.ambient`). Into the inputs that it
-    `changes` it writes: they must be nobody else's.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    ambient: tuple[str, ...] = ()
-    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,13 +227,13 @@ def on(module: nn.Module, device: torch.device) -> nn.Module:
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
-                if isinstance(node.kwargs.get("device"), torch.device):
-                    node.kwargs = {**node.kwargs, "device": device}
+                node.args, node.kwargs = (
+                    fx.node.map_aggregate(given, lambda a: device if isinstance(a, torch.device) else a)
+                    for given in (node.args, node.kwargs)
+                )
             part.recompile()
-    moved: dict[int, torch.Tensor] = {}  # a buffer that several layers hold stays one
-    keep = list(module.buffers())
-    module._apply(lambda tensor: moved.setdefault(id(tensor), tensor.to(device)))
-    del keep
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
+    module._apply(lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
     return module
 
 
@@ -270,10 +255,7 @@ def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
 def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
     captured = capture(file, model, drawn)
     cutter = Cutter(captured, model)
-    layers = [
-        Layer(name=p.name, module=p.module, inputs=p.inputs, outputs=p.outputs, ambient=p.ambient, changes=p.changes)
-        for p in cutter.pieces()
-    ]
+    layers = cutter.layers()
     layers[-1] = replace(layers[-1], outputs=())
     every = {node.name: cutter.batched(node) for node in (*captured.inputs, *captured.targets, *captured.steps)}
     batched = {name: found for name, found in every.items() if found is not None}
@@ -292,15 +274,15 @@ def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
 class _CapturedLoss(nn.Module):
     """The part of a captured graph that is the loss: of what the last layer returns and of the targets' tensors."""
 
-    def __init__(self, piece: Piece, surroundings: Surroundings) -> None:
+    def __init__(self, layer: Layer, surroundings: Surroundings) -> None:
         super().__init__()
-        self.module, self.piece, self.surroundings = piece.module, piece, surroundings
+        self.module, self.layer, self.surroundings = layer.module, layer, surroundings
 
     def forward(self, result: Any, targets: Any) -> torch.Tensor:
         """Return the loss."""
-        values = dict(zip(self.piece.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
-        around = self.surroundings.around(self.piece.ambient, values)
-        loss: torch.Tensor = self.module(*values.values(), *(around[name] for name in self.piece.ambient))
+        values = dict(zip(self.layer.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
+        around = self.surroundings.around(self.layer.ambient, values)
+        loss: torch.Tensor = self.module(*values.values(), *(around[name] for name in self.layer.ambient))
         return loss
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
-from executor.layers import Layer, LayeredModel, StageModule, as_tuple, on
+from executor.layer import Layer
+from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
 from executor.user_code import explained
 

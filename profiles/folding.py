@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.layers import Layer, LayeredModel, as_tuple
+from executor.layer import Layer
+from executor.layers import LayeredModel, as_tuple
 
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 _KEPT = 3

@@ -10,7 +10,7 @@ import torch
 
 from executor import averaging
 from executor.agreement import agree
-from executor.layers import LayeredModel, cut
+from executor.layers import LayeredModel, cut, on
 from executor.model_file import load
 from planner.basis.errors import PlanError
 from planner.cli.profile import _notes
@@ -164,6 +164,15 @@ def test_what_stays_whole_and_what_nothing_reads_is_said() -> None:
     file = load(f"{MODELS}:kept")
     parts = cut(file, file.build(0))
     assert set(parts.unheld()) == {"unread", "unused.weight", "unused.bias"}
+
+
+def test_a_captured_stage_makes_its_tensors_where_it_is() -> None:
+    """Masks and positions are captured on the CPU; a stage that is moved makes them on its own device."""
+    parts = layered(f"{MODELS}:fields")
+    stage = on(parts.stage(range(len(parts.layers))), torch.device("meta"))
+    result = stage(torch.zeros(2, 5, dtype=torch.long, device="meta"), torch.zeros(2, 5, device="meta"))
+    assert result.device.type == "meta"
+    assert all(tensor.is_meta for tensor in (*stage.parameters(), *stage.buffers()))
 
 
 def test_batches_depend_on_the_seed_alone() -> None:

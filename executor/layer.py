@@ -1,0 +1,23 @@
+"""A layer: a module and the names of the values that it takes and makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer: called with the tensors named `inputs`, it returns those named `outputs`.
+
+    Behind the inputs it takes what is `ambient`, which no layer makes (`LayeredModel.ambient`). Into the inputs that it
+    `changes` it writes: they must be nobody else's.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ambient: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
