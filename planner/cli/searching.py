@@ -125,7 +125,7 @@ def run(
     )
     store.save_ranking(ranking)
     rented, enough = cost_front(searching, seconds=min(question.seconds, FRONT_S + answer.seconds))
-    shown = sorted(outcomes, key=lambda o: searching.score(o.plan, o.step_s, o.peak_bytes))
+    shown = sorted(outcomes, key=lambda o: searching.scoring.of(o.plan, o.step_s, o.peak_bytes))
     rows = tables.arranged(shown, sort, words)
     if json:
         data = answers.as_data(searching, answer, outcomes, rows, rented)
@@ -189,7 +189,11 @@ def _searched(store: Store, searching: Search, profile: str, budget: float, othe
 
         def told(progress: Progress) -> None:
             left = progress.remaining_s * progress.per_second
-            best = f"best {progress.best}, {searching.words(progress.score)}" if progress.best else "nothing fits yet"
+            best = (
+                f"best {progress.best}, {searching.scoring.words(progress.score)}"
+                if progress.best
+                else "nothing fits yet"
+            )
             bar.update(
                 task,
                 description=f"{progress.per_second:.0f} plans/s, {best}",

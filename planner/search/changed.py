@@ -158,8 +158,8 @@ def _answer(search: Search, best: Found, found: There) -> str:
         return text
     if tie:
         decider = chosen.merit.decider(mine.merit)
-        return f"{text}, as good as {best.label} with {search.words(mine.score)}, a tie that goes to {decider}"
-    return f"{text}, against {search.words(mine.score)} of {best.label}"
+        return f"{text}, as good as {best.label} with {search.scoring.words(mine.score)}, a tie that goes to {decider}"
+    return f"{text}, against {search.scoring.words(mine.score)} of {best.label}"
 
 
 def _figure(search: Search, found: There) -> str:
@@ -167,10 +167,10 @@ def _figure(search: Search, found: There) -> str:
     chosen = found.best
     assert chosen is not None, "there is an answer"
     if found.sure:
-        return search.words(chosen.score)
+        return search.scoring.words(chosen.score)
     bound = "at least" if search.objective.rises == chosen.exact else "at most"
     unshared = "" if chosen.exact else ", what its devices share left out"
-    return f"{bound} {search.words(chosen.score)}{unshared}"
+    return f"{bound} {search.scoring.words(chosen.score)}{unshared}"
 
 
 def _keep(search: Search, found: Found) -> None:

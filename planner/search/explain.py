@@ -86,7 +86,7 @@ def _what(search: Search, outcome: Outcome, found: Found, answer: Answer, rank: 
     devices = len(plan.device_names)
     worst = max(range(len(outcome.peak)), key=lambda d: outcome.peak[d].total / outcome.capacity_bytes[d])
     held = size(outcome.peak[worst].total)
-    words = search.words(search.score(plan, outcome.step_s, outcome.peak_bytes))
+    words = search.scoring.words(search.scoring.of(plan, outcome.step_s, outcome.peak_bytes))
     on = "1 device" if devices == 1 else f"{devices} devices"
     checked = f"{answer.evaluated:,} of {answer.points:,} candidates evaluated, {answer.certainty}"
     if not answer.complete:

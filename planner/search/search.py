@@ -18,24 +18,22 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from planner.basis.errors import PlanError
 from planner.costs.placed import Placed
 from planner.placement import savings
-from planner.search import objective as objectives
 from planner.search.answer import Answer, Found, Progress, State, pareto
 from planner.search.bounds import Bounds
-from planner.search.choice import TIE, choose
-from planner.search.cost import Terms, least_price_per_hour, price_per_hour
+from planner.search.cost import Terms, price_per_hour
 from planner.search.dominance import by_least, dominated, orders_by_seconds, slowing
 from planner.search.hiring import HIRES
 from planner.search.making import Plans
-from planner.search.objective import Reckoned
 from planner.search.order import ordered
 from planner.search.plan_bounds import plan_bound, plan_lack
+from planner.search.scoring import Scoring
 from planner.search.simplicity import identity, mechanisms
 from planner.search.space import Block, Candidate, Space, blocks
+from planner.search.standings import Standings
 from planner.search.tally import Tally
 from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import Evaluation, evaluate
@@ -43,8 +41,6 @@ from planner.values.cluster import Cluster
 from planner.values.plan import Plan, actions, asynchronous
 from planner.values.profile import Profile
 
-LEADERS = 12
-"""Plans that a search keeps beside the best."""
 LARGER = 4
 """Of the plans that are ruled out as too large before they are made so many are looked at in the end."""
 ACTIONS = 100_000
@@ -96,8 +92,8 @@ class Search:
         self.able, self.allowed = able, allowed
         self.profile, self.cluster, self.space = profile, cluster, space
         self.lengths = {one.sequence: one for one in lengths}
-        self.objective, self.terms, self.stale = objectives.get(objective), terms or Terms(space.units), stale
-        objectives.check(self.objective, self.terms, cluster)
+        self.scoring, self.stale = Scoring(objective, terms or Terms(space.units), cluster, space.unit), stale
+        self.objective, self.terms = self.scoring.objective, self.scoring.terms
         self.state = state or State(question="")
         money = self.objective.priced or self.terms.budget is not None
         every = space._replace(hires=space.hires or (HIRES if money else ()))
@@ -110,7 +106,9 @@ class Search:
         """Candidates that were put aside, as no plan of theirs fits: how much they lack at least, a heap."""
         self.aside = set[Candidate]()
         on_host = any(savings.states_on_host(chosen) for chosen in space.savings)
-        self.order, self.large = ordered(self.blocks, self._bounds_of, self._least_scores, on_host=on_host, stale=stale)
+        self.order, self.large = ordered(
+            self.blocks, self._bounds_of, self.scoring.least_of, on_host=on_host, stale=stale
+        )
         self.slowing = frozenset.intersection(
             *(slowing(self.lengths.get(n, profile), cluster) for n in space.sequences)
         )
@@ -121,25 +119,11 @@ class Search:
         """The key of the candidate that first was each plan."""
         self.tally = Tally(self.blocks, space.savings, stale=stale)
         self.queue: list[tuple[float, int, str, Candidate | Found | _Unmade]] = []
-        self.leaders: list[Found] = []
-        self.tied: list[Found] = []
-        self.choice: Found | None = None
-        """The best so far: the simplest of those that are as good as the quickest."""
-        self.spared: list[tuple[float, Candidate | Found, bool]] = []
-        """What was left out though it could be a little better: a bound, and whether its plan's savings are queued."""
-        self.hopes: list[Found] = []
-        self.nearest: list[Found] = []
-        self.late: list[Found] = []
+        self.standings = Standings()
         self.frontier = 0.0
         self.seen = self.evaluated = self.simulated = 0
         self.began = time.monotonic()
         self.complete = False
-
-    def _least_scores(self, block: Block, seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return scores that a block's points cannot beat, as little as these seconds; infinite off the terms."""
-        price, units = least_price_per_hour(self.cluster, block.point.devices), block.point.units
-        score = self.objective.score(Reckoned(seconds, 0.0, price, units), self.terms)
-        return np.where(self.terms.met(seconds, units, price), score, np.inf)
 
     def _bounds_of(self, point: Candidate) -> Bounds:
         """Bounds for plans of a point's length on the devices that it hires."""
@@ -147,21 +131,6 @@ class Search:
         if key not in self.bounds:
             self.bounds[key] = Bounds(self.profile_of(point), point.offered(self.cluster))
         return self.bounds[key]
-
-    @property
-    def best(self) -> float:
-        """The best score that is certain so far."""
-        return self.leaders[0].score if self.leaders else float("inf")
-
-    @property
-    def reach(self) -> float:
-        """The score from which on nothing is as good as the best that is certain."""
-        return self.best * (1 + TIE)
-
-    @property
-    def floor(self) -> float:
-        """The score from which on nothing is better than the choice by more than what a prediction can tell."""
-        return self.choice.score / (1 + TIE) if self.choice else float("inf")
 
     def run(self, tell: Callable[[Progress], None] = lambda progress: None, *, seconds: float = float("inf")) -> Answer:
         """Search until nothing can be better, or for so many seconds; `tell` is called about ten times a second."""
@@ -178,7 +147,7 @@ class Search:
                 _, number, m = self.large.pop()
                 self._open(0.0, number, m)
                 continue
-            if self.frontier >= self.reach or self.frontier == float("inf"):
+            if self.frontier >= self.standings.reach or self.frontier == float("inf"):
                 if self._take_up():
                     continue
                 break
@@ -196,8 +165,8 @@ class Search:
                 self._begin(score, item.candidate)
             elif isinstance(item, Candidate):
                 self._look(item, score)
-            elif self._hopeless(score, item):
-                self._spare(score, item)
+            elif self.standings.hopeless(score, item):
+                self.standings.spare(score, item)
             else:
                 self._look_closer(item)
         self._look_at_larger()
@@ -213,58 +182,32 @@ class Search:
         """Put one candidate through the fast interpreter; None where another name of its plan has been."""
         return self._evaluate(candidate)
 
-    def _hopeless(self, bound: float, item: Candidate | Found) -> bool:
-        """Whether a plan with this bound is neither better than the choice, nor as good and simpler.
-
-        Before a plan is made only its mechanisms are known: one with as many is not looked at for its memory.
-        """
-        if bound == float("inf") or self.choice is None:
-            return bound == float("inf")
-        if bound >= self.reach or bound < self.floor:
-            return bound >= self.reach
-        if isinstance(item, Candidate):
-            return item.mechanisms >= self.choice.mechanisms
-        return (item.mechanisms, False, item.peak_bytes) >= self.choice.merit.simplicity
-
-    def _spare(self, bound: float, item: Candidate | Found, *, opened: bool = True) -> None:
-        """Leave out what is hopeless now; it is taken up where another choice makes it worth a look."""
-        if bound < self.reach:
-            self.spared.append((bound, item, opened))
-
     def _take_up(self) -> bool:
         """Take up what was left out and is not hopeless any more, as the choice is another one; return if any was."""
-        waiting, self.spared = self.spared, []
         before = len(self.queue)
-        for bound, item, opened in waiting:
-            if self._hopeless(bound, item):
-                self._spare(bound, item, opened=opened)
-            elif opened:
+        for bound, item, opened in self.standings.taken_up():
+            if opened:
                 self._push(bound, item)
             else:
                 assert isinstance(item, Candidate), "what has been evaluated was opened before"
                 self._begin(bound, item)
         return len(self.queue) > before
 
-    @property
-    def margin(self) -> float | None:
-        """By what share something that was left out could be better than the choice, at most; None if unknown."""
-        least = min((self.frontier, *(bound for bound, *_ in self.spared)))
-        return max(0.0, self.choice.score / least - 1) if self.choice and least > 0 else None
-
     def _lacks_less(self) -> bool:
         """Whether nothing has been found that fits, and a point that cannot might lack less than what has been seen."""
-        if self.leaders or self.late or not (self.large or self.larger):
+        found = self.standings
+        if found.leaders or found.late or not (self.large or self.larger):
             return False
         least = min([*(own[0] for own in self.large[-1:]), *(own[0] for own in self.larger[:1])])
-        return not self.nearest or least < self.nearest[0].lack
+        return not found.nearest or least < found.nearest[0].lack
 
     def _open(self, bound: float, number: int, m: int) -> None:
         """Put a point of a block in the queue with its plan's own bound, however it agrees and wherever it stands."""
         block = self.blocks[number]
         for candidate in block.at(block.ms[m], tuple(self.savings)):
-            least = max(bound, self._score(candidate, self._bounds_of(candidate).sends(candidate)))
-            if self._hopeless(least, candidate):
-                self._spare(least, candidate, opened=False)
+            least = max(bound, self.scoring.least(candidate, self._bounds_of(candidate).sends(candidate)))
+            if self.standings.hopeless(least, candidate):
+                self.standings.spare(least, candidate, opened=False)
             elif least > bound:  # what promises more is looked at before it
                 heapq.heappush(self.queue, (least, len(candidate.savings), candidate.key, _Unmade(candidate)))
             else:
@@ -272,24 +215,24 @@ class Search:
 
     def _begin(self, bound: float, candidate: Candidate) -> None:
         """Put a candidate that saves least in the queue, and those that save more if it says nothing of them."""
-        if self._hopeless(bound, candidate):
-            return self._spare(bound, candidate, opened=False)
+        if self.standings.hopeless(bound, candidate):
+            return self.standings.spare(bound, candidate, opened=False)
         least = max(bound, self._takes(candidate))
         if self._cannot_fit(candidate):
             return self._save(candidate, bound)
-        if self._hopeless(least, candidate):
-            self._spare(least, candidate)
+        if self.standings.hopeless(least, candidate):
+            self.standings.spare(least, candidate)
             return self._save(candidate, bound)
         try:
             placed = self.plans.placed(candidate)
-            own = max(least, self.score(placed.plan, plan_bound(placed), 0.0))
+            own = max(least, self.scoring.of(placed.plan, plan_bound(placed), 0.0))
             recut = self.plans.squeezed(candidate, placed)
         except PlanError as error:
             return self._impossible(candidate, f"{error.what}: {error.why}")
         if recut or self.quickening:  # what saves is cut otherwise: what this plan takes says nothing about it
             self._save(candidate, bound)
-        if self._hopeless(own, candidate):
-            return self._spare(own, candidate)
+        if self.standings.hopeless(own, candidate):
+            return self.standings.spare(own, candidate)
         return self._push(own, candidate)
 
     def _cannot_fit(self, candidate: Candidate) -> bool:
@@ -316,13 +259,13 @@ class Search:
 
     def _look_at_larger(self) -> None:
         """Look at those that lack least of what was put aside without a plan: a person asks what memory would buy."""
-        if not self.leaders:
+        if not self.standings.leaders:
             return
         wanted = LARGER
         for _, key in heapq.nsmallest(4 * LARGER, self.larger):
             try:
                 candidate, placed = Candidate.parse(key), self.plans.placed(Candidate.parse(key))
-                if wanted and self.score(placed.plan, plan_bound(placed), 0.0) < self.best:
+                if wanted and self.scoring.of(placed.plan, plan_bound(placed), 0.0) < self.standings.best:
                     self.state.done[key] = self._found(candidate, placed, evaluate(placed))
                     wanted -= 1
             except PlanError:
@@ -330,12 +273,7 @@ class Search:
 
     def _takes(self, candidate: Candidate) -> float:
         """Return the least score of a candidate's plan that fits, by what it computes, saves and keeps."""
-        return self._score(candidate, self._bounds_of(candidate).takes(candidate))
-
-    def _score(self, candidate: Candidate, seconds: float) -> float:
-        """Return the least score of a candidate's plan that takes so many seconds at least."""
-        price = least_price_per_hour(self.cluster, candidate.devices)
-        return float(self.objective.score(Reckoned(seconds, 0.0, price, candidate.units), self.terms))
+        return self.scoring.least(candidate, self._bounds_of(candidate).takes(candidate))
 
     def _push(self, score: float, item: Candidate | Found) -> None:
         """Put a candidate, or one that has been looked at, in the queue: of equals the one that saves least first."""
@@ -349,8 +287,8 @@ class Search:
 
     def _look(self, candidate: Candidate, bound: float) -> None:
         """Put one candidate through the fast interpreter, and those that save more than it in the queue."""
-        if self._hopeless(bound, candidate):
-            return self._spare(bound, candidate)
+        if self.standings.hopeless(bound, candidate):
+            return self.standings.spare(bound, candidate)
         if self._dominated(candidate):
             return None
         found = self.state.done.get(candidate.key)
@@ -376,12 +314,12 @@ class Search:
         self.known[candidate.bare].append((frozenset(candidate.savings), found))
         if found.lack > 1:
             if not found.outlined:
-                self.nearest = _least(self.nearest, found, lambda f: (f.lack, f.score))
+                self.standings.lacking(found)
         elif found.late:
             self._too_late(found)
         else:
-            self.hopes = _least(self.hopes, found, lambda f: (f.score, f.key))
-            if found.exact or found.score < WORTH_A_LOOK * self.best:
+            self.standings.hoped(found)
+            if found.exact or found.score < WORTH_A_LOOK * self.standings.best:
                 self._look_closer(found)
             else:
                 self._push(found.score, found)
@@ -395,51 +333,51 @@ class Search:
             least = max(bound, found.score) if slower and found is not None and not found.stale else bound
             more = candidate._replace(savings=saved)
             least = max(least, self._takes(more))
-            if self._hopeless(least, more):
-                self._spare(least, more)
+            if self.standings.hopeless(least, more):
+                self.standings.spare(least, more)
             elif not self._dominated(more):
                 self._push(least, more)
 
     def _look_closer(self, found: Found) -> None:
         """Put a candidate that could be the best through SimPy."""
         exact = found if found.exact else self.exact(found)
-        if exact.score <= self.reach and not exact.runnable:
+        if exact.score <= self.standings.reach and not exact.runnable:
             exact = msgspec.structs.replace(exact, runnable=self.able(self.plan(exact)))
         self.state.done[found.key] = exact
         if exact.late:
             self._too_late(exact)
             return
-        self.leaders = _least(self.leaders, exact, lambda f: (f.score, f.key))
-        self.tied = [f for f in (*self.tied, exact) if f.score <= self.reach]
-        self.choice = choose([(f.merit, f) for f in self.tied]) if self.tied else None
+        self.standings.certain(exact)
 
     def _too_late(self, found: Found) -> None:
         self.tally.late(found)
-        self.late = _least(self.late, found, lambda f: (f.unit_s, f.key))
+        self.standings.too_late(found)
 
     def _dominated(self, candidate: Candidate) -> bool:
         """Whether the same plan with fewer savings says enough (`planner.search.dominance`)."""
         known = self.known[candidate.bare]
-        return self.objective.timed and dominated(candidate, known, self.slowing, self.reach, stale=self.stale)
+        return self.objective.timed and dominated(
+            candidate, known, self.slowing, self.standings.reach, stale=self.stale
+        )
 
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """One candidate through the fast interpreter; None where another name of its plan has been, or it may not."""
         try:
             if savings.behind_cut(candidate.savings):
                 plan, seconds = self.plans.before_choice(candidate)
-                own = self.score(plan, seconds, 0.0)
-                if own < float("inf") and self._hopeless(own, candidate):
-                    self._spare(own, candidate)
+                own = self.scoring.of(plan, seconds, 0.0)
+                if own < float("inf") and self.standings.hopeless(own, candidate):
+                    self.standings.spare(own, candidate)
                     return None
             placed = self.plans.placed(candidate)
             plan = placed.plan
             if not self.allowed(plan) or self.same.setdefault(hash(identity(plan)), candidate.key) != candidate.key:
                 return None
-            own = self.score(plan, plan_bound(placed), 0.0)
-            if candidate.savings and self._hopeless(own, candidate):
-                self._spare(own, candidate)
+            own = self.scoring.of(plan, plan_bound(placed), 0.0)
+            if candidate.savings and self.standings.hopeless(own, candidate):
+                self.standings.spare(own, candidate)
                 return None
-            if self.leaders and plan_lack(placed) > 1:
+            if self.standings.leaders and plan_lack(placed) > 1:
                 return self._too_large(candidate, placed, own)
             evaluation = evaluate(placed)
         except PlanError as error:
@@ -456,10 +394,10 @@ class Search:
             family=candidate.family,
             label=str(plan),
             stale=asynchronous(plan),
-            late=self._late(plan, step_s),
+            late=self.scoring.late(plan, step_s),
             mechanisms=len(mechanisms(plan)),
             price_per_hour=price_per_hour(self.cluster, plan.device_names),
-            score=self.score(plan, step_s, float(max(peaks))),
+            score=self.scoring.of(plan, step_s, float(max(peaks))),
             step_s=step_s,
             peak_bytes=float(max(peaks)),
             lack=lack,
@@ -485,21 +423,6 @@ class Search:
             outlined=True,
         )
 
-    def score(self, plan: Plan, step_s: float, peak: float) -> float:
-        """Return the objective's score of a plan with this step time and peak; less is better."""
-        price = price_per_hour(self.cluster, plan.device_names)
-        return float(self.objective.score(Reckoned(step_s, peak, price, self._units(plan)), self.terms))
-
-    def words(self, score: float) -> str:
-        """Say a score."""
-        return self.objective.words(score, self.space.unit)
-
-    def _units(self, plan: Plan) -> int:
-        return plan.units if self.space.unit == "token" else plan.batch
-
-    def _late(self, plan: Plan, step_s: float) -> bool:
-        return not self.terms.met(step_s, self._units(plan), price_per_hour(self.cluster, plan.device_names))
-
     def exact(self, found: Found) -> Found:
         """The same plan with what it shares, through SimPy."""
         plan = self.plan(found)
@@ -507,8 +430,8 @@ class Search:
             return found
         step_s = simulated_step(self.plans.placed(Candidate.parse(found.key)))
         self.simulated += 1
-        score = self.score(plan, step_s, found.peak_bytes)
-        late = self._late(plan, step_s)
+        score = self.scoring.of(plan, step_s, found.peak_bytes)
+        late = self.scoring.late(plan, step_s)
         return msgspec.structs.replace(found, step_s=step_s, score=score, exact=True, late=late)
 
     def like(
@@ -548,15 +471,16 @@ class Search:
     def progress(self) -> Progress:
         """How far it is."""
         spent = max(1e-9, time.monotonic() - self.began)
-        hoped = self.hopes[0].score if self.hopes else float("inf")
+        hopes = self.standings.hopes
+        hoped = hopes[0].score if hopes else float("inf")
         rest = int(np.searchsorted(self.order.scores, hoped)) - self.seen + len(self.queue)
         return Progress(
             seen=self.seen,
             points=len(self.order.scores),
             per_second=self.evaluated / spent,
             remaining_s=rest * spent / max(1, self.evaluated),
-            best=self.hopes[0].label if self.hopes else "",
-            score=self.hopes[0].score if self.hopes else float("inf"),
+            best=hopes[0].label if hopes else "",
+            score=hoped,
         )
 
     def answer(self) -> Answer:
@@ -566,24 +490,21 @@ class Search:
             for f in self.state.done.values()
             if f.label and f.lack <= 1 and not f.late and (self.stale or not f.stale)
         )
-        known = {f.key: self.state.done[f.key] for f in (*self.leaders, *self.hopes)}
-        leaders = _ranked(found for found in known.values() if not found.late)
-        chosen = self.choice
         return Answer(
             objective=self.objective.name,
             batches=self.space.batches,
             sequences=self.space.sequences,
-            leaders=tuple(leaders if chosen is None else [chosen, *(f for f in leaders if f.key != chosen.key)]),
+            leaders=self.standings.ranked(self.state.done),
             front=tuple(sorted(pareto(fitting), key=lambda f: f.peak_bytes)),
-            nearest=tuple(self.nearest[:3]),
-            late=tuple(self.late[:3]),
+            nearest=tuple(self.standings.nearest[:3]),
+            late=tuple(self.standings.late[:3]),
             families=self.tally.families(number for _, number, _ in self.large),
             points=self.tally.points,
             evaluated=self.evaluated,
             simulated=self.simulated,
             seconds=time.monotonic() - self.began,
             complete=self.complete,
-            margin=self.margin,
+            margin=self.standings.margin(self.frontier),
         )
 
 
@@ -601,13 +522,3 @@ def shares(placed: Placed) -> bool:
     if any(link.shared for link in taken.links) or any(device.shares_cores for device in taken.devices):
         return True
     return served
-
-
-def _ranked(found: Iterable[Found]) -> list[Found]:
-    """Best first, every plan once; of equals, one whose score is certain before one whose score is a bound."""
-    distinct = {one.key: one for one in found}
-    return sorted(distinct.values(), key=lambda f: (f.score, not f.exact, f.key))[:LEADERS]
-
-
-def _least(kept: list[Found], new: Found, key: Callable[[Found], tuple[object, ...]]) -> list[Found]:
-    return sorted([*kept, new], key=key)[:LEADERS]

@@ -79,7 +79,7 @@ def test_one_length_is_said_by_the_plan_and_not_by_its_name() -> None:
     costs = of_length(profile([1.0]), 512)
     search = Search(costs, devices(1), space(costs, devices(1), 4, strategies=("single",), savings=((),)))
     best = search.run().leaders[0]
-    assert (best.units, search.plan(best).sequence, search.words(best.score)) == (4, 512, "0.5 samples/s")
+    assert (best.units, search.plan(best).sequence, search.scoring.words(best.score)) == (4, 512, "0.5 samples/s")
     assert "s512" not in best.label
 
 

@@ -529,7 +529,7 @@ def test_less_memory_names_the_simplest_of_those_as_good() -> None:
     costs, cluster, of = example(memory_bytes=10**9)
     search = Search(costs, cluster, of)
     search.run()
-    best = search.leaders[0]
+    best = search.standings.leaders[0]
     some = {"lack": 0.1 * best.lack, "exact": True}
     quick = msgspec.structs.replace(best, label="quick", score=1.5 * best.score, mechanisms=9, **some)
     simple = msgspec.structs.replace(best, label="simple", score=1.51 * best.score, mechanisms=1, **some)
