@@ -10,7 +10,8 @@ import msgspec
 import torch
 
 from executor.launch import launch
-from executor.worker import PATIENCE_S, Job, RankMemory, RankStep, main
+from executor.recording import RankMemory, RankStep
+from executor.worker import PATIENCE_S, Job, main
 from planner.orders.action import parse
 from planner.orders.operations import REDUCE_GRAD
 from planner.values.outcome import Outcome

@@ -1,0 +1,92 @@
+"""What a rank records of a step: every action's times, and in one step the memory around each of them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from executor.allocator import AllocationRecorder
+from executor.devices import Backend
+from executor.rank import Rank, Stamped
+from planner.orders.action import Action
+from planner.orders.operations import RECV_FORWARD
+from planner.programs.program import RECEIVES
+from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
+
+
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank measured of one step: events in seconds of the shared clock, and its part of the mean loss."""
+
+    events: tuple[Event, ...]
+    loss: float
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """The events and the memory curve of the step in which a rank's memory was recorded."""
+
+    events: tuple[Event, ...]
+    memory: tuple[MemoryPoint, ...]
+
+
+def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset: float) -> tuple[Event, ...]:
+    """Turn a step's stamps into events in seconds of the shared clock.
+
+    A recompute happens inside its backward, on the last stage behind the loss's; it is shown in front of it, where
+    the program has it. A transfer is seen to be over when somebody waits for it: the link lane shows it from the
+    posting of its receive to the end of that wait.
+    """
+    found: list[Event] = []
+    posted: dict[Action, float] = {}
+
+    def seconds(stamp: object) -> float:
+        return backend.seconds(stamp) + offset
+
+    for stamped in stamps:
+        action, start, ready = stamped.action, seconds(stamped.start), seconds(stamped.ready)
+        end = seconds(stamped.end)
+        if stamped.repeats:
+            repeat = found.pop()
+            times = [seconds(stamp) for stamp in stamped.repeats]
+            repeated = sum(times[1::2]) - sum(times[::2])
+            start = ready = repeat.ready + repeated
+            found.append(msgspec.structs.replace(repeat, end=start))
+        elif action.op in RECEIVES:
+            posted[action] = end
+        for receive in me.takes.get(action, ()):
+            if receive not in posted:
+                continue
+            since = posted.pop(receive)
+            size = me.stage.message_bytes(receive.microbatch or 0, forward=receive.op == RECV_FORWARD)
+            found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))
+        found.append(Event(rank, COMPUTE, str(action), start, ready, end))
+    return tuple(found)
+
+
+def memory_step(me: Rank, rank: int, backend: Backend, offset: float) -> RankMemory:
+    """Perform one more step and record its memory: between actions by kind, inside them at their worst.
+
+    What is known by name is counted; the rest is activations, of which the first step's first action has none.
+    """
+    known: dict[str, dict[str, int]] = {}
+
+    def watch(action: Action, when: str) -> None:
+        if when == "before":
+            known[str(action)] = me.bytes_by_kind()
+
+    with AllocationRecorder(backend) as recorder:
+        me.step(recorder, watch)
+    points: list[MemoryPoint] = []
+    live = 0
+    timed = events(me, me.stamped, rank, backend, offset)
+    times = {e.action: e for e in timed if e.lane == COMPUTE}
+    static = sum(known[str(me.row[0])].values())
+    for action in me.row:
+        name = str(action)
+        peak, kept = recorder.span(name)
+        event = times[name]
+        kinds = dict.fromkeys(KINDS, 0.0) | {k: float(v) for k, v in known[name].items()}
+        kinds["activations"] = max(0.0, static + live - sum(known[name].values()))
+        for time_, inside in ((event.ready, 0), ((event.ready + event.end) / 2, peak)):
+            values = kinds | {"transient": float(inside)}
+            points.append(MemoryPoint(rank, time_, tuple(values[k] for k in KINDS)))
+        live += kept
+    return RankMemory(events=timed, memory=tuple(points))
