@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from executor.batch import Drawn
+from executor.seeding import seeded
 from executor.user_code import (
     Loss,
     checked_loss,
@@ -35,7 +36,8 @@ class ModelFile:
     """The functions of a model file. `path` is as given, with `:name` where another model was picked.
 
     `sequence` is how many tokens a sample has, where the file or its caller says so; 0 where nobody does. `batch` makes
-    samples of that length where it `takes_sequence`.
+    samples of that length where it `takes_sequence`. `data` and `evaluate` return what a run trains on and what it is
+    judged by: a Dataset or a DataLoader.
     """
 
     path: str
@@ -47,6 +49,8 @@ class ModelFile:
     batch_size: int
     splits: Callable[[nn.Module], Any] | None = None
     weight: Callable[[Any, Any], float] | None = None
+    data: Callable[[], Any] | None = None
+    evaluate: Callable[[], Any] | None = None
     sequence: int = 0
     takes_sequence: bool = False
 
@@ -75,20 +79,8 @@ class ModelFile:
         The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails, a tensor of its
         inputs does not have `samples` samples, or its sequences of tokens are not as long as was asked for.
         """
-        import random
-
-        import numpy as np
-
-        state, legacy = random.getstate(), np.random.get_state()
-        try:
-            with torch.random.fork_rng(devices=[]), explained(self.path, f"batch({samples})"):
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed)
-                drawn = self.batch(samples)
-        finally:
-            random.setstate(state)
-            np.random.set_state(legacy)
+        with seeded(seed), explained(self.path, f"batch({samples})"):
+            drawn = self.batch(samples)
         if isinstance(drawn, dict):  # a model that returns its own loss has its targets among its inputs
             drawn = drawn, None
         if not isinstance(drawn, tuple) or len(drawn) != 2:
@@ -211,6 +203,8 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         batch_size=whole_number(file, "batch_size", DEFAULT_BATCH if size is None else size),
         splits=find("splits"),
         weight=find("weight"),
+        data=find("data"),
+        evaluate=find("evaluate"),
         sequence=length,
         takes_sequence=own is not None,
     )

@@ -16,6 +16,7 @@ from executor.allocator import AllocationRecorder
 from executor.averaging import Averaging, zero
 from executor.batch import tensors
 from executor.devices import Backend
+from executor.feed import open_feed
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.reduction import Buckets, Shared, start_alike
@@ -46,7 +47,7 @@ class Rank:
     def __init__(
         self, file: ModelFile, layered: LayeredModel, plan: Plan, backend: Backend, rank: int, *, seed: int
     ) -> None:
-        self.file, self.plan, self.backend, self.seed = file, plan, backend, seed
+        self.file, self.plan, self.backend = file, plan, backend
         self.program = lower(plan, in_turn=backend.in_turn)
         self.row: Row = self.program.rows[rank]
         self.takes, self.completions = taken(self.program), completions(self.program)
@@ -84,6 +85,9 @@ class Rank:
         self.stage.prepare(plan.microbatches)
         self.optimizer = file.optimizer(trained) if trained else None
         self.share = plan.microbatches // plan.replicas
+        self.feed = open_feed(
+            file, plan.loaded(self.stage_index), replicas=plan.replicas, replica=self.replica, seed=seed
+        )
         self.averaging = Averaging(file, holding[-1], plan.replicas, backend.device)
         self.factors: dict[int, float] = {}
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -93,7 +97,6 @@ class Rank:
         self.sending: dict[Action, tuple[list[dist.Work], list[torch.Tensor]]] = {}
         self.stamped: list[Stamped] = []
         self.repeats: list[Any] = []
-        self.step_index = 0
         self.backwards = 0
 
     def step(
@@ -118,7 +121,6 @@ class Rank:
         self.sending.clear()
         self.stage.clear_runtime_states()
         self.inputs, self.targets = {}, {}
-        self.step_index += 1
 
     def _perform(self, action: Action) -> None:
         start = self.backend.stamp()
@@ -137,9 +139,8 @@ class Rank:
     # The actions. Each returns the stamp of its end where that is not simply now.
 
     def load(self, action: Action) -> None:
-        """Draw this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
-        seed = share_seed(self.plan, self.seed + self.step_index, self.replica)
-        drawn = self.file.drawn(self.plan.loaded(self.stage_index), seed=seed)
+        """Take this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
+        drawn = self.feed.take()
         inputs, targets = self.parted(drawn.inputs, drawn.targets)
         mine = range(self.replica * self.share, (self.replica + 1) * self.share)
         if self.is_first:
@@ -241,11 +242,6 @@ class Rank:
 
 
 OPS: dict[str, Callable[[Rank, Action], Any]] = {op: getattr(Rank, method) for op, method in PERFORMS.items()}
-
-
-def share_seed(plan: Plan, step: int, replica: int) -> int:
-    """Return the seed of a replica's share of a step's batch: no two shares of any two steps have the same."""
-    return step * plan.replicas + replica
 
 
 def split(tree: Any, parts: int) -> list[Any]:

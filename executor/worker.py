@@ -58,7 +58,7 @@ def main(path: str) -> None:
     model = file.build(job.seed)
     layered = cut(file, model)
     check_batches(file)
-    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed + 1)
+    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed)
     del model, layered
     gc.collect()
     offset = clock_offset(backend)

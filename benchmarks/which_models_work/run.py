@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from executor.feed import open_feed
 from executor.layers import cut
 from executor.model_file import load
-from executor.rank import share_seed
 from executor.run import WARM_UP_STEPS
 from planner.basis.errors import PlanError
 from planner.store import Run, Store
@@ -114,9 +114,9 @@ def _plain(path: str, run: Run) -> list[float]:
     plan, file = run.measured.plan, load(path)
     model = file.build(0)
     optimizer = file.optimizer([p for p in model.parameters() if p.requires_grad])
-    losses = []
-    for step in range(WARM_UP_STEPS + STEPS):
-        drawn = file.drawn(BATCH, share_seed(plan, 1 + step, 0))
+    losses, feed = [], open_feed(file, BATCH)
+    for _ in range(WARM_UP_STEPS + STEPS):
+        drawn = feed.take()
         total = 0.0
         for part in drawn.split(plan.microbatches):
             args, keywords = part.arguments()

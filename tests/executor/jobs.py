@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import PipelineStage
 
+from executor.feed import open_feed
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
@@ -73,6 +74,6 @@ def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:
     runtime = oracle(
         [stage], order, plan.microbatches, lambda output, target: file.loss(output, target) / plan.microbatches
     )
-    inputs, targets = file.draw(plan.batch, seed=SEED)
-    runtime.step(*(inputs if rank == 0 else ()), target=targets, return_outputs=False)
+    share = open_feed(file, plan.batch, seed=SEED).take()
+    runtime.step(*(share.inputs if rank == 0 else ()), target=share.targets, return_outputs=False)
     return {names[id(p)]: p.grad for p in module.parameters() if p.grad is not None}

@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from executor.batch import Drawn
+from executor.feed import open_feed
 from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import ModelFile, load
-from executor.rank import share_seed, split
+from executor.rank import split
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
@@ -56,9 +57,10 @@ def plan_of(
 
 def drawn(model: str, replicas: int) -> tuple[tuple[torch.Tensor, ...], object]:
     """A step's batch: the shares that its replicas draw, one behind the other."""
-    file, plan = load(model), plan_of(model, "1f1b", 1, replicas=replicas)
-    shares = [file.draw(BATCH // replicas, seed=share_seed(plan, SEED, r)) for r in range(replicas)]
-    inputs, targets = zip(*shares, strict=True)
+    feeds = [
+        open_feed(load(model), BATCH // replicas, replicas=replicas, replica=r, seed=SEED) for r in range(replicas)
+    ]
+    inputs, targets = zip(*((share.inputs, share.targets) for share in (feed.take() for feed in feeds)), strict=True)
     return tuple(map(torch.cat, zip(*inputs, strict=True))), pytree.tree_map(
         lambda *parts: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else None, *targets
     )
