@@ -102,7 +102,11 @@ def test_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "what", "fix"),
     [
         (("--m", "3"), "do not divide", "--batch 9"),
-        (("--k", "5"), "larger than the number of layers", "--k 4"),
+        (
+            ("--k", "5", "--m", "5", "--batch", "5", "--strategy", "gpipe"),
+            "no plan is possible",
+            "--k 4 makes it possible",
+        ),
         (("--k", "0"), "--k must be positive", "--k 1"),
         (("--m", "-4"), "--m must be positive", "--m 1"),
         (("--batch", "0"), "--batch must be positive", "--batch 1"),
@@ -119,6 +123,15 @@ def test_questions_without_an_answer(
     error = failing(capsys, ARTEFACT if "--profile" in arguments else USAGE, "simulate", *arguments)
     assert what in error["what"]
     assert fix in error["fix"]
+
+
+def test_more_devices_than_layers_leave_the_strategies_that_need_no_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    by_hand()
+    assert invoke(["simulate", "--k", "5", "--m", "5", "--batch", "10", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert {"data-parallel-k5-m5", "zero-1-k5-m5"} <= {plan["plan"] for plan in data["plans"]}
+    left_out = {name: own["why"] for own in data["rejected"] for name in own["strategies"]}
+    assert left_out["gpipe"] == "5 stages are more than the model's 4 layers: every stage needs at least one layer"
 
 
 def test_unknown_names_get_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

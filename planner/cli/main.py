@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import traceback
@@ -13,11 +14,12 @@ import typer
 from typer.exceptions import TyperException
 
 from planner import __version__
-from planner.basis.errors import INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
+from planner.basis.errors import ARTEFACT, INTERNAL, INTERRUPTED, OK, USAGE, PlanError, nearest
 from planner.basis.files import write
 from planner.cli import explain, init, profile, report, run, search, show, simulate
 from planner.cli.line import LINE
 from planner.cli.output import failure
+from planner.cli.streams import UnprintableError, end, prepare, unprintable
 from planner.store import FOLDER
 
 GLOSSARY = """Start with: plan init, plan profile model.py, plan simulate --k 2 --m 8, plan run best.
@@ -47,7 +49,7 @@ app = typer.Typer(
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn Ctrl-C into an error like all others; typer by itself ends without a word."""
+    """Turn Ctrl-C, and an exit that is not ours, into errors like all others."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -55,6 +57,15 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KeyboardInterrupt:
             raise _interrupted(command.__name__) from None
+        except SystemExit as error:
+            if isinstance(error.__context__, BrokenPipeError):
+                raise
+            raise PlanError(
+                what="the model file ends the program",
+                where=f"plan {command.__name__}",
+                why=f"something that it calls exits with {error.code}",
+                fix="leave sys.exit() and exit() out of what the model file calls; raise an exception instead",
+            ) from error
 
     return guarded
 
@@ -92,15 +103,37 @@ def _main(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(invoke(sys.argv[1:]))
+    prepare()
+    try:
+        sys.exit(invoke(sys.argv[1:]))
+    finally:
+        end()
 
 
 def invoke(arguments: list[str]) -> int:
-    """Run one command and return its exit code; every failure is printed in the same form."""
+    """Run one command and return its exit code; every failure is printed in the same form.
+
+    A reader who has seen enough (`plan ... | head`) is no failure; a stdout that is full is one, told on stderr.
+    """
+    try:
+        code = _answered(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        code = OK
+    except UnprintableError as error:
+        with contextlib.suppress(OSError):
+            failure("", unprintable(error), as_json=False)
+        code = ARTEFACT
+    return code
+
+
+def _answered(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     LINE.set(tuple(arguments))
     command = next((a for a in arguments if not a.startswith("-")), "")
     try:
+        _check_text(arguments)
         result = app(args=arguments, prog_name="plan", standalone_mode=False)
         if result == INTERRUPTED:  # typer's answer to a Ctrl-C that came before or behind the command itself
             raise KeyboardInterrupt
@@ -119,12 +152,29 @@ def invoke(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         failure(command, _interrupted(command), as_json=as_json)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return OK
+    except (BrokenPipeError, UnprintableError):
+        raise
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich and typer exit where a reader has gone
+            raise BrokenPipeError from None
+        raise
     except Exception as error:
         failure(command, _bug(command, error), as_json=as_json)
         return INTERNAL
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Raise `PlanError` (exit 2) for a name that is no text: it could neither be saved nor put on a page."""
+    for given in arguments:
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise PlanError(
+                what="an argument is no text",
+                where=ascii(given),
+                why="its bytes are not UTF-8",
+                fix="rename the file, or give the name in UTF-8",
+            ) from None
 
 
 def _bug(command: str, error: Exception) -> PlanError:

@@ -14,7 +14,7 @@ from planner.basis.errors import INTERRUPTED, NOTHING_FITS, OK, PlanError
 SCHEMA = "foreplan.cli/1"
 
 # A pipe or a file has no width: what goes there is not cut to 80 columns.
-results = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+results = Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else 120)
 progress = Console(stderr=True, highlight=False)
 
 

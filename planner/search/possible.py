@@ -79,7 +79,7 @@ def remedy(question: Question, entry: Strategy) -> str:
         if _possible(question._replace(tensor=tensor), entry):
             return f"--tensor {tensor} makes it possible"
     cluster = question.cluster
-    count = cluster.hosts[0].cores if cluster.elastic else len(cluster.devices)
+    count = max(cluster.hosts[0].cores, question.k) if cluster.elastic else len(cluster.devices)
     # One device is no answer to how several could be used.
     others = sorted((k for k in range(2, count + 1) if k != question.k), key=lambda k: (abs(k - question.k), k))
     for k in others[:TRIALS]:

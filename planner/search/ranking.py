@@ -139,8 +139,7 @@ def rank(
     `shapes` say what else is asked: replicas, chunks, tensor splits, synchronisation. Strategies that decide about
     these themselves have no part in such a question.
     Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
-    Raises `PlanError` (exit 2) when K, M or the batch are not positive, M does not divide the batch, or K is larger
-    than the number of layers.
+    Raises `PlanError` (exit 2) when K, M or the batch are not positive, or M does not divide the batch.
     """
     check(profile, k=k, m=m, batch=batch)
     question = Question(profile, cluster, k, m, batch)
@@ -187,13 +186,6 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
             where="--m and --batch",
             why=f"{batch} / {m} = {batch / m:.3g} is not a whole number of samples",
             fix=f"plan simulate --k {k} --m {m} --batch {(batch // m + 1) * m}",
-        )
-    if k > len(profile.layers):
-        raise PlanError(
-            what=f"K={k} is larger than the number of layers, {len(profile.layers)}",
-            where="--k",
-            why="every stage needs at least one layer",
-            fix=f"plan simulate --k {len(profile.layers)} --m {m}",
         )
 
 
