@@ -18,12 +18,12 @@ from executor.batch import tensors
 from executor.devices import Backend
 from executor.feed import open_feed
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
+from executor.messages import Messages
 from executor.model_file import ModelFile
 from executor.reduction import Buckets, Shared, start_alike
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
-from planner.programs.waits import completions, taken
 from planner.values.plan import Plan
 
 
@@ -50,13 +50,14 @@ class Rank:
         self.file, self.plan, self.backend = file, plan, backend
         self.program = lower(plan, in_turn=backend.in_turn)
         self.row: Row = self.program.rows[rank]
-        self.takes, self.completions = taken(self.program), completions(self.program)
+        self.messages = Messages(self.program)
         (self.stage_index,) = plan.stages_of[rank]
         mine, count = plan.holders[self.stage_index], len(plan.stages)
         self.replica = mine.index(rank)
         layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
         self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
         pipelines = [dist.new_group([rows[r] for rows in plan.holders]) for r in range(plan.replicas)]
+        self.pipeline = pipelines[self.replica]
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples)
         self.module = layered.stage(layers, recompute=plan.recompute)
@@ -80,7 +81,7 @@ class Rank:
             backend.device,
             input_args=inputs,
             output_args=outputs,
-            group=pipelines[self.replica],
+            group=self.pipeline,
         )
         self.stage.prepare(plan.microbatches)
         self.optimizer = file.optimizer(trained) if trained else None
@@ -93,8 +94,6 @@ class Rank:
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
         self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
-        self.receiving: dict[Action, list[dist.Work]] = {}
-        self.sending: dict[Action, tuple[list[dist.Work], list[torch.Tensor]]] = {}
         self.stamped: list[Stamped] = []
         self.repeats: list[Any] = []
         self.backwards = 0
@@ -115,22 +114,15 @@ class Rank:
                 self._perform(action)
             if watch:
                 watch(action, "after")
-        for works, _ in self.sending.values():
-            for work in works:
-                work.wait()
-        self.sending.clear()
+        self.messages.finish()
         self.stage.clear_runtime_states()
         self.inputs, self.targets = {}, {}
 
     def _perform(self, action: Action) -> None:
         start = self.backend.stamp()
-        for receive in self.takes.get(action, ()):
-            for work in self.receiving.pop(receive, ()):
-                work.wait()
+        self.messages.arrive(action)
         ready = self.backend.stamp()
-        for send in self.completions.get(action, ()):
-            for work in self.sending.pop(send)[0]:
-                work.wait()  # complete already: its receiver has answered
+        self.messages.let_go(action)
         self.repeats = []
         ended = OPS[action.op](self, action)
         end = self.backend.stamp() if ended is None else ended
@@ -183,19 +175,19 @@ class Rank:
 
     def send_forward(self, action: Action) -> None:
         """Post the send of the stage's output."""
-        self.sending[action] = self.stage.post_send(_microbatch(action), forward=True)
+        self.messages.sending[action] = self.stage.post_send(_microbatch(action), forward=True)
 
     def receive_forward(self, action: Action) -> None:
         """Post the receive of the stage's input."""
-        self.receiving[action] = self.stage.post_receive(_microbatch(action), forward=True)
+        self.messages.receiving[action] = self.stage.post_receive(_microbatch(action), forward=True)
 
     def send_backward(self, action: Action) -> None:
         """Post the send of the input's gradient."""
-        self.sending[action] = self.stage.post_send(_microbatch(action), forward=False)
+        self.messages.sending[action] = self.stage.post_send(_microbatch(action), forward=False)
 
     def receive_backward(self, action: Action) -> None:
         """Post the receive of the output's gradient."""
-        self.receiving[action] = self.stage.post_receive(_microbatch(action), forward=False)
+        self.messages.receiving[action] = self.stage.post_receive(_microbatch(action), forward=False)
 
     def reduce_gradients(self, action: Action) -> None:
         """Replace the stage's gradients by their means over the ranks that hold it."""
@@ -219,7 +211,7 @@ class Rank:
         """Bytes that are known by name between two actions."""
         parameters = {id(p): p for p in self.module.parameters()}.values()
         state = self.optimizer.state.values() if self.optimizer is not None else ()
-        held = [t for _, tensors in self.sending.items() if _.op == "SEND_B" for t in tensors[1]]
+        held = [t for _, tensors in self.messages.sending.items() if _.op == "SEND_B" for t in tensors[1]]
         batch = tensors((self.inputs, self.targets))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch}
         return {

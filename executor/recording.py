@@ -51,7 +51,7 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             found.append(msgspec.structs.replace(repeat, end=start))
         elif action.op in RECEIVES:
             posted[action] = end
-        for receive in me.takes.get(action, ()):
+        for receive in me.messages.takes.get(action, ()):
             if receive not in posted:
                 continue
             since = posted.pop(receive)
