@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from executor.batch import Drawn, tensors
 from executor.model_file import ModelFile
+from executor.modes import evaluating
 from executor.user_code import IGNORED, explained
 from planner.basis.errors import RUN_FAILED, PlanError
 
@@ -83,13 +84,9 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
     """
     whole = file.drawn(SAMPLES, SEED)
     halves = whole.split(2)
-    was = model.training
-    model.eval()  # what a batch's statistics or dropout change is not the loss's doing
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
-            found, parts = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
-    finally:
-        model.train(was)
+    quiet = evaluating(model)  # what a batch's statistics or dropout change is not the loss's doing
+    with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
+        found, parts = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
     weights = [weight_of(file, half) for half in halves]
     expected = sum(w * p for w, p in zip(weights, parts, strict=True) if w) / (sum(weights) or 1.0)
     if abs(found - expected) > 1e-3 * max(abs(found), abs(expected), 1e-6):
