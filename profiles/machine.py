@@ -1,10 +1,11 @@
 """Measure the machine: links over the real backend, what an action costs by itself, how busy cores slow each other.
 
-All of it in one job of real ranks, started as a run's are.
+All of it in jobs of real ranks, started as a run's are. No model is asked, so what is found is kept (`profiles.kept`).
 """
 
 from __future__ import annotations
 
+import datetime
 import statistics
 import tempfile
 import time
@@ -21,14 +22,15 @@ from executor import devices
 from executor.devices import Backend
 from executor.launch import launch
 from executor.layers import cut
-from executor.model_file import ModelFile, load
+from executor.model_file import ModelFile
 from executor.rank import Rank
 from executor.reduction import reduce_mean
+from executor.torch_adapter import post
 from executor.worker import join
 from planner.programs.program import RECEIVES, SENDS
 from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.plan import Plan, Stage
-from profiles.chain import Chain
+from profiles import crowding, kept
 from profiles.hardware import kind_of
 
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
@@ -36,17 +38,14 @@ POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
 PROBE_STEPS = 8
 PROBE_MICROBATCHES = 8
-CONTENTION_ROUNDS, CONTENTION_PASSES = 3, 8
+CROWD_S = 4.0
+"""Seconds for which a standard load is run on busy cores."""
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """What the ranks of the probe are told."""
 
-    model: str
     device: str
-    samples: int
-    sequence: int
-    budget_s: float
     folder: str
 
 
@@ -60,26 +59,40 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     action_s: float
 
 
-class Crowding(msgspec.Struct, frozen=True, kw_only=True):
-    """How much slower a busy process gets, beyond its share of the cores, by the number of busy processes."""
-
-    slowdown: tuple[tuple[int, float], ...]
-
-
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine as a cluster, and the executor's own time per forward or backward."""
+    """The machine as a cluster, and the executor's own time per forward or backward.
+
+    `launch_s` is how long it takes to start and end as many processes as crowd its cores; `created` is when it was
+    measured.
+    """
 
     cluster: Cluster
     action_s: float
+    launch_s: float
+    created: str
 
 
-def measure(model: str, kind: str, samples: int, budget_s: float, sequence: int = 0) -> Machine:
-    """Measure this machine with the devices of one kind; samples of a model of sequences have so many tokens.
+def machine(kind: str, *, again: bool = False) -> Machine:
+    """Return what was found of this machine's devices of one kind, measured now if it is not kept or `again`.
 
-    `budget_s` are the seconds for which the model may be run.
-
-    A single GPU has no link to measure. Raises `PlanError` (exit 6) when a rank of the probe fails.
+    Raises `PlanError` (exit 6) when a rank of the probe fails.
     """
+    key = kept.key_of(kind)
+    known = None if again else kept.read(key, Machine)
+    if known is None:
+        known = measure(kind)
+        kept.save(key, known)
+    # what a control group allows changes from one start to the next
+    hosts = tuple(msgspec.structs.replace(h, memory_bytes=devices.memory_bytes("cpu")) for h in known.cluster.hosts)
+    return msgspec.structs.replace(known, cluster=msgspec.structs.replace(known.cluster, hosts=hosts))
+
+
+def measure(kind: str) -> Machine:
+    """Measure this machine with the devices of one kind. A single GPU has no link to measure.
+
+    Raises `PlanError` (exit 6) when a rank of the probe fails.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cores = devices.cores()
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -96,17 +109,16 @@ def measure(model: str, kind: str, samples: int, budget_s: float, sequence: int 
         cluster = Cluster(name="this machine", hosts=(host,), elastic=True)
         ranks = max(2, min(cores, 8))
     if ranks < 2:
-        return Machine(cluster=cluster, action_s=0.0)
+        return Machine(cluster=cluster, action_s=0.0, launch_s=0.0, created=now)
+    launch_s = 0.0
     with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
-        probe = Probe(model=model, device=kind, samples=samples, sequence=sequence, budget_s=budget_s, folder=folder)
         path = Path(folder) / "probe.json"
-        path.write_bytes(msgspec.json.encode(probe))
+        path.write_bytes(msgspec.json.encode(Probe(device=kind, folder=folder)))
         launch(main, str(path), ranks, Path(folder) / "logs")
         found = msgspec.json.decode((Path(folder) / "found.json").read_bytes(), type=Found)
         if kind == "cpu":
-            launch(crowd, str(path), min(2 * cores, 8), Path(folder) / "logs")
-            crowding = msgspec.json.decode((Path(folder) / "crowding.json").read_bytes(), type=Crowding)
-            host = msgspec.structs.replace(host, slowdown=crowding.slowdown)
+            crowd = crowding.measure(crowding.Load(device=kind, budget_s=CROWD_S))
+            host, launch_s = msgspec.structs.replace(host, slowdown=crowd.slowdown), crowd.launch_s
     first, last = found.transfers[0], found.transfers[-1]
     link = Link(
         between=("local", "local"),
@@ -122,7 +134,7 @@ def measure(model: str, kind: str, samples: int, budget_s: float, sequence: int 
         transfer_work=found.transfer_work if kind == "cpu" else (),
         all_reduces=(AllReduce(devices=ranks, points=found.reductions),),
     )
-    return Machine(cluster=cluster, action_s=found.action_s)
+    return Machine(cluster=cluster, action_s=found.action_s, launch_s=launch_s, created=now)
 
 
 @record
@@ -172,13 +184,14 @@ def _transfer(size: int, backend: Backend) -> tuple[float, float]:
     rank = dist.get_rank()
     tensor = torch.ones(max(1, size // 4), device=backend.device)
 
+    def message(operation: Callable[..., object]) -> None:
+        for work in post([dist.P2POp(operation, tensor, 1 - rank)]):  # as the executor posts
+            work.wait()
+
     def there_and_back() -> None:
-        if rank == 0:
-            dist.send(tensor, 1)
-            dist.recv(tensor, 1)
-        elif rank == 1:
-            dist.recv(tensor, 0)
-            dist.send(tensor, 0)
+        if rank < 2:
+            message(dist.irecv if rank else dist.isend)
+            message(dist.isend if rank else dist.irecv)
 
     dist.barrier()
     works: list[float] = []
@@ -269,53 +282,3 @@ def _action(backend: Backend) -> float:
         backend.synchronize()
         direct += [backend.seconds(middle) - backend.seconds(begin), backend.seconds(end) - backend.seconds(middle)]
     return max(0.0, statistics.median(seconds["F"] + seconds["B"]) - statistics.median(direct))
-
-
-@record
-def crowd(path: str) -> None:
-    """Run one rank of the probe that measures how busy processes slow each other down."""
-    probe = msgspec.json.decode(Path(path).read_bytes(), type=Probe)
-    backend = join(probe.device, 1)
-    slowdown = _slowdown(probe, backend)
-    if dist.get_rank() == 0:
-        (Path(probe.folder) / "crowding.json").write_bytes(msgspec.json.encode(Crowding(slowdown=slowdown)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _slowdown(probe: Probe, backend: Backend) -> tuple[tuple[int, float], ...]:
-    """Compare the model's passes on rank 0 alone and together with others, in turn, so that drift hits both.
-
-    Up to the number of cores, what is lost is lost in caches and memory; beyond it, what switching costs on top of
-    the smaller share of the cores.
-    """
-    file = load(probe.model, probe.sequence)
-    chain = Chain(file, cut(file, file.build(0)), backend.device)
-    inputs, targets = chain.draw(probe.samples)
-    cores = devices.cores()
-    counts = [n for n in (2, 4, 8) if n <= dist.get_world_size()]
-    alone: dict[int, list[float]] = {n: [] for n in counts}
-    together: dict[int, list[float]] = {n: [] for n in counts}
-
-    def one_pass() -> float:
-        begin = time.monotonic()
-        chain.loss(chain.whole(*inputs), targets).backward()
-        return time.monotonic() - begin
-
-    one_pass()
-    took = torch.tensor(one_pass(), dtype=torch.float64, device=backend.device)
-    dist.all_reduce(took, dist.ReduceOp.MAX)  # all at once: the slowest of those passes that are to come
-    passes = int(probe.budget_s / (CONTENTION_ROUNDS * 2 * len(counts) * max(float(took), 1e-6)))
-    for _ in range(CONTENTION_ROUNDS):
-        for n in counts:
-            torch.set_num_threads(max(1, cores // n))
-            for busy, found in ((1, alone), (n, together)):
-                dist.barrier()
-                if dist.get_rank() < busy:
-                    found[n] += [one_pass() for _ in range(max(1, min(passes, CONTENTION_PASSES)))]
-                dist.barrier()
-    if dist.get_rank() > 0:
-        return ()
-    shares = {n: max(1.0, n * max(1, cores // n) / cores) for n in counts}
-    ratios = [(n, statistics.mean(together[n]) / statistics.mean(alone[n]) / shares[n]) for n in counts]
-    return ((1, 1.0), *((n, max(1.0, ratio)) for n, ratio in ratios))

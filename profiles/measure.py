@@ -17,7 +17,7 @@ from executor.layers import cut
 from executor.model_file import imported, load, sha256
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, Profile, ProfileKey, Timing
-from profiles import machine
+from profiles import crowding, machine
 from profiles.chain import Chain
 from profiles.sizes import Static, measure_sizes, measure_static, values_of
 from profiles.splits import splits_of
@@ -31,14 +31,22 @@ Progress = Callable[[str, int, int], None]
 
 
 def measure(
-    path: str, *, device: str, sizes: Sequence[int] | None, budget_s: float, progress: Progress, sequence: int = 0
+    path: str,
+    *,
+    device: str,
+    sizes: Sequence[int] | None,
+    budget_s: float,
+    progress: Progress,
+    sequence: int = 0,
+    remeasure_machine: bool = False,
 ) -> Profile:
     """Measure every layer of the model file at `path`, and the machine, on `device`.
 
     `sequence` asks for samples of so many tokens; by default the model file decides.
     `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
     bounds the seconds for which the model is run to be timed: sizes for which it is too short have no times, only
-    bytes; what counts bytes and probes links comes on top. Raises `PlanError` when the model file fails.
+    bytes; what counts bytes and probes links comes on top. What was found of the machine before is taken, unless it is
+    to be measured again. Raises `PlanError` when the model file fails.
     """
     file = load(path, sequence)
     tokens = file.tokens()
@@ -71,11 +79,16 @@ def measure(
     timer.run(LAYERS * budget_s)
     drawn = _batches(file.batch_size)
     loads = [_load(chain, n, timer.evict, LOADS * budget_s / len(drawn)) for n in drawn]
-    progress("links, overheads and contention", 0, 1)
-    probed = machine.measure(
-        path, device, min(sizes, key=lambda n: abs(n - file.batch_size / 8)), CROWD * budget_s, tokens
-    )
-    progress("links, overheads and contention", 1, 1)
+    progress("links and overheads", 0, 1)
+    probed = machine.machine(device, again=remeasure_machine)
+    progress("links and overheads", 1, 1)
+    cluster = probed.cluster
+    if device == "cpu" and CROWD * budget_s >= probed.launch_s:
+        progress("contention", 0, 1)
+        samples = min(sizes, key=lambda n: abs(n - file.batch_size / 8))
+        busy = crowding.Load(device=device, model=path, samples=samples, sequence=tokens, budget_s=CROWD * budget_s)
+        cluster = crowding.crowded(cluster, crowding.measure(busy))
+        progress("contention", 1, 1)
     names = [*(layer.name for layer in layered.layers), "loss"]
     profiles = tuple(
         LayerProfile(
@@ -109,7 +122,8 @@ def measure(
         batch=file.batch_size,
         action_s=probed.action_s,
         noise=timer.noise(),
-        machine=probed.cluster,
+        machine=cluster,
+        machine_created=probed.created,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -39,6 +40,9 @@ def profile(
     dtype: Annotated[
         str | None, typer.Option(help="With --estimate: bf16, fp16 or fp32. Default: the model's.", metavar="DTYPE")
     ] = None,
+    remeasure_machine: Annotated[
+        bool, typer.Option("--remeasure-machine", help="Measure links and overheads again, which are kept otherwise.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Measure each layer's time and bytes, and this machine's links, on the real device, or estimate them."""
@@ -69,7 +73,13 @@ def profile(
                 found = estimated(model, hardware=estimate, dtype=dtype, sizes=chosen, sequence=tokens, progress=told)
             else:
                 found = measure(
-                    model, device=kind, sizes=chosen, sequence=tokens, budget_s=budget / len(lengths), progress=told
+                    model,
+                    device=kind,
+                    sizes=chosen,
+                    sequence=tokens,
+                    budget_s=budget / len(lengths),
+                    progress=told,
+                    remeasure_machine=remeasure_machine and tokens == lengths[0],
                 )
         made.append((store.save_profile(found), found))
     noise = max(measured.noise for _, measured in made)
@@ -174,6 +184,7 @@ def summary(measured: Profile) -> dict[str, Any]:
             }
             for layer in (*measured.layers, measured.loss)
         ],
+        "machine_created": measured.machine_created,
         "links": [
             {"latency_s": link.latency_s, "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s}
             for link in measured.machine.links
@@ -190,6 +201,16 @@ def _representative(measured: Profile) -> tuple[int, int]:
 def _seconds(layer: Any, kind: str, samples: int, threads: int) -> float:
     times = next(t for t in layer.times if t.threads == threads)
     return float(next(t.median_s for t in getattr(times, kind) if t.samples == samples))
+
+
+def _machine_age(measured: Profile) -> str:
+    """When the machine's own part was measured, in words."""
+    created, found = (datetime.datetime.fromisoformat(at) for at in (measured.created, measured.machine_created))
+    days = (created - found).days
+    if days < 1:
+        return "links and overheads measured today"
+    again = "--remeasure-machine measures them again"
+    return f"links and overheads measured {days} day{'s'[: days - 1]} ago ({again})"
 
 
 def _print(measured: Profile, path: str) -> None:
@@ -224,6 +245,8 @@ def _print(measured: Profile, path: str) -> None:
             f"unsplit model {seconds(whole_s)} beside the sum of its layers {seconds(layers_s)}; "
             f"{seconds(measured.action_s)} of framework per action"
         )
+    if measured.machine_created:
+        output.results.print(f"machine: {_machine_age(measured)}")
     for link in measured.machine.links:
         output.results.print(
             f"link: latency {seconds(link.latency_s)}, bandwidth {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"

@@ -217,6 +217,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     sources: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    machine_created: str = ""
+    """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
 
     def __post_init__(self) -> None:
         if not self.layers:
