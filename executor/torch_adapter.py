@@ -12,7 +12,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -250,3 +250,83 @@ def following() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         transformer._detect_is_causal_mask = before
+
+
+def without_data(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and a dtype but no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return the attributes that a user has given to a tensor, without those by which torch lets it have no data."""
+    own: Any = tensor
+    with own.fake_mode if without_data(tensor) else nullcontext():
+        bare = vars(torch.nn.Parameter(torch.empty(0, device=tensor.device), requires_grad=False))
+    return {name: value for name, value in vars(tensor).items() if name not in bare}
+
+
+@contextmanager
+def parameters_without_data() -> Iterator[None]:
+    """Let every parameter that a module registers have no data, while inside; all else that is made is real.
+
+    Moving and casting such modules is done here, for torch exchanges the memory of parameters, of which these have
+    none (`Module._apply`).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn import init
+    from torch.nn.modules import module as modules
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def replaced(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter | None:
+        if without_data(parameter) or parameter.is_meta or torch.nn.parameter.is_lazy(parameter):
+            return None
+        attributes = vars(parameter)
+        if "_without_data" not in attributes:  # one that is registered twice is one
+            with mode:
+                empty = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
+                )
+                bare = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            vars(bare).update(attributes)
+            parameter._without_data = bare  # type: ignore[attr-defined]
+        return parameter._without_data  # type: ignore[attr-defined, no-any-return]
+
+    def applied(module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for child in module.children() if recurse else ():
+            child._apply(function)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            with torch.no_grad():
+                found = function(parameter)
+            if (found.dtype, found.device, found.shape) != (parameter.dtype, parameter.device, parameter.shape):
+                cast = getattr(parameter, "_cast", None)  # one that several modules hold is one
+                if cast is None or (cast.dtype, cast.device) != (found.dtype, found.device):
+                    cast = torch.nn.Parameter(found, requires_grad=parameter.requires_grad)
+                    parameter._cast = cast  # type: ignore[attr-defined]
+                module._parameters[name] = cast
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = function(buffer)
+        return module
+
+    before, drawing = torch.nn.Module._apply, init._no_grad_trunc_normal_
+
+    def drawn(tensor: torch.Tensor, *options: Any, **more: Any) -> torch.Tensor:
+        """Draws again whatever lies outside of its limits, so it has to look."""
+        return tensor if without_data(tensor) else drawing(tensor, *options, **more)
+
+    handle = modules.register_module_parameter_registration_hook(replaced)  # type: ignore[arg-type]
+    torch.nn.Module._apply = applied  # type: ignore[method-assign]
+    init._no_grad_trunc_normal_ = drawn
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        torch.nn.Module._apply = before  # type: ignore[method-assign]
+        init._no_grad_trunc_normal_ = drawing
+        handle.remove()
