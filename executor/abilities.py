@@ -7,6 +7,7 @@ from planner.orders.operations import (
     BACKWARD,
     FORWARD,
     LOAD,
+    NORM_GRAD,
     OPERATIONS,
     OPS,
     OPTIMIZER,
@@ -14,6 +15,7 @@ from planner.orders.operations import (
     RECV_BACKWARD,
     RECV_FORWARD,
     REDUCE_GRAD,
+    REDUCE_NORM,
     REDUCE_TIED,
     SEND_BACKWARD,
     SEND_FORWARD,
@@ -32,6 +34,8 @@ PERFORMS = {
     RECV_BACKWARD: "receive_backward",
     REDUCE_GRAD: "reduce_gradients",
     REDUCE_TIED: "add_up_gradients",
+    NORM_GRAD: "measure_norm",
+    REDUCE_NORM: "agree_on_norm",
     OPTIMIZER: "optimize",
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""

@@ -23,6 +23,7 @@ from executor.user_code import (
     default_loss,
     default_optimizer,
     explained,
+    limit,
     whole_number,
 )
 from planner.basis import sources
@@ -37,7 +38,8 @@ class ModelFile:
 
     `sequence` is how many tokens a sample has, where the file or its caller says so; 0 where nobody does. `batch` makes
     samples of that length where it `takes_sequence`. `data` and `evaluate` return what a run trains on and what it is
-    judged by: a Dataset or a DataLoader.
+    judged by: a Dataset or a DataLoader. `clip` is the norm to which all gradients together are clipped, 0
+    where they are not.
     """
 
     path: str
@@ -51,6 +53,7 @@ class ModelFile:
     weight: Callable[[Any, Any], float] | None = None
     data: Callable[[], Any] | None = None
     evaluate: Callable[[], Any] | None = None
+    clip: float = 0.0
     sequence: int = 0
     takes_sequence: bool = False
 
@@ -205,6 +208,7 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         weight=find("weight"),
         data=find("data"),
         evaluate=find("evaluate"),
+        clip=limit(file, "clip", find("clip")),
         sequence=length,
         takes_sequence=own is not None,
     )

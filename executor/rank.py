@@ -20,6 +20,7 @@ from executor.feed import open_feed
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.messages import Messages
 from executor.model_file import ModelFile
+from executor.norm import Clipping
 from executor.reduction import Buckets, Shared, start_alike
 from executor.torch_adapter import PipeStage
 from planner.orders.action import Action, Row
@@ -74,6 +75,8 @@ class Rank:
             start_alike(self.module, group)
             self.buckets = Buckets(trained, group, plan.bucket_bytes, where)
         self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
+        before = (p for first, own in self.shared.items() if first != self.stage_index for p in own.parameters)
+        self.clipping = Clipping(file.clip, trained, before, len(mine), backend.device) if plan.norm else None
         self.stage = PipeStage(
             self.module,
             self.stage_index,
@@ -198,8 +201,23 @@ class Rank:
         """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
         self.shared[action.stage].add_up()
 
+    def measure_norm(self, action: Action) -> None:
+        """Take the norm of the stage's gradients."""
+        assert self.clipping is not None, action
+        self.clipping.measure()
+
+    def agree_on_norm(self, action: Action) -> None:
+        """Make the norms of all ranks' gradients into one."""
+        assert self.clipping is not None, action
+        self.clipping.agree()
+
     def optimize(self, action: Action) -> None:
-        """Update the parameters and clear the gradients; those that are reduced stay in their buckets, as zeros."""
+        """Clip the gradients where the model does, update the parameters and clear the gradients.
+
+        Those that are reduced stay in their buckets, as zeros.
+        """
+        if self.clipping is not None:
+            self.clipping.apply()
         if self.optimizer is not None:
             self.optimizer.step()
             if self.buckets is None:

@@ -13,12 +13,15 @@ from executor.launch import launch
 from executor.recording import RankMemory, RankStep
 from executor.worker import PATIENCE_S, Job, main
 from planner.orders.action import parse
-from planner.orders.operations import REDUCE_GRAD
+from planner.orders.operations import REDUCE_GRAD, REDUCE_NORM
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
 
 WARM_UP_STEPS = 3
+
+TOGETHER = (REDUCE_GRAD, REDUCE_NORM)
+"""What all ranks that have an action of this name begin when the last one has come to it."""
 
 
 def run(
@@ -133,7 +136,7 @@ def _mapped(time: float, anchors: list[tuple[float, float]]) -> float:
 
 def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:
     arrivals: dict[str, float] = {}
-    for event in (e for row in rows for e in row if e.lane == COMPUTE and parse(e.action).op == REDUCE_GRAD):
+    for event in (e for row in rows for e in row if e.lane == COMPUTE and parse(e.action).op in TOGETHER):
         arrivals[event.action] = max(arrivals.get(event.action, 0.0), event.start)
     events = []
     for event in (e for row in rows for e in row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -113,3 +114,12 @@ def whole_number(path: str, name: str, given: Any) -> int:
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
         return given
     raise PlanError(what=f"{name} is no positive whole number", where=path, why=f"it is {given!r}", fix=f"{name} = 64")
+
+
+def limit(path: str, name: str, given: Any) -> float:
+    """Return a positive number of a model file, 0 for None. Raises `PlanError` for anything else."""
+    if given is None:
+        return 0.0
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < math.inf:
+        return float(given)
+    raise PlanError(what=f"{name} is no positive number", where=path, why=f"it is {given!r}", fix=f"{name} = 1.0")

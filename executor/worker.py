@@ -95,7 +95,7 @@ def _finite(loss: float, job: Job) -> float:
         what="the loss is no number any more",
         where=f"{job.model}, plan {job.plan}",
         why=f"it is {loss}: the model has diverged, or its loss divides by nothing",
-        fix="lower the learning rate, or clip gradients in optimizer(); the steps before are kept in the run's folder",
+        fix="lower the learning rate, or clip gradients: clip = 1.0; the steps before are kept in the run's folder",
         code=RUN_FAILED,
     )
 

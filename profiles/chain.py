@@ -6,6 +6,7 @@ only the autograd graph is cut at each seam.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from executor.batch import tensors
 from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
+from executor.norm import scale
 from executor.user_code import explained
 
 Around = Callable[[int, str], AbstractContextManager[Any]]
@@ -190,11 +192,18 @@ def _optimizer(file: ModelFile, module: nn.Module) -> torch.optim.Optimizer | No
     return optimizer
 
 
-def update(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
-    """Do what the end of a step does, and give the gradients back for the next measurement."""
+def update(
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], norm: torch.Tensor | None = None
+) -> None:
+    """Do what the end of a step does, and give the gradients back for the next measurement.
+
+    Where the model clips, gradients of this `norm` are scaled, by 1.
+    """
     if optimizer is None:
         return
     kept = [(p, p.grad) for p in parameters]
+    if norm is not None:
+        scale([p for p, _ in kept], math.inf, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for parameter, gradient in kept:

@@ -426,7 +426,15 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
             gradient_bytes=static.gradient_bytes,
             optimizer_bytes=static.optimizer_bytes,
             optimizer_peak_bytes=static.optimizer_peak_bytes,
-            times=(_times(device, {n: work[part] for n, work in counted.work.items()}, static, fused=fused),),
+            times=(
+                _times(
+                    device,
+                    {n: work[part] for n, work in counted.work.items()},
+                    static,
+                    fused=fused,
+                    clips=file.clip > 0,
+                ),
+            ),
             sizes=tuple(counted.sizes[n][part] for n in counted.sizes),
             split=counted.splits.get(part),
         )
@@ -453,6 +461,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
         load=tuple(Timing.of(n, []) for n, _, _ in counted.batch_bytes),
         batch_bytes=counted.batch_bytes,
         batch=file.batch_size,
+        clip=file.clip,
         action_s=ACTION_S,
         noise=0.0,
         machine=device.cluster(own_name),
@@ -460,7 +469,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
     )
 
 
-def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bool) -> LayerTimes:
+def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bool, clips: bool) -> LayerTimes:
     def timings(seconds: Callable[[Work], float]) -> tuple[Timing, ...]:
         return tuple(Timing.of(n, [seconds(of)]) for n, of in work.items())
 
@@ -472,8 +481,9 @@ def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bo
             return backward(of)
         return min(backward(of), device.total_seconds(of.backward_input))
 
-    moved = 2 * (static.parameter_bytes + static.optimizer_bytes) + static.gradient_bytes
+    moved = 2 * (static.parameter_bytes + static.optimizer_bytes) + (3 if clips else 1) * static.gradient_bytes
     update = [Operation("memory", "float32", 0.0, moved)] if static.gradient_bytes else []
+    read = [Operation("memory", "float32", 0.0, static.gradient_bytes)] if static.gradient_bytes else []
     return LayerTimes(
         threads=1,
         forward=timings(lambda of: device.total_seconds(of.forward)),
@@ -482,4 +492,5 @@ def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bo
         backward_weight=timings(lambda of: backward(of) - inputs(of)),
         recompute=timings(lambda of: device.total_seconds(of.recompute)),
         optimizer=Timing.of(next(iter(work)), [device.total_seconds(update)]),
+        norm=Timing.of(next(iter(work)), [device.total_seconds(read)]) if clips else None,
     )

@@ -120,6 +120,7 @@ def measure(
         load=tuple(timing for timing, _ in loads),
         batch_bytes=tuple(sizes_ for _, sizes_ in loads),
         batch=file.batch_size,
+        clip=file.clip,
         action_s=probed.action_s,
         noise=timer.noise(),
         machine=cluster,

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
+from executor.norm import norm_of
 from executor.user_code import explained
 from planner.values.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
@@ -148,8 +150,7 @@ class LayerTimer:
         done = chain.forward(inputs, targets, around)
         chain.backward(done, around)
         for i, optimizer in enumerate(chain.optimizers):
-            with around(i, "optimizer"):
-                update(optimizer, chain.layers[i].module.parameters())
+            self._update(i, optimizer, chain.layers[i].module)
         if extra:
             gradients = done.gradients
             done = chain.forward(inputs, targets, _unwatched)
@@ -166,8 +167,16 @@ class LayerTimer:
             loss = chain.loss(chain.whole(*inputs), targets)
         with around(WHOLE, "backward"):
             loss.backward()
-        with around(WHOLE, "optimizer"):
-            update(chain.whole_optimizer, chain.whole.parameters())
+        self._update(WHOLE, chain.whole_optimizer, chain.whole)
+
+    def _update(self, part: int, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
+        """Do the end of a step for one part, all of it that a step does."""
+        norm = None
+        if self.chain.file.clip:
+            with self.watch.around(part, "norm"):
+                norm = norm_of(module.parameters())
+        with self.watch.around(part, "optimizer"):
+            update(optimizer, module.parameters(), norm)
 
     def evict(self) -> None:
         """Run the largest batch once, unwatched, to leave the caches as training does."""
@@ -193,6 +202,7 @@ class LayerTimer:
                 backward_weight=timings(settings, "backward_weight"),
                 recompute=timings(settings, "recompute"),
                 optimizer=self.watch.timing(settings[len(settings) // 2], part, "optimizer"),
+                norm=self.watch.timing(settings[len(settings) // 2], part, "norm") if self.chain.file.clip else None,
             )
             for threads, settings in by_threads.items()
         )
@@ -214,6 +224,8 @@ class LayerTimer:
                 layers_forward_s=total(setting, "forward"),
                 layers_backward_s=total(setting, "backward"),
                 layers_optimizer_s=total(setting, "optimizer"),
+                norm_s=self.watch.timing(setting, WHOLE, "norm").median_s,
+                layers_norm_s=total(setting, "norm"),
             )
             for setting in self.settings
         )

@@ -96,6 +96,15 @@ def of_plan(store: Store, path: Path, profile: Profile, plan: Plan, given: str |
             fix=f"tied = {[list(group) for group in shared]}",
             code=ARTEFACT,
         )
+    if plan.norm != profile.norm:
+        clips = "clips its gradients" if profile.norm else "does not clip its gradients"
+        raise PlanError(
+            what="the plan is for a model that clips otherwise",
+            where=f"plan {plan}, norm",
+            why=f"it says {str(plan.norm).lower()}, and by the profile the model {clips}",
+            fix=f"norm = {str(profile.norm).lower()}",
+            code=ARTEFACT,
+        )
     if not plan.sequence or plan.sequence == profile.sequence:
         return path, profile
     if given is not None:

@@ -18,7 +18,7 @@ from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
 from planner.orders import codes
 from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import OPS, OPTIMIZER, REDUCTIONS
+from planner.orders.operations import OPS, OPTIMIZER, REDUCE_NORM, REDUCTIONS
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -55,7 +55,7 @@ class Costs:
 
         What the simulator then still gets wrong is the schedule and communication model alone.
         """
-        reducing = codes.has(self.linked.flat, *REDUCTIONS)
+        reducing = codes.has(self.linked.flat, *REDUCTIONS, REDUCE_NORM)
         seconds = [
             seconds if reduces else trace.work[row].get(action, seconds)
             for action, row, seconds, reduces in zip(

@@ -19,12 +19,14 @@ from planner.orders.edges import Edges
 from planner.orders.operations import (
     FETCH,
     LOAD,
+    NORM_GRAD,
     OFFLOAD,
     OPERATIONS,
     OPTIMIZER,
     PULL,
     PUSH,
     REDUCE_ASYNC,
+    REDUCE_NORM,
     REDUCE_TIED,
     REDUCTIONS,
     UNSHARD_FORWARD,
@@ -39,6 +41,9 @@ BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group 
 """Transfers whose price depends on whose they are: each device has its own way to the host or to a server, and each
 replica of the pipeline its own devices."""
 
+
+NORM_BYTES = 8.0
+"""Of the square of a norm, in float64 (`executor.norm`)."""
 
 MANY = 4096
 """Pairs of workers and servers whose flows are added up; beyond, only what links carry is known of them."""
@@ -109,10 +114,10 @@ class PriceList:
             return np.full(len(QUANTILES), self._reduced(op, stage).busy)
         each = [self._costs(stage, speed).spread(op, threads) / speed for speed, threads in self._speeds(row)]
         seconds: Spread = np.maximum.reduce(each)
-        if op == OPTIMIZER:
+        if op in (OPTIMIZER, NORM_GRAD):
             if "optimizer" in self.agreed.shards:
                 seconds = seconds / len(self.holders[stage])
-            if self.plan.host_optimizer:
+            if op == OPTIMIZER and self.plan.host_optimizer:
                 seconds = np.full(len(QUANTILES), self.on_host(stage, row))
         return seconds
 
@@ -146,6 +151,8 @@ class PriceList:
             return TransferKind(op, stage, source, source, size, seconds, 0.0, flows, lane, seconds)
         if op in (PULL, PUSH):
             return self._served(op, stage, source)
+        if op == REDUCE_NORM:
+            return self._agreed_norm()
         return self._added_up(stage, source) if op == REDUCE_TIED else self._collective(op, stage)
 
     def again(self, kind: TransferKind, source: int, target: int) -> TransferKind:
@@ -188,6 +195,12 @@ class PriceList:
         choice, size = self._among(rows, collectives.ALL_REDUCE), self.tied_bytes(group)
         seconds, lane = choice.seconds(size), 3 * rows[0] if choice.groups else -1
         return TransferKind(REDUCE_TIED, stage, source, source, size, seconds, 0.0, choice.flows(size), lane, seconds)
+
+    def _agreed_norm(self) -> TransferKind:
+        """An all-reduce of one number among all devices: it takes latencies, and loads no link."""
+        every = tuple(name for group in self.groups for name in group)
+        seconds = collectives.over(self.cluster, (every,), collectives.ALL_REDUCE).seconds(NORM_BYTES)
+        return TransferKind(REDUCE_NORM, 0, -1, -1, NORM_BYTES, seconds, 0.0, ())
 
     def _among(self, rows: tuple[int, ...], passes: int) -> collectives.Choice:
         """What these rows can do together: of devices that split tensors each with its like, all at the same time."""

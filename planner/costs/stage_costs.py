@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.basis.memo import memoised
-from planner.orders.operations import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, OPTIMIZER, RECOMPUTE
+from planner.orders.operations import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    NORM_GRAD,
+    OPTIMIZER,
+    RECOMPUTE,
+)
 from planner.values.profile import LayerProfile, LayerTimes, Profile, Timing, interpolate
 
 Quantile = Literal["low", "lower", "median", "upper", "high"]
@@ -35,9 +43,15 @@ class LayerTable:
         self.forward, self.backward = sums("forward"), sums("backward")
         self.backward_input, self.backward_weight = sums("backward_input"), sums("backward_weight")
         self.recompute = sums("recompute")
-        optimizers = [times(layer, threads).optimizer for layer in profile.layers]
-        optimizer = np.array([[float(getattr(timing, f"{q}_s")) for timing in optimizers] for q in QUANTILES])
-        self.optimizer = np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(optimizer, axis=1)], axis=1)
+        of = [times(layer, threads) for layer in profile.layers]
+        self.optimizer = _once([own.optimizer for own in of])
+        self.norm = _once([own.norm for own in of])
+
+
+def _once(timings: Sequence[Timing | None]) -> Spread:
+    """Sums of what every layer does once per step, 0 where it does nothing."""
+    each = [[float(getattr(timing, f"{q}_s")) if timing else 0.0 for timing in timings] for q in QUANTILES]
+    return np.concatenate([np.zeros((len(QUANTILES), 1)), np.cumsum(np.array(each), axis=1)], axis=1)
 
 
 class _Measured(NamedTuple):
@@ -102,6 +116,7 @@ class StageCosts:
             BACKWARD_INPUT: self.backward_input,
             BACKWARD_WEIGHT: self.backward_weight,
             RECOMPUTE: self.recompute,
+            NORM_GRAD: self.norm,
             OPTIMIZER: self.optimizer,
         }.get(op)
         return price(threads) if price else np.zeros(len(QUANTILES))
@@ -138,10 +153,20 @@ class StageCosts:
 
     def optimizer(self, threads: int) -> Spread:
         """Seconds of updating the stage's parameters."""
+        return self._once("optimizer", threads)
+
+    def norm(self, threads: int) -> Spread:
+        """Seconds of taking the norm of the stage's gradients."""
+        return self._once("norm", threads)
+
+    def _once(self, kind: Literal["optimizer", "norm"], threads: int) -> Spread:
+        """What is done once per step: all layers together take as much less than one by one as the whole model does."""
         table = layer_table(self.profile, self.samples, threads)
-        alone = table.optimizer[:, self.layers.stop] - table.optimizer[:, self.layers.start]
-        whole = [w for w in self.profile.whole if w.layers_optimizer_s > 0]
-        scaled: Spread = alone * (whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0)
+        sums: Spread = getattr(table, kind)
+        alone = sums[:, self.layers.stop] - sums[:, self.layers.start]
+        known = [(getattr(w, f"{kind}_s"), getattr(w, f"layers_{kind}_s")) for w in self.profile.whole]
+        share = next((whole / layers for whole, layers in known if layers > 0), 1.0)
+        scaled: Spread = alone * share
         return scaled
 
     def _run(self, kind: str, threads: int, seams: str, share: float = 1.0) -> Spread:

@@ -70,7 +70,13 @@ def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice, scale: float
             for kind, direction in _PASSES.items()
         }
         weight = tuple(time(t, 0.0) for t in own.backward_weight)
-        return msgspec.structs.replace(own, **changed, backward_weight=weight, optimizer=time(own.optimizer, 0.0))
+        return msgspec.structs.replace(
+            own,
+            **changed,
+            backward_weight=weight,
+            optimizer=time(own.optimizer, 0.0),
+            norm=own.norm and time(own.norm, 0.0),
+        )
 
     def sizes(own: LayerSizes) -> LayerSizes:
         share = how.whole + (1 - how.whole) / n

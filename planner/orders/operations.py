@@ -22,14 +22,15 @@ UNSHARD_FORWARD, RESHARD_FORWARD = "UNSHARD_F", "RESHARD_F"
 UNSHARD_BACKWARD, RESHARD_BACKWARD = "UNSHARD_B", "RESHARD_B"
 REDUCE_GRAD, REDUCE_TIED = "REDUCE_GRAD", "REDUCE_TIED"
 REDUCE_ASYNC = "REDUCE_ASYNC"
+NORM_GRAD, REDUCE_NORM = "NORM_GRAD", "REDUCE_NORM"
 PULL, PUSH = "PULL", "PUSH"
 OPTIMIZER = "OPTIMIZER"
 LOAD = "LOAD"
 
 Lane = Literal["compute", "link"]
-Group = Literal["", "pair", "holders", "tied", "server", "host"]
+Group = Literal["", "pair", "holders", "tied", "server", "host", "all"]
 """Who joins a transfer: the two ends of an edge; every holder of a stage, the n-th action of each; of each replica of
-the pipeline the holders of the stages that share a parameter; a device with a server, or with its host."""
+the pipeline the holders of the stages that share a parameter; a device with a server, or with its host; all devices."""
 
 
 class Role(NamedTuple):
@@ -163,6 +164,11 @@ OPERATIONS: dict[str, Operation] = {
             REDUCE_TIED, "adding up gradients of shared parameters", "collective", "TIED", posts=REDUCE_TIED,
             group="tied", awaits="always",
         ),
+        Operation(NORM_GRAD, "taking the norm of gradients", "update", "NORM"),
+        Operation(
+            REDUCE_NORM, "agreeing on the norm of all gradients", "collective", "NORM", posts=REDUCE_NORM, group="all",
+            awaits="always",
+        ),
         Operation(PULL, "pulling parameters", "served", posts=PULL, group="server", awaits="always"),
         Operation(PUSH, "pushing gradients", "served", posts=PUSH, group="server", awaits="always", gradients="uses"),
         Operation(OPTIMIZER, "the optimizer", "update", "OPT", wants=REDUCE_ASYNC, gradients="uses"),
@@ -179,12 +185,14 @@ COMPUTES = tuple(op for op, operation in OPERATIONS.items() if operation.compute
 REDUCTIONS = tuple(op for op, o in OPERATIONS.items() if o.group == "holders" and (o.awaits == "always" or o.gradients))
 """What reduces a stage's gradients among its holders; all of them join, each time."""
 
-SYNCHRONISING = tuple(op for op, operation in OPERATIONS.items() if operation.group in ("holders", "tied", "server"))
+SYNCHRONISING = tuple(
+    op for op, operation in OPERATIONS.items() if operation.group in ("holders", "tied", "server", "all")
+)
 """What a device does to agree with others on gradients and parameters: it computes nothing while it waits for that."""
 
-PAIR, HOLDERS, TIED, SERVER, HOST = 1, 2, 3, 4, 5
+PAIR, HOLDERS, TIED, SERVER, HOST, ALL = 1, 2, 3, 4, 5, 6
 ALONE, ALWAYS = 1, 2
-_GROUPS = ("", "pair", "holders", "tied", "server", "host")
+_GROUPS = ("", "pair", "holders", "tied", "server", "host", "all")
 
 Numbers = npt.NDArray[np.int64]
 
@@ -192,7 +200,7 @@ Numbers = npt.NDArray[np.int64]
 class Table(NamedTuple):
     """The same for loops: one entry per operation's number; operations and transfers by number, -1 for none.
 
-    `group` is one of PAIR to HOST (0: none), `source` and `target` whether it is that end of a message, `leaving`
+    `group` is one of PAIR to ALL (0: none), `source` and `target` whether it is that end of a message, `leaving`
     whether a message takes the edges that leave its stage. `awaits` is ALWAYS where it waits for its own transfer,
     ALONE where it does so without a micro-batch. `adds` marks what adds to gradients, `renews` that behind which
     the next of these begins others.

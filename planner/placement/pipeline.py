@@ -17,7 +17,7 @@ from planner.placement.cutting import balanced, fastest, ranges_of, reordered, s
 from planner.placement.mapping import MAPPINGS, Position, estimated, mappings, positions
 from planner.placement.question import Question
 from planner.programs import extent
-from planner.values.plan import Plan, Stage, shares_without_flush
+from planner.values.plan import Plan, Stage, norm_without_flush, shares_without_flush
 
 ALONE = "1f1b"
 """What any schedule that flushes comes to where one device holds all stages: one micro-batch after the other."""
@@ -70,7 +70,20 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
             why=shared,
             fix="choose a schedule that flushes (1f1b), or a model whose layers do not share",
         )
+    check_norm(found)
     return found
+
+
+def check_norm(plan: Plan) -> None:
+    """Raise `PlanError` (exit 2) for a plan whose stages update apart, of a model that clips all gradients together."""
+    alone = norm_without_flush(plan)
+    if alone is not None:
+        raise PlanError(
+            what="a model that clips its gradients cannot update each stage by itself",
+            where=f"strategy {plan.strategy}, K={len(plan.device_names)}",
+            why=alone,
+            fix="choose a schedule that flushes (1f1b) and replicas that reduce (all-reduce), or leave clip out",
+        )
 
 
 def arranged(schedule: Schedule, depth: int, chunks: int) -> tuple[Schedule, int]:
@@ -171,6 +184,7 @@ def _trial(
         microbatches=q.m,
         batch=q.batch,
         sequence=q.profile.sequence,
+        norm=q.profile.norm,
         chunks=chunks,
         tensor=q.tensor,
         synchronisation=agreed.name,

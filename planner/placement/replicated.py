@@ -18,7 +18,7 @@ from planner.placement.cutting import ranges_of, tables_of
 from planner.placement.devices import levels
 from planner.placement.filling import Holding, crossing, stage_bytes
 from planner.placement.hierarchy import Fits, Level, Members, solve
-from planner.placement.pipeline import bucket, pipeline
+from planner.placement.pipeline import bucket, check_norm, pipeline
 from planner.placement.question import Question
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Device
@@ -45,6 +45,7 @@ def replicated(q: Question, strategy: str, schedule: str) -> Plan:
     The partition takes all devices for alike. Where they are not, a pipeline without replicas, whose stages heed every
     device's speed and memory, is taken if it is quicker.
     """
+    check_norm(_whole(q, strategy, schedule))
     most = min(q.k, q.m) if q.k > FEW else q.k
     fewer = range(most, 0, -1) if most <= FEW else [most >> i for i in range(most.bit_length())]
     for count in dict.fromkeys([q.k, *fewer]):
@@ -150,6 +151,7 @@ def _whole(q: Question, strategy: str, schedule: str) -> Plan:
         microbatches=q.m,
         batch=q.batch,
         sequence=q.profile.sequence,
+        norm=q.profile.norm,
         threads=q.devices[0].threads,
     )
 

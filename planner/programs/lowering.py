@@ -13,7 +13,7 @@ from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.proof import InTurn, prove
 from planner.programs.savings import offload, recompute
-from planner.programs.updates import advance, frame, gather, optimize, reduce_beside, send_first, tie
+from planner.programs.updates import advance, frame, gather, norm, optimize, reduce_beside, send_first, tie
 from planner.values.plan import Plan, actions, asynchronous, windows
 
 ONCE = 1 << 32
@@ -62,6 +62,10 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     if schedule.trains and plan.tied:
         rows = tuple(tie(row, plan.tied) for row in rows)
     updates = schedule.trains and not agreed.server
+    if updates and plan.norm:
+        rows = tuple(
+            norm(row, held, agreeing=plan.agrees_on_norm) for row, held in zip(rows, plan.stages_of, strict=False)
+        )
     gathers = [agreed.gathers and several for several in agreeing]
     if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)

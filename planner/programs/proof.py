@@ -179,6 +179,11 @@ def _prove_reductions(linked: Linked) -> None:
             if unused.any():
                 position = int(own[unused][0])
                 raise disproved(linked, position, f"nothing waits for {linked.actions[position]}")
+        elif OPERATIONS[op].group == "all":
+            own = np.flatnonzero(codes.has(linked.flat, op))
+            if len(own) != linked.devices or (linked.parties[linked.posts[own]] < linked.devices).any():
+                position = int(own[0])
+                raise disproved(linked, position, f"{linked.actions[position]} waits for ever: not every device joins")
         elif OPERATIONS[op].group == "tied":
             own = np.flatnonzero(codes.has(linked.flat, op))
             base = int(linked.base[NUMBER[op]])

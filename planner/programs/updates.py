@@ -15,12 +15,14 @@ from planner.orders.operations import (
     BACKWARD_WEIGHT,
     FORWARD,
     LOAD,
+    NORM_GRAD,
     NUMBER,
     OPS,
     OPTIMIZER,
     PUSH,
     REDUCE_ASYNC,
     REDUCE_GRAD,
+    REDUCE_NORM,
     REDUCE_TIED,
     SEND_BACKWARD,
     TABLE,
@@ -130,6 +132,17 @@ def tie(row: Codes, tied: tuple[tuple[int, ...], ...]) -> Codes:
     held = set(codes.stages(row[codes.has(row, FORWARD)]).tolist())
     mine = [codes.code(REDUCE_TIED, group[0]) for group in tied if held & set(group)]
     return codes.join(row, np.array(mine, np.int64))
+
+
+def norm(row: Codes, stages: Sequence[int], *, agreeing: bool) -> Codes:
+    """Take the norm of the gradients of a row's stages, and if `agreeing` make all rows' into one, before the updates.
+
+    >>> from planner.orders.action import actions
+    >>> print(*actions(norm(codes.join(), (0, 2), agreeing=True)))
+    0NORM_GRAD 2NORM_GRAD 0REDUCE_NORM
+    """
+    own = [codes.code(NORM_GRAD, stage) for stage in stages]
+    return codes.join(row, np.array([*own, *([codes.code(REDUCE_NORM, 0)] if agreeing else ())], np.int64))
 
 
 def gather(row: Codes) -> Codes:

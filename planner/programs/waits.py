@@ -21,7 +21,7 @@ from planner.basis.errors import PlanError
 from planner.orders import codes
 from planner.orders.action import Action, actions, grid
 from planner.orders.codes import MICROBATCH, OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import ALONE, ALWAYS, HOLDERS, NUMBER, OPERATIONS, OPS, PAIR, TABLE, TIED, named
+from planner.orders.operations import ALL, ALONE, ALWAYS, HOLDERS, NUMBER, OPERATIONS, OPS, PAIR, TABLE, TIED, named
 from planner.programs.program import Program
 from planner.values.holding import replicas_of
 
@@ -202,7 +202,8 @@ def _link(flat, offsets, ops, planes, kinds, stages, last, turns, gathered, repl
     """One pass over all rows. Returns an action that names what is not there, or -1.
 
     The n-th gather or reduction of every holder join: `turns` counts them, with the row that has counted last. What
-    adds up shared parameters joins rows of one replica (`replicas` says of which a row is), and has its number.
+    adds up shared parameters joins rows of one replica (`replicas` says of which a row is), and has its number. What
+    all rows join is there once.
     `gathered` is the transfer of every stage's and micro-batch's own gather or reduction.
     """
     posts, waits, needs, parties, source, target, also = links
@@ -262,7 +263,7 @@ def _link(flat, offsets, ops, planes, kinds, stages, last, turns, gathered, repl
                     if replicas[d] >= last:
                         return i
                     post += replicas[d]
-                else:
+                elif group != ALL:  # what all join there is once in a step
                     if m < 0:
                         return i
                     post += m

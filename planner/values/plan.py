@@ -56,7 +56,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `chunks` (v) is the number of stages per device, `tensor` the number of devices over which each stage's tensors are
     split. `synchronisation` says how replicas agree on parameters (`planner.orders.synchronisation`); `servers` are the
     devices or hosts that keep the parameters where it needs them. Gradients are reduced in buckets of `bucket_bytes`
-    as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter.
+    as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter. With `norm` all
+    agree on the norm of all gradients before they update: the model clips it.
 
     Memory savings: with `recompute` a stage keeps only its inputs and outputs between forward and backward,
     `recompute_layers` forgets single layers, `recompute_blocks` runs of layers, each given by its first and its last:
@@ -86,6 +87,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     servers: tuple[str, ...] = ()
     bucket_bytes: int = 0
     tied: tuple[tuple[int, ...], ...] = ()
+    norm: bool = False
     recompute: bool = False
     recompute_layers: tuple[str, ...] = ()
     recompute_blocks: tuple[tuple[str, str], ...] = ()
@@ -283,6 +285,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return holding.holders(self.stages_of, len(self.stages))
 
     @property
+    def agrees_on_norm(self) -> bool:
+        """Whether devices have to agree on the norm of all gradients: none of them has all of it."""
+        shards = synchronisation.get(self.synchronisation).shards
+        return self.norm and (
+            bool(shards) or self.tensor > 1 or any(len(own) < len(self.stages) for own in self.stages_of)
+        )
+
+    @property
     def edges(self) -> Edges:
         """Who sends what to whom: every stage to the next."""
         return chain(len(self.stages))
@@ -408,3 +418,17 @@ def shares_without_flush(plan: Plan) -> str | None:
         f"{', '.join(names)} share parameters, and without a flush ({plan.schedule}) each updates before it has the "
         f"others' gradients"
     )
+
+
+def norm_without_flush(plan: Plan) -> str | None:
+    """Return why the gradients of a plan have no common norm, or None where they have, or none is needed."""
+    if not plan.norm:
+        return None
+    served = synchronisation.get(plan.synchronisation).server
+    if asynchronous(plan) or schedules.get(plan.schedule).updates == "microbatch":
+        why = f"without a flush ({plan.schedule}) each stage updates by itself, when no other has its gradients"
+    elif served:
+        why = f"with {plan.synchronisation} servers update as gradients come in"
+    else:
+        return None
+    return f"the model clips the norm of all gradients together, and {why}"

@@ -10,7 +10,7 @@ import msgspec
 
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.orders import schedules
-from planner.values.plan import Plan, shares_without_flush
+from planner.values.plan import Plan, norm_without_flush, shares_without_flush
 
 
 def read(path: Path) -> Plan:
@@ -81,6 +81,9 @@ def _check_shape(plan: Plan) -> None:
     shared = shares_without_flush(plan)
     if shared is not None:
         raise ValueError(f"tied: {shared}")
+    alone = norm_without_flush(plan)
+    if alone is not None:
+        raise ValueError(f"norm: {alone}")
 
 
 def to_toml(plan: Plan) -> str:

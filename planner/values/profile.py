@@ -57,6 +57,8 @@ class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
     `backward` is the whole backward as autograd runs it; `backward_input` and `backward_weight` are its two halves
     run apart (zero-bubble schedules), whose sum is usually larger. `recompute` is the forward as
     `torch.utils.checkpoint` repeats it when this layer is a stage's last: it stops at the last tensor backward needs.
+    `optimizer` is the update, `norm` taking the norm of the gradients before it, where the model clips them; the update
+    then scales them, too.
     """
 
     threads: int
@@ -66,6 +68,7 @@ class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
     backward_weight: tuple[Timing, ...]
     recompute: tuple[Timing, ...]
     optimizer: Timing
+    norm: Timing | None = None
 
 
 class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +158,8 @@ class WholeStep(msgspec.Struct, frozen=True, kw_only=True):
     layers_forward_s: float
     layers_backward_s: float
     layers_optimizer_s: float
+    norm_s: float = 0.0
+    layers_norm_s: float = 0.0
 
 
 SCHEMA = 3
@@ -195,7 +200,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     `estimated` profile, the hardware it was computed for from counted operations. `sources` are the files that the
     model file imports from its own folder, by their paths from there: the key's hash is of these, too. `opaque` are
     modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
-    parameters that no layer holds, as nothing reads them.
+    parameters that no layer holds, as nothing reads them. `clip` is the norm to which the model clips all its gradients
+    together, 0 where it does not.
     """
 
     key: ProfileKey
@@ -219,6 +225,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     unused: tuple[str, ...] = ()
     machine_created: str = ""
     """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -232,6 +239,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
                 for timing in (
                     *(*t.forward, *t.backward, *t.backward_input, *t.backward_weight, *t.recompute),
                     t.optimizer,
+                    *((t.norm,) if t.norm else ()),
                 )
             ]
             if not _sound(timings):
@@ -265,6 +273,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def sequence(self) -> int:
         """Tokens of a sample, of which all times and bytes are; 0 where samples are no sequences."""
         return self.key.sequence
+
+    @property
+    def norm(self) -> bool:
+        """Whether an update needs the norm of all gradients."""
+        return self.clip > 0
 
     @property
     def device_kind(self) -> str:

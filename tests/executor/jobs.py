@@ -55,7 +55,8 @@ def main(path: str) -> None:
 
         me.step(None, watch)
         out = Path(job.folder) / f"{case.name}.{rank}.pt"
-        torch.save({"gradients": found, "losses": me.losses, "state": me.state()}, out)
+        norm = me.clipping.norm if me.clipping is not None else None
+        torch.save({"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}, out)
         if case.oracle:
             torch.save(_torch_gradients(case, rank), Path(job.folder) / f"{case.name}.torch.{rank}.pt")
     dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
@@ -55,6 +56,25 @@ class Tied(nn.Module):
 
 def tied() -> nn.Module:
     return Tied()
+
+
+def clipped() -> nn.Module:
+    return model()
+
+
+def clipped_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Moves by the gradient itself, so that clipping shows."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+clipped_clip = clipped_tied_clip = 0.01
+
+
+def clipped_tied() -> nn.Module:
+    return Tied()
+
+
+clipped_tied_optimizer = clipped_optimizer
 
 
 class Twice(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -52,6 +52,7 @@ def plan_of(
         recompute=recompute,
         bucket_bytes=bucket_bytes,
         tied=tuple(sorted(group for group in tied if len(group) > 1)),
+        norm=file.clip > 0,
     )
 
 
@@ -74,7 +75,16 @@ def called(file: ModelFile, whole: nn.Module, tensors: tuple[torch.Tensor, ...])
     return whole(*args, **keywords)
 
 
-def reference(model: str, replicas: int) -> tuple[dict[str, torch.Tensor], float]:
+class Plain(NamedTuple):
+    """What a plain loop's step has: gradients, loss, the norm of all gradients where they are clipped, the weights."""
+
+    gradients: dict[str, torch.Tensor]
+    loss: float
+    norm: torch.Tensor | None
+    state: dict[str, torch.Tensor]
+
+
+def reference(model: str, replicas: int) -> Plain:
     """The whole model in this process, gradients accumulated over the micro-batches in ascending order."""
     file = load(model)
     whole = file.build(SEED)
@@ -86,8 +96,11 @@ def reference(model: str, replicas: int) -> tuple[dict[str, torch.Tensor], float
         loss = file.loss(called(file, whole, x), y) / parts
         loss.backward()
         total += float(loss.detach())
+    gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    norm = nn.utils.clip_grad_norm_(whole.parameters(), file.clip) if file.clip else None
+    file.optimizer([p for p in whole.parameters() if p.requires_grad]).step()
     torch.set_num_threads(before)
-    return {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}, total
+    return Plain(gradients, total, norm, whole.state_dict())
 
 
 def cases(k: int) -> list[Case]:
@@ -100,6 +113,12 @@ def cases(k: int) -> list[Case]:
         )
         for schedule, recompute in product(("gpipe", "1f1b", "naive"), (False, True))
     ]
+    for name in ("clipped", "clipped_tied"):
+        for replicas in (1, 2) if k > 1 else (1,):
+            if k // replicas < (1 if name == "clipped" else 2) or k // replicas > 3:
+                continue
+            plan = plan_of(f"{MODELS}:{name}", "1f1b", k // replicas, replicas=replicas)
+            found.append(Case(name=f"{name}-{replicas}", model=f"{MODELS}:{name}", plan=plan))
     if k == 2:
         found.append(Case(name="replicas", model=MODELS, plan=plan_of(MODELS, "1f1b", 1, replicas=2)))
         many = plan_of(MODELS, "1f1b", 1, replicas=2, bucket_bytes=500)
@@ -137,7 +156,7 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
     spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(todo))))
     launch(main, str(spec), k, tmp_path / "logs")
     for case in todo:
-        expected, total = reference(case.model, case.plan.replicas)
+        expected, total, norm, state = reference(case.model, case.plan.replicas)
         ranks = [torch.load(tmp_path / f"{case.name}.{r}.pt", weights_only=True) for r in range(k)]
         # Sums of other orders differ in the last digits.
         exact = case.plan.replicas == 1 and not case.plan.tied and not case.model.endswith(UNEVEN)
@@ -149,6 +168,14 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                     torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
         seen = {name for found in ranks for name in found["gradients"]}
         assert seen == set(expected), case.name
+        for found in ranks:
+            for name, tensor in found["state"].items():
+                if exact and norm is None:
+                    assert torch.equal(tensor, state[name]), f"{case.name}, {name}"
+                elif norm is not None:
+                    torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+            if norm is not None:
+                torch.testing.assert_close(found["norm"], norm, rtol=1e-6, atol=0.0)
         measured = sum(float(loss) for found in ranks for loss in found["losses"].values()) / case.plan.replicas
         assert measured == pytest.approx(total, rel=1e-6)
         whole = load(case.model).build(0)

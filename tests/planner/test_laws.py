@@ -17,7 +17,7 @@ from planner.programs.lowering import lower
 from planner.programs.waits import Linked
 from planner.simulate.contention import interpret
 from planner.simulate.longest_path import walk
-from planner.values.plan import Plan, asynchronous
+from planner.values.plan import Plan, asynchronous, norm_without_flush
 from tests.factory import devices, pipeline, profile, shapes
 
 SAVINGS: tuple[dict[str, Any], ...] = ({}, {"recompute": True}, {"offload": True})
@@ -32,6 +32,7 @@ def plans(draw: st.DrawFn) -> Plan:
     assume(not chosen.server or replicas > 1)
     assume(not (schedules.get(name).asynchronous and chosen.server))
     fields: dict[str, Any] = dict(draw(st.sampled_from(SAVINGS)))
+    fields["norm"] = draw(st.booleans())
     if chosen.server:
         fields["servers"] = ("h",) if chosen.server == "host" else ("d0",)
     try:
@@ -42,6 +43,7 @@ def plans(draw: st.DrawFn) -> Plan:
     except (ValueError, PlanError):
         assume(False)
         raise
+    assume(norm_without_flush(plan) is None)
     return plan
 
 
