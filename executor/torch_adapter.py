@@ -11,7 +11,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -23,16 +23,17 @@ from torch.distributed.pipelining import stage as torch_stage
 from planner.orders.action import actions
 from planner.orders.codes import Order
 
-_INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.13; absent in 2.11
+_INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.12 and later
 _FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters
+_BUFFERS_WHEN_POSTED = hasattr(torch_stage._RecvInfo, "allocate_buffer")  # 2.15: torch makes them as late as we do
 
 
 class PipeStage(PipelineStage):
     """torch's stage with receive buffers that live only while their micro-batch is in flight.
 
-    torch allocates the buffers of all M micro-batches before the first step and keeps them; a schedule that holds few
-    activations would pay for all of them. Here a buffer is made when its receive is posted and let go behind the
-    backward.
+    Before 2.15 torch allocates the buffers of all M micro-batches before the first step and keeps them; a schedule that
+    holds few activations would pay for all of them. Here a buffer is made when its receive is posted and let go behind
+    the backward.
     """
 
     def prepare(self, microbatches: int) -> None:
@@ -43,33 +44,32 @@ class PipeStage(PipelineStage):
         options = {"has_backward": True} if _FORWARD_TAKES_BACKWARD else {}
         self._prepare_forward_infra(microbatches, (), {}, **options)
         self._prepare_backward_infra(microbatches)
-        self._shapes = {
-            id(info): (tuple(info.buffer.shape), info.buffer.dtype, info.buffer.requires_grad)
-            for info in self._receives()
-        }
-        for info in self._receives():
-            info.buffer = None
+        self._shapes: dict[int, tuple[torch.Size, torch.dtype, bool]] = {}
+        self._in_flight: dict[tuple[int, bool], int] = {}
+        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            for info in infos:
+                like = _received(info)
+                if like is not None:
+                    self._shapes[id(info)] = (torch.Size(like.shape), like.dtype, like.requires_grad)
+                    info.buffer = None
 
-    def _receives(self) -> list[Any]:
-        tables = (*self.args_recv_info.values(), *self.grad_recv_info.values())
-        return [
-            info
-            for infos in tables
-            for info in infos
-            if getattr(info, "buffer", None) is not None and info.source is not None
-        ]
-
-    def _allocate(self, infos: Sequence[Any]) -> None:
-        for info in infos:
-            if id(info) in self._shapes:
-                shape, dtype, requires_grad = self._shapes[id(info)]
-                info.buffer = torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
+    def _buffer(self, info: Any) -> torch.Tensor:
+        shape, dtype, requires_grad = self._shapes[id(info)]
+        return torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
 
     def post_receive(self, microbatch: int, *, forward: bool) -> list[dist.Work]:
         """Allocate the buffers of one message and post its receive."""
-        infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
-        self._allocate(infos)
-        return post(self.get_fwd_recv_ops(microbatch) if forward else self.get_bwd_recv_ops(microbatch))
+        every = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
+        infos: list[Any] = [info for info in every if id(info) in self._shapes]
+        if not _BUFFERS_WHEN_POSTED:
+            for info in infos:
+                info.buffer = self._buffer(info)
+        operations = self.get_fwd_recv_ops(microbatch) if forward else self.get_bwd_recv_ops(microbatch)
+        for info, operation in zip(infos, operations, strict=True):
+            if not operation.tensor.is_contiguous():  # torch's own has the strides of what is sent, a message none
+                info.buffer = operation.tensor = self._buffer(info)
+        self._in_flight[microbatch, forward] = self.message_bytes(microbatch, forward=forward)
+        return post(operations)
 
     def post_send(self, microbatch: int, *, forward: bool) -> tuple[list[dist.Work], list[torch.Tensor]]:
         """Post the send of a micro-batch's outputs or input gradients; the tensors must live until it is complete."""
@@ -78,7 +78,11 @@ class PipeStage(PipelineStage):
 
     def release(self, microbatch: int) -> None:
         """Let go of a micro-batch's receive buffers, behind its backward."""
-        for infos in (self.args_recv_info[microbatch], self.grad_recv_info.get(microbatch, ())):
+        for forward, infos in (
+            (True, self.args_recv_info[microbatch]),
+            (False, self.grad_recv_info.get(microbatch, ())),
+        ):
+            self._in_flight.pop((microbatch, forward), None)
             for info in infos:
                 if id(info) in self._shapes:
                     info.buffer = None
@@ -87,22 +91,32 @@ class PipeStage(PipelineStage):
 
     def clear_runtime_states(self) -> None:
         """Forget the step. torch's own also clears the gradients of receive buffers, of which none is left here."""
-        self.fwd_cache.clear()
+        getattr(self, _FORWARDS).clear()
         self.bwd_cache.clear()
         self.output_chunks.clear()
+        self._in_flight.clear()
 
     def message_bytes(self, microbatch: int, *, forward: bool) -> int:
         """Bytes of one received message."""
         infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
         shapes = [self._shapes[id(info)] for info in infos if id(info) in self._shapes]
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in shapes)
+        return sum(shape.numel() * dtype.itemsize for shape, dtype, _ in shapes)
 
     def communication_bytes(self) -> int:
         """Bytes of the receive buffers and unsent gradients alive now."""
-        tables = (*self.args_recv_info.values(), *self.grad_recv_info.values())
-        buffers = [i.buffer for infos in tables for i in infos if id(i) in self._shapes and i.buffer is not None]
         unsent = [t for grads in self.bwd_cache.values() for t in grads if t is not None] if not self.is_first else []
-        return sum(t.nbytes for t in (*buffers, *unsent))
+        return sum(self._in_flight.values()) + sum(t.nbytes for t in unsent)
+
+
+_FORWARDS = "_forward_chunk_states" if _BUFFERS_WHEN_POSTED else "fwd_cache"
+"""Where torch's stage keeps the micro-batches between forward and backward."""
+
+
+def _received(info: Any) -> Any:
+    """What has the shape and dtype of a received tensor, None for what is not received (inputs, missing gradients)."""
+    if getattr(info, "source", None) is None:
+        return None
+    return info.buffer if info.buffer is not None else getattr(info, "tensor_meta", None)
 
 
 def post(operations: list[dist.P2POp]) -> list[dist.Work]:
