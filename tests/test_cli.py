@@ -182,6 +182,20 @@ def test_stale_profile_says_what_changed(capsys: pytest.CaptureFixture[str]) -> 
     assert error["fix"] == "plan profile model.py"
 
 
+@pytest.mark.parametrize(
+    ("package", "itself", "same"), [("2.15.0", "2.15.0+cu132", True), ("2.15.0+cpu", "2.15.0+cu132", False)]
+)
+def test_a_package_without_the_build_in_its_name(
+    package: str, itself: str, same: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch 2.15.0+cu132 comes from a package that is called 2.15.0: what it measured is not stale."""
+    profile = by_hand()
+    Store().save_profile(msgspec.structs.replace(profile, key=msgspec.structs.replace(profile.key, torch=itself)))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: package)
+    assert (invoke(["simulate", "--k", "2", "--m", "4"]) == 0) == same
+    assert (f"torch: {itself} -> {package}" in capsys.readouterr().err) != same
+
+
 def test_memory_that_no_plan_fits(capsys: pytest.CaptureFixture[str]) -> None:
     by_hand(machine=factory.devices(8, memory_bytes=5000))
     error = failing(capsys, NOTHING_FITS, "simulate", "--k", "2", "--m", "4")

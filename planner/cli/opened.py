@@ -236,12 +236,21 @@ def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
 def check_fresh(measured: Profile, path: Path) -> None:
     """Raise `PlanError` (exit 4) when the model file or torch have changed since the profile, saying what."""
     source = Path(measured.model_path.partition(":")[0])
-    current: dict[str, Any] = {"torch": importlib.metadata.version("torch"), "schema": SCHEMA}
+    current: dict[str, Any] = {"torch": _installed(measured.key.torch), "schema": SCHEMA}
     if source.is_file():
         current["source_sha256"] = digest(source, measured.sources)
     key = measured.key
     fields = {f: current.get(f, getattr(key, f)) for f in key.__struct_fields__}
     require_same(measured, ProfileKey(**fields), path)
+
+
+def _installed(measured: str) -> str:
+    """The version of torch that is installed, read without loading it (seconds).
+
+    torch calls itself 2.15.0+cu132 where its package is called 2.15.0: that is no difference.
+    """
+    found = importlib.metadata.version("torch")
+    return measured if measured.partition("+")[0] == found else found
 
 
 def require_same(measured: Profile, now: ProfileKey, path: Path) -> None:
