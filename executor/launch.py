@@ -20,13 +20,23 @@ from planner.basis.errors import RUN_FAILED, PlanError, said
 # Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
 _SHUTDOWN_S = "3"
 _AGENTS_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask a run to end; what is ignored (nohup) stays so."""
 
 
-def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) -> None:
+def launch(
+    entry: Callable[[str], None],
+    argument: str,
+    ranks: int,
+    logs: Path,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Run `entry(argument)` in `ranks` new processes on this host until all have ended.
 
     What they print goes to `logs`. Raises `PlanError` (exit 6) with the first failing rank's traceback, and
-    `KeyboardInterrupt` when interrupted; no process is left either way.
+    `KeyboardInterrupt` when interrupted; no process is left either way. `stop` is called at the first interrupt and
+    returns whether the ranks will end by themselves, so that they are waited for; the second one ends them at once.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -44,11 +54,23 @@ def launch(entry: Callable[[str], None], argument: str, ranks: int, logs: Path) 
         monitor_interval=0.1,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        signals_to_handle="SIGQUIT",
     )
+    asked = [False]
+
+    def interrupted(number: int, frame: object) -> None:
+        if not asked[0] and stop():
+            asked[0] = True
+            return
+        raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+
     handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the agent's own words about ranks that fail; `_failed` says it once
     try:
+        for number in _ENDS:
+            if handlers[number] is not signal.SIG_IGN:
+                signal.signal(number, interrupted)
         elastic_launch(config, entry)(argument)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

@@ -18,8 +18,10 @@ from executor.batch import Drawn
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
+    Scheduler,
     checked_loss,
     checked_optimizer,
+    checked_scheduler,
     default_loss,
     default_optimizer,
     explained,
@@ -51,6 +53,7 @@ class ModelFile:
     batch_size: int
     splits: Callable[[nn.Module], Any] | None = None
     weight: Callable[[Any, Any], float] | None = None
+    scheduler: Scheduler | None = None
     data: Callable[[], Any] | None = None
     evaluate: Callable[[], Any] | None = None
     clip: float = 0.0
@@ -206,6 +209,7 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         batch_size=whole_number(file, "batch_size", DEFAULT_BATCH if size is None else size),
         splits=find("splits"),
         weight=find("weight"),
+        scheduler=checked_scheduler(path, find("scheduler")) if find("scheduler") else None,
         data=find("data"),
         evaluate=find("evaluate"),
         clip=limit(file, "clip", find("clip")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,22 +99,27 @@ class Rank:
         self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
         self.stamped: list[Stamped] = []
+        self.stamping = True
         self.repeats: list[Any] = []
         self.backwards = 0
 
     def step(
-        self, recorder: AllocationRecorder | None = None, watch: Callable[[Action, str], None] | None = None
+        self,
+        recorder: AllocationRecorder | None = None,
+        watch: Callable[[Action, str], None] | None = None,
+        *,
+        stamping: bool = True,
     ) -> None:
-        """Perform one step: every action of the row, in order, stamped.
+        """Perform one step: every action of the row, in order, stamped unless nobody wants to know.
 
         `recorder` marks each action's range; `watch` is called with the action before and after it.
         """
-        self.stamped, self.backwards = [], 0
+        self.stamped, self.backwards, self.stamping = [], 0, stamping
         self.losses.clear()
         for action in self.row:
             if watch:
                 watch(action, "before")
-            with recorder.marked(str(action)) if recorder else record_function(f"PP:{action}"):
+            with recorder.marked(str(action)) if recorder else self._named(action):
                 self._perform(action)
             if watch:
                 watch(action, "after")
@@ -122,14 +128,22 @@ class Rank:
         self.inputs, self.targets = {}, {}
 
     def _perform(self, action: Action) -> None:
-        start = self.backend.stamp()
+        start = self._stamp()
         self.messages.arrive(action)
-        ready = self.backend.stamp()
+        ready = self._stamp()
         self.messages.let_go(action)
         self.repeats = []
         ended = OPS[action.op](self, action)
-        end = self.backend.stamp() if ended is None else ended
-        self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
+        end = self._stamp() if ended is None else ended
+        if self.stamping:
+            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
+
+    def _stamp(self) -> Any:
+        return self.backend.stamp() if self.stamping else None
+
+    def _named(self, action: Action) -> AbstractContextManager[object]:
+        """What puts an action's name into a profiler's timeline."""
+        return record_function(f"PP:{action}") if self.stamping else nullcontext()
 
     # The actions. Each returns the stamp of its end where that is not simply now.
 
@@ -160,7 +174,7 @@ class Rank:
 
     def recompute(self, action: Action) -> Any:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
-        return self.backend.stamp()
+        return self._stamp()
 
     def backward(self, action: Action) -> None:
         """The whole backward of a micro-batch."""
@@ -168,7 +182,7 @@ class Rank:
         self.backwards += 1
         last = self.backwards == self.share
         if self.plan.recompute:
-            self.module.on_repeat = lambda: self.repeats.append(self.backend.stamp())
+            self.module.on_repeat = lambda: self.repeats.append(self._stamp())
         loss = self.losses[m] if self.is_last else None
         self.stage.backward_one_chunk(m, loss=loss, full_backward=True, last_backward=last)
         self.module.on_repeat = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from executor.allocator import AllocationRecorder
@@ -13,11 +15,16 @@ from planner.programs.program import RECEIVES
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
 
 
-class RankStep(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank measured of one step: events in seconds of the shared clock, and its part of the mean loss."""
+def recording_of(folder: Path, rank: int) -> Path:
+    """Return the file to which a rank writes what it records, a step per line."""
+    return folder / f"rank{rank}.recorded.jsonl"
 
+
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank recorded of a step, which is counted from 0: its events in seconds of the shared clock."""
+
+    step: int
     events: tuple[Event, ...]
-    loss: float
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import bisect
+import math
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import torch
 
+from executor.ending import ask
+from executor.following import following
 from executor.launch import launch
-from executor.recording import RankMemory, RankStep
+from executor.model_file import load
+from executor.recording import RankMemory, RankStep, recording_of
+from executor.saving import save
+from executor.steps import Extent, announced, joined
 from executor.worker import PATIENCE_S, Job, main
+from planner.basis.errors import INTERRUPTED, PlanError
 from planner.orders.action import parse
 from planner.orders.operations import REDUCE_GRAD, REDUCE_NORM
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
+from planner.values.step import Step
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
 
-WARM_UP_STEPS = 3
+Watch = Callable[[Extent, Sequence[Step]], None]
 
 TOGETHER = (REDUCE_GRAD, REDUCE_NORM)
 """What all ranks that have an action of this name begin when the last one has come to it."""
@@ -29,75 +38,105 @@ def run(
     plan: Plan,
     *,
     device: str,
-    steps: int,
+    steps: int = 0,
+    epochs: int = 0,
     seed: int,
     folder: Path,
     capacity_bytes: tuple[float, ...],
     expected_step_s: float = 0.0,
+    watch: Watch | None = None,
 ) -> Outcome:
-    """Train `steps` steps of `plan` (after a few warm-up steps) and return what was measured.
+    """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
 
     `folder` receives each rank's results and log, and the trained weights as `weights.pt`, a state dict of the
-    unsplit model. Raises `PlanError` (exit 6) when a rank fails.
+    unsplit model. `watch` is told the steps, about twice a second, as they are finished. The first Ctrl-C ends the
+    run behind a step that all ranks agree on: the outcome then says that it was `stopped`.
+
+    Raises `PlanError` for epochs without data (exit 2), when a rank fails (6), or when the run ended before a step was
+    recorded (130), and `KeyboardInterrupt` at the second Ctrl-C or before the first step.
     """
+    if epochs and load(model, plan.sequence).data is None:
+        raise PlanError(
+            what="--epochs needs data()",
+            where=model,
+            why="the model file has batch(n) alone, which makes samples without end",
+            fix="define data() -> Dataset or DataLoader in it, or say how many steps: plan run --steps 1000",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(
         model=model,
         plan=plan,
         device=device,
         steps=steps,
-        warm_up=WARM_UP_STEPS,
+        epochs=epochs,
         seed=seed,
         folder=str(folder.resolve()),
         patience_s=max(PATIENCE_S, 10 * expected_step_s),
     )
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))
-    launch(main, str(path.resolve()), len(plan.devices), folder / "logs")
+    ranks = len(plan.devices)
+    with following(folder, ranks, watch):
+        launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
     weights: dict[str, torch.Tensor] = {}
     for rank in sorted({holders[0] for holders in plan.holders}):
         weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)
-    for rank in range(len(plan.devices)):
+    save(weights, folder / "weights.pt")
+    for rank in range(ranks):
         (folder / f"rank{rank}.pt").unlink()
-    torch.save(weights, folder / "weights.pt")
     outcome = partial(plan, folder, capacity_bytes)
-    assert outcome is not None, "every rank has written its steps"
+    if outcome is None:
+        raise PlanError(
+            what="interrupted during the warm-up",
+            where=str(folder),
+            why=f"{len(joined(folder, ranks))} steps were trained, and none was recorded",
+            fix=f"run again; {folder / 'weights.pt'} has what was trained",
+            code=INTERRUPTED,
+        )
+    if outcome.stopped:
+        return outcome
     memory = [
-        msgspec.json.decode((folder / f"rank{r}.memory.json").read_bytes(), type=RankMemory)
-        for r in range(len(plan.devices))
+        msgspec.json.decode((folder / f"rank{r}.memory.json").read_bytes(), type=RankMemory) for r in range(ranks)
     ]
     return msgspec.structs.replace(outcome, memory_step=_memory_trace(outcome.trace, memory))
 
 
 def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outcome | None:
-    """Return what was measured of the steps that every rank has finished and written, if there is one."""
-    files = [folder / f"rank{r}.steps.jsonl" for r in range(len(plan.devices))]
-    if not all(file.exists() for file in files):
+    """Return what was measured of the steps that every rank has finished and written, if any of them was recorded."""
+    ranks = range(len(plan.devices))
+    steps = joined(folder, len(ranks))
+    recorded = [_recorded(recording_of(folder, rank), len(steps)) for rank in ranks]
+    count = min(len(steps_of) for steps_of in recorded)
+    if not count:
         return None
-    ranks = [[msgspec.json.decode(line, type=RankStep) for line in _whole_lines(file)] for file in files]
-    count = min(len(steps) for steps in ranks)
-    return gather(plan, [steps[:count] for steps in ranks], capacity_bytes) if count else None
+    extent = announced(folder)
+    outcome = gather(plan, [steps_of[:count] for steps_of in recorded], steps, capacity_bytes)
+    return msgspec.structs.replace(outcome, asked_steps=extent.steps if extent else len(steps))
 
 
-def _whole_lines(file: Path) -> list[bytes]:
-    """The lines that were written to their end before the rank was."""
-    return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _recorded(file: Path, finished: int) -> list[RankStep]:
+    """What a rank has recorded of steps that are finished, and has written to its end."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    found = [msgspec.json.decode(line, type=RankStep) for line in lines if line.endswith(b"\n")]
+    return [step for step in found if step.step < finished]
 
 
-def gather(plan: Plan, ranks: list[list[RankStep]], capacity_bytes: tuple[float, ...]) -> Outcome:
-    """Join the ranks' steps into one trace per step.
+def gather(plan: Plan, recorded: list[list[RankStep]], steps: list[Step], capacity_bytes: tuple[float, ...]) -> Outcome:
+    """Join what the ranks recorded into one trace per step, and add the times of all steps behind these.
 
     A step begins when the step before it ended, so the times of the steps add up to the time of the run. A device
     that is done early may load its next batch before that: at a negative time.
     """
-    steps = list(zip(*ranks, strict=True))
-    ends = [max(e.end for of_rank in step for e in of_rank.events) for step in steps]
-    begins = [min(e.start for of_rank in steps[0] for e in of_rank.events), *ends[:-1]]
+    rows = list(zip(*recorded, strict=True))
+    ends = [max(e.end for of_rank in row for e in of_rank.events) for row in rows]
+    begins = [min(e.start for of_rank in rows[0] for e in of_rank.events), *ends[:-1]]
     traces = tuple(
-        _trace(plan, [of_rank.events for of_rank in step], begin) for step, begin in zip(steps, begins, strict=True)
+        _trace(plan, [of_rank.events for of_rank in row], begin) for row, begin in zip(rows, begins, strict=True)
     )
-    times = tuple(trace.end for trace in traces)
+    behind = steps[rows[-1][0].step + 1 :]
+    times = (*(trace.end for trace in traces), *(step.end - step.begin for step in behind))
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+    rates = tuple(step.rate for step in steps)
     return Outcome(
         plan=plan,
         source="measured",
@@ -105,7 +144,9 @@ def gather(plan: Plan, ranks: list[list[RankStep]], capacity_bytes: tuple[float,
         interval_s=(tenths[0], tenths[-1]),
         capacity_bytes=capacity_bytes,
         step_times_s=times,
-        losses=tuple(sum(of_rank.loss for of_rank in step) for step in steps),
+        losses=tuple(step.loss for step in steps),
+        rates=() if any(map(math.isnan, rates)) else rates,
+        training_s=steps[-1].end - steps[0].begin,
     )
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+Scheduler = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 IGNORED = -100
 """The target that cross entropy ignores (`torch.nn.functional.cross_entropy`, `ignore_index`)."""
@@ -105,6 +108,27 @@ def checked_optimizer(path: str, make: Optimizer) -> Optimizer:
                 fix="return an optimizer whose step() needs nothing, such as torch.optim.AdamW",
             )
         return found
+
+    return checked
+
+
+def checked_scheduler(path: str, make: Callable[..., Any]) -> Scheduler:
+    """Return a `scheduler` of an optimizer and the run's steps that raises `PlanError` when it makes none.
+
+    The model file's takes the steps where it has a parameter of that name: `scheduler(optimizer, steps)`.
+    """
+    takes_steps = "steps" in inspect.signature(make).parameters
+
+    def checked(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+        found: Any = make(optimizer, steps=steps) if takes_steps else make(optimizer)
+        if isinstance(found, LRScheduler):
+            return found
+        raise PlanError(
+            what="scheduler(optimizer) does not return a scheduler",
+            where=f"{path}, scheduler(optimizer)",
+            why=f"it returns {type(found).__name__}",
+            fix="return a torch.optim.lr_scheduler.LRScheduler of the optimizer",
+        )
 
     return checked
 

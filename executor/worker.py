@@ -6,7 +6,6 @@ import ctypes
 import datetime
 import gc
 import hashlib
-import math
 import os
 import signal
 import time
@@ -20,10 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from executor.batch import tensors
 from executor.devices import Backend, open_device
+from executor.feed import Feed
 from executor.layers import cut
 from executor.model_file import ModelFile, load
-from executor.rank import Rank, Stamped
-from executor.recording import RankStep, events, memory_step
+from executor.rank import Rank
+from executor.rates import Rates
+from executor.recording import memory_step
+from executor.saving import save
+from executor.steps import Extent, announce
+from executor.training import Training
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.values.plan import Plan
 
@@ -32,20 +36,19 @@ PATIENCE_S = 60.0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks of a run are told. `folder` receives their results; a peer is waited for `patience_s` at most."""
+    """What the ranks of a run are told: to train for `steps`, or for `epochs` where there are such.
+
+    `folder` receives their results; a peer is waited for `patience_s` at most.
+    """
 
     model: str
     plan: Plan
     device: str
     steps: int
-    warm_up: int
+    epochs: int = 0
     seed: int
     folder: str
     patience_s: float
-
-
-FLUSH_S = 1.0
-"""Finished steps are written at most this often, so that writing does not disturb the steps."""
 
 
 @record
@@ -63,46 +66,39 @@ def main(path: str) -> None:
     gc.collect()
     offset = clock_offset(backend)
     folder = Path(job.folder)
-    pending: list[tuple[list[Stamped], list[torch.Tensor]]] = []
-    flushed = time.monotonic()
-    with (folder / f"rank{rank}.steps.jsonl").open("ab") as file_of_steps:
-        for step in range(job.warm_up + job.steps):
-            me.step()
-            if step >= job.warm_up:
-                pending.append((me.stamped, list(me.losses.values())))
-            if time.monotonic() - flushed > FLUSH_S or step == job.warm_up + job.steps - 1:
-                backend.synchronize()
-                for stamped, losses in pending:
-                    loss = _finite(sum(float(part) for part in losses) / job.plan.replicas, job)
-                    found = RankStep(events=events(me, stamped, rank, backend, offset), loss=loss)
-                    file_of_steps.write(msgspec.json.encode(found) + b"\n")
-                file_of_steps.flush()
-                pending.clear()
-                flushed = time.monotonic()
-    torch.save(me.state(), folder / f"rank{rank}.pt")
-    found_memory = memory_step(me, rank, backend, offset)
-    (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))
+    extent = extent_of(job, me.feed)
+    rates = Rates(file, me.optimizer, extent.steps)
+    if rank == 0:
+        announce(folder, extent)
+    training = Training(me, rates, backend, folder, offset=offset, where=f"{job.model}, plan {job.plan}")
+    done = training.run(extent.steps)
+    save(me.state(), folder / f"rank{rank}.pt")
+    if done == extent.steps:
+        found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept
+        (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))
     # Not in a `finally`: a rank that fails must report before its peers notice that it is gone.
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _finite(loss: float, job: Job) -> float:
-    """Return a loss. Raises `PlanError` (exit 6) when it is no number: what follows would train nothing."""
-    if math.isfinite(loss):
-        return loss
-    raise PlanError(
-        what="the loss is no number any more",
-        where=f"{job.model}, plan {job.plan}",
-        why=f"it is {loss}: the model has diverged, or its loss divides by nothing",
-        fix="lower the learning rate, or clip gradients: clip = 1.0; the steps before are kept in the run's folder",
-        code=RUN_FAILED,
-    )
+def extent_of(job: Job, feed: Feed) -> Extent:
+    """Return how many steps a job has. Raises `PlanError` where nobody knows how many an epoch has."""
+    if not job.epochs:
+        return Extent(steps=job.steps, epoch=feed.steps or 0)
+    if feed.steps is None:
+        raise PlanError(
+            what="nobody knows how long an epoch is",
+            where=job.model,
+            why="its data has no length",
+            fix="say how many steps to train: plan run --steps 1000",
+        )
+    return Extent(steps=job.epochs * feed.steps, epoch=feed.steps)
 
 
 def join(device: str, threads: int, patience_s: float = PATIENCE_S) -> Backend:
     """Bind this process to its parent's life and to its device, and join the process group."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its launcher
+    os.setpgid(0, 0)  # a terminal's Ctrl-C is for the launcher, which asks the ranks to end
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     backend = open_device(device, int(os.environ.get("LOCAL_RANK", "0")))

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from executor.steps import joined
 from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, RUN_FAILED, TOLERANCE, USAGE
 from planner.cli import main
 from planner.cli.main import invoke
@@ -327,7 +328,8 @@ def test_the_loop(measured: Path) -> None:
     text = plan(measured, "simulate", "--k", "2", "--m", "8").stdout
     assert f"best: {simulated['best']}" in text
     data = json.loads(plan(measured, "run", "1f1b-k2-m8", "--steps", "5", "--json").stdout)["data"]
-    assert data["steps"] == len(data["losses"]) == 5
+    assert data["steps"] == len(data["losses"]) == len(data["learning_rates"]) == 5
+    assert data["recorded_steps"] == 3
     assert {"total", "replay", "costs", "memory"} <= set(data["errors"])
     assert {e["name"] for e in data["errors"]["costs"]} >= {"0F", "0B", "1F", "1B", "0OPTIMIZER", "0LOAD"}
     assert len(data["errors"]["memory"]) == 2
@@ -388,8 +390,7 @@ def runs(folder: Path) -> set[Path]:
 
 def finished_steps(run: Path) -> int:
     """Steps that both ranks of a run have written."""
-    files = [run / f"rank{r}.steps.jsonl" for r in range(2)]
-    return min(f.read_text().count("\n") if f.exists() else 0 for f in files)
+    return len(joined(run, 2))
 
 
 @pytest.mark.parametrize("how", ["interrupted", "killed"])

@@ -17,7 +17,6 @@ import torch
 from executor.feed import open_feed
 from executor.layers import cut
 from executor.model_file import load
-from executor.run import WARM_UP_STEPS
 from planner.basis.errors import PlanError
 from planner.store import Run, Store
 
@@ -115,7 +114,7 @@ def _plain(path: str, run: Run) -> list[float]:
     model = file.build(0)
     optimizer = file.optimizer([p for p in model.parameters() if p.requires_grad])
     losses, feed = [], open_feed(file, BATCH)
-    for _ in range(WARM_UP_STEPS + STEPS):
+    for _ in range(STEPS):
         drawn = feed.take()
         total = 0.0
         for part in drawn.split(plan.microbatches):
@@ -126,7 +125,7 @@ def _plain(path: str, run: Run) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses[WARM_UP_STEPS:]
+    return losses
 
 
 if __name__ == "__main__":

@@ -17,6 +17,20 @@ def seconds(value: float) -> str:
     return f"{value / 1e-9:.3g} ns" if value else "0 s"
 
 
+def duration(value: float) -> str:
+    """Format what a person waits for with its two largest units.
+
+    >>> duration(0.3), duration(42), duration(250), duration(3600 * 27.51)
+    ('0 s', '42 s', '4 min 10 s', '27 h 30 min')
+    """
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def size(value: float) -> str:
     """Format bytes in binary units.
 

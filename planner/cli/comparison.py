@@ -32,10 +32,16 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
 
     return {
         "plan": str(result.measured.plan),
-        "steps": len(result.measured.steps),
+        "steps": len(result.measured.losses),
+        "recorded_steps": len(result.measured.steps),
+        "training": {
+            "predicted_s": len(result.measured.losses) * result.predicted.step_s,
+            "measured_s": result.measured.training_s,
+        },
         "predicted": figures(result.predicted),
         "measured": figures(result.measured),
         "losses": list(result.measured.losses),
+        "learning_rates": list(result.measured.rates),
         "errors": {
             "total": error(comparison.total, "s"),
             "replay": error(comparison.replay, "s") if comparison.replay else None,
@@ -55,7 +61,8 @@ def show(result: Run, comparison: Comparison) -> None:
     from rich.table import Table
 
     predicted, measured = result.predicted, result.measured
-    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {len(measured.steps)} steps", title_justify="left")
+    count = len(measured.losses)
+    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {count} steps", title_justify="left")
     table.add_column("")
     for name in ("predicted", "measured", "error"):
         table.add_column(name, justify="right")
@@ -67,6 +74,8 @@ def show(result: Run, comparison: Comparison) -> None:
     row("throughput", rate(predicted.throughput), rate(measured.throughput), None)
     row("bubble", percent(predicted.bubble), percent(measured.bubble), None)
     row("synchronising", percent(predicted.synchronising), percent(measured.synchronising), None)
+    training = Error(name="training", predicted=count * predicted.step_s, measured=measured.training_s)
+    row(f"all {count} steps", seconds(training.predicted), seconds(training.measured), training.relative)
     if comparison.replay:
         row(
             "step, replayed",

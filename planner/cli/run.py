@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from planner.basis.errors import ARTEFACT, TOLERANCE, PlanError
+from planner.basis.errors import ARTEFACT, INTERRUPTED, TOLERANCE, PlanError
 from planner.basis.units import percent
 from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
@@ -15,10 +15,14 @@ from planner.cli.line import LINE, again
 from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
 from planner.cli.options import JsonOption
 from planner.cli.report import write_page
+from planner.cli.training import Progress
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
-from planner.values.outcome import Comparison
+from planner.values.outcome import Comparison, Outcome
 from planner.values.plan import Plan
+
+STEPS = 20
+"""Without `--steps`: enough to compare."""
 
 SEEDS = 2**31
 """Seeds below this one can be counted up for every step and given to torch, numpy and random."""
@@ -28,7 +32,8 @@ def run(
     plan: Annotated[
         str, typer.Argument(help="best, a plan of the last simulation, or the path of a plan file.")
     ] = "best",
-    steps: Annotated[int, typer.Option(help="Training steps to measure.")] = 20,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 20.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the model file's data(), instead of steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
     profile: Annotated[
         str | None, typer.Option(help="A profile's path or name. Default: the one that was simulated.")
@@ -38,9 +43,21 @@ def run(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Run a plan with real processes, record every action, and compare it with the prediction."""
-    if steps < 1:
-        raise PlanError(what="--steps must be positive", where="--steps", why=f"it is {steps}", fix="--steps 20")
+    """Train with a plan, by real processes, and compare with the prediction.
+
+    Behind a warm-up of three steps up to 30 steps are recorded action by action, then the training goes on without.
+    The first Ctrl-C ends the training behind a step and saves the weights, the second one ends at once.
+    """
+    for name, given in (("--steps", steps), ("--epochs", epochs)):
+        if given is not None and given < 1:
+            raise PlanError(what=f"{name} must be positive", where=name, why=f"it is {given}", fix=f"{name} 20")
+    if steps is not None and epochs is not None:
+        raise PlanError(
+            what="a run has steps or epochs",
+            where="--steps, --epochs",
+            why="both are given, and one of them follows from the other",
+            fix=f"--epochs {epochs}",
+        )
     if not 0 <= seed < SEEDS:
         raise PlanError(what="--seed must be a number from 0 on", where="--seed", why=f"it is {seed}", fix="--seed 0")
     from executor.abilities import able
@@ -75,17 +92,20 @@ def run(
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     asked = _asked(store, plan, wanted, path)
     folder = store.new_run(chosen)
-    output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {steps} steps …")
+    extent = f"{epochs} epochs" if epochs else f"{steps or STEPS} steps"
+    output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {extent} …")
     try:
         measured = execute(
             measured_profile.model_path,
             chosen,
             device=kind,
-            steps=steps,
+            steps=0 if epochs else steps or STEPS,
+            epochs=epochs or 0,
             seed=seed,
             folder=folder,
             capacity_bytes=predicted.capacity_bytes,
             expected_step_s=predicted.step_s,
+            watch=Progress(predicted),
         )
     except (PlanError, KeyboardInterrupt):
         kept = partial(chosen, folder, predicted.capacity_bytes)
@@ -93,14 +113,18 @@ def run(
             store.save_run(
                 folder, Run(profile=str(path), predicted=predicted, measured=kept, partial=True, asked=asked)
             )
-            output.progress.print(f"kept {len(kept.steps)} finished steps in {folder}")
+            output.progress.print(f"kept {len(kept.losses)} finished steps in {folder}")
         raise
-    result = Run(profile=str(path), predicted=predicted, measured=measured, asked=asked)
+    result = Run(profile=str(path), predicted=predicted, measured=measured, partial=measured.stopped, asked=asked)
     store.save_run(folder, result)
     comparison = compared(result, measured_profile)
     page = write_page(store, folder, result, measured_profile, folder / "report.html")
     data = {**as_data(result, comparison), "report": str(page), "weights": str(folder / "weights.pt")}
-    failed = _beyond(comparison, check, data) if check is not None else None
+    if measured.stopped:
+        output.progress.print(f"kept {len(measured.losses)} finished steps in {folder}")
+        failed: PlanError | None = _stopped(measured, data)
+    else:
+        failed = _beyond(comparison, check, data) if check is not None else None
     if json and failed is None:
         output.document("run", data)
     elif not json:
@@ -109,6 +133,18 @@ def run(
         output.results.print(f"report {page}: open it in a browser")
     if failed is not None:
         raise failed
+
+
+def _stopped(measured: Outcome, data: dict[str, Any]) -> PlanError:
+    """The end of a run that a person has asked to end; it carries the run's figures."""
+    return PlanError(
+        what=f"interrupted after {len(measured.losses)} of {measured.asked_steps} steps",
+        where="plan run",
+        why="Ctrl-C, or a signal that asks for the end",
+        fix=f"start the command again; {data['weights']} has what was trained",
+        code=INTERRUPTED,
+        details=data,
+    )
 
 
 def _beyond(comparison: Comparison, check: float, data: dict[str, Any]) -> PlanError | None:

@@ -49,7 +49,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     hosts'. `profiled_s` has a prediction's median seconds per
     stage and operation, before jitter and contention. `samples_s` are the simulated steps in ascending order.
     `idle` and `synchronised` are the bubble and the share of synchronising where the trace does not hold the step.
-    `estimated` says that no layer was measured. `losses` are the measured mean loss of each step.
+    `estimated` says that no layer was measured.
+
+    Of a measured run `steps` are those that were recorded, `step_times_s` have those behind them, too, and `losses` and
+    `rates` are the mean loss and the learning rate of every step from the first on: the warm-up trains as all others.
+    It took `training_s`, and was to have `asked_steps`.
     """
 
     plan: Plan
@@ -66,6 +70,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     synchronised: float | None = None
     estimated: bool = False
     losses: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+    training_s: float = 0.0
+    asked_steps: int = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a measured run has ended before it was to."""
+        return len(self.losses) < self.asked_steps
 
     @cached_property
     def trace(self) -> Trace:

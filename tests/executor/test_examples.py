@@ -10,6 +10,7 @@ import torch
 from executor.layers import cut
 from executor.model_file import load
 from executor.run import run
+from executor.training import recorded
 from planner.basis.errors import PlanError
 from planner.orders.action import parse
 from planner.orders.operations import FORWARD, REDUCE_GRAD
@@ -57,7 +58,8 @@ def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) ->
     quarter = steps // 4
     first, last = outcome.losses[:quarter], outcome.losses[-quarter:]
     assert sum(last) < sum(first)
-    assert len(outcome.steps) == steps
+    assert len(outcome.losses) == steps
+    assert len(outcome.steps) == len(recorded(steps))
     for trace in outcome.steps:
         assert [e.action for e in trace.events if e.lane == COMPUTE and e.device == 0][:2] == ["0LOAD", "0F0"]
         assert sum(parse(e.action).op == FORWARD for e in trace.events if e.lane == COMPUTE) == 8

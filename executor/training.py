@@ -1,0 +1,132 @@
+"""The steps of a rank, from the first to the last: what is kept of each, and where the run ends.
+
+     step   0 1 2   3 4 … 32            33 34 …
+            warm-up recorded            the rest
+     kept   time, loss, rate of every step
+                    every action's time
+
+Recording every action of ten thousand steps would fill memories and disks, and take time; what a prediction is held
+against are the first steps behind the warm-up, and the time of all.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from executor.devices import Backend
+from executor.ending import Ending
+from executor.rank import Rank, Stamped
+from executor.rates import Rates
+from executor.recording import RankStep, events, recording_of
+from executor.steps import append, encode, file_of
+from planner.basis.errors import RUN_FAILED, PlanError
+from planner.values.step import Step
+
+WARM_UP_STEPS = 3
+"""Steps that train and are not compared: memory is got, caches and threads settle."""
+
+RECORDED_STEPS = 30
+"""Steps whose every action is recorded, at most: as many as their median and its noise need."""
+
+FLUSH_S = 1.0
+"""Finished steps are written at most this often, so that writing does not disturb the steps."""
+
+
+def recorded(steps: int) -> range:
+    """Return which of a run's steps are recorded: those behind the warm-up, which is at most half of the run.
+
+    >>> recorded(20), recorded(10000), recorded(1), recorded(3)
+    (range(3, 20), range(3, 33), range(0, 1), range(1, 3))
+    """
+    first = min(WARM_UP_STEPS, steps // 2)
+    return range(first, min(steps, first + RECORDED_STEPS))
+
+
+class _Done(msgspec.Struct):
+    """A step whose numbers the device may still be computing."""
+
+    begin: Any
+    end: Any
+    losses: list[torch.Tensor]
+    rate: float
+    stamped: list[Stamped]
+
+
+class Training:
+    """A run's steps on one rank.
+
+    Losses and stamps are looked at when they are written, about once a second: looking at them means waiting for the
+    device.
+    """
+
+    def __init__(self, me: Rank, rates: Rates, backend: Backend, folder: Path, *, offset: float, where: str) -> None:
+        self.me, self.rates, self.backend, self.offset, self.where = me, rates, backend, offset, where
+        self.rank = dist.get_rank()
+        self.ending = Ending(folder, backend)
+        self.steps_file, self.recorded_file = file_of(folder, self.rank), recording_of(folder, self.rank)
+        self.pending: list[_Done] = []
+        self.written = 0
+
+    def run(self, steps: int) -> int:
+        """Train for so many steps, or until somebody asks for the end, and return how many there were.
+
+        Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
+        """
+        window, flushed, begin, done = recorded(steps), time.monotonic(), self.backend.stamp(), 0
+        while done < steps:
+            self.me.step(stamping=done in window)
+            end = self.backend.stamp()
+            losses, stamped = list(self.me.losses.values()), self.me.stamped
+            self.pending.append(_Done(begin, end, losses, self.rates.current, stamped))
+            self.rates.step()
+            begin, done = end, done + 1
+            if time.monotonic() - flushed > FLUSH_S:
+                self.flush()
+                flushed = time.monotonic()
+            if self.ending.here(done):
+                break
+        self.flush()
+        return done
+
+    def flush(self) -> None:
+        """Write what has been done since the last time."""
+        self.backend.synchronize()
+        losses = self._losses()
+        good = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+        steps, traces = [], []
+        for done, loss in zip(self.pending[:good], losses, strict=False):
+            steps.append(Step(self._seconds(done.begin), self._seconds(done.end), loss, done.rate))
+            if done.stamped:
+                found = events(self.me, done.stamped, self.rank, self.backend, self.offset)
+                traces.append(msgspec.json.encode(RankStep(step=self.written + len(steps) - 1, events=found)) + b"\n")
+        append(self.recorded_file, b"".join(traces))
+        append(self.steps_file, encode(steps))
+        self.written += good
+        self.pending.clear()
+        if good < len(losses):
+            raise self._diverged(losses[good])
+
+    def _losses(self) -> list[float]:
+        """This rank's part of the mean loss of each step, fetched from the device at once."""
+        parts = [part for done in self.pending for part in done.losses]
+        fetched = iter(torch.stack([part.reshape(()) for part in parts]).tolist() if parts else ())
+        return [sum(next(fetched) for _ in done.losses) / self.me.plan.replicas for done in self.pending]
+
+    def _seconds(self, stamp: Any) -> float:
+        return self.backend.seconds(stamp) + self.offset
+
+    def _diverged(self, loss: float) -> PlanError:
+        return PlanError(
+            what="the loss is no number any more",
+            where=f"{self.where}, step {self.written + 1}",
+            why=f"it is {loss}: the model has diverged, or its loss divides by nothing",
+            fix="lower the learning rate, or clip gradients: clip = 1.0; the steps before are kept in the run's folder",
+            code=RUN_FAILED,
+        )
