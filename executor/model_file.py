@@ -18,6 +18,7 @@ from executor.batch import Drawn
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
+    Optimizer,
     Scheduler,
     checked_loss,
     checked_optimizer,
@@ -26,6 +27,7 @@ from executor.user_code import (
     default_optimizer,
     explained,
     limit,
+    optimizer_of,
     whole_number,
 )
 from planner.basis import sources
@@ -48,7 +50,7 @@ class ModelFile:
     model: Callable[[], nn.Module]
     batch: Callable[[int], tuple[Any, Any]]
     loss: Loss
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Optimizer
     layers: Callable[[nn.Module], Any] | None
     batch_size: int
     splits: Callable[[nn.Module], Any] | None = None
@@ -73,6 +75,10 @@ class ModelFile:
                 fix="return an nn.Module from model()",
             )
         return model
+
+    def optimizer_of(self, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
+        """Return the optimizer of a part of the model, by the names in the whole; None where it trains none of it."""
+        return optimizer_of(self.path, self.optimizer, named)
 
     def draw(self, samples: int, seed: int) -> tuple[tuple[Any, ...], Any]:
         """Draw a batch that depends on `seed` alone: the tensors of its inputs, and the targets (`drawn`)."""

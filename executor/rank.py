@@ -88,7 +88,7 @@ class Rank:
             group=self.pipeline,
         )
         self.stage.prepare(plan.microbatches)
-        self.optimizer = file.optimizer(trained) if trained else None
+        self.optimizer = file.optimizer_of((self.names[id(p)], p) for p in trained)
         self.share = plan.microbatches // plan.replicas
         self.feed = open_feed(
             file, plan.loaded(self.stage_index), replicas=plan.replicas, replica=self.replica, seed=seed

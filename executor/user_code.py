@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import traceback
@@ -16,7 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+"""From parameters, or from (name, parameter) pairs where its own parameter is called `named_parameters`."""
+
+BY_NAME = "named_parameters"
+EMPTY = "empty parameter list"
+"""What torch's optimizers say of no parameters at all."""
 
 Scheduler = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
@@ -90,7 +96,8 @@ def checked_loss(path: str, loss: Loss) -> Loss:
 def checked_optimizer(path: str, make: Optimizer) -> Optimizer:
     """Return an `optimizer` that raises `PlanError` when it makes none, or one that computes the loss itself."""
 
-    def checked(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    @functools.wraps(make)
+    def checked(parameters: Any) -> torch.optim.Optimizer:
         found: Any = make(parameters)
         if not isinstance(found, torch.optim.Optimizer):
             raise PlanError(
@@ -131,6 +138,25 @@ def checked_scheduler(path: str, make: Callable[..., Any]) -> Scheduler:
         )
 
     return checked
+
+
+def optimizer_of(path: str, make: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
+    """Return the optimizer of some parameters with their names in the whole model; None where it trains none of them.
+
+    A part of the model may have none of those that `make` picks: a group of an optimizer may be empty, and where all of
+    it is, torch refuses to make one.
+    """
+    pairs = list(named)
+    if not pairs:
+        return None
+    wants = next(iter(inspect.signature(make).parameters), "")
+    with explained(path, f"optimizer({wants})"):
+        try:
+            return make(pairs if wants == BY_NAME else [parameter for _, parameter in pairs])
+        except ValueError as error:
+            if EMPTY in str(error):
+                return None
+            raise
 
 
 def whole_number(path: str, name: str, given: Any) -> int:

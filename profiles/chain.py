@@ -22,6 +22,7 @@ from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
 from executor.norm import scale
 from executor.user_code import explained
+from planner.basis.errors import PlanError
 
 Around = Callable[[int, str], AbstractContextManager[Any]]
 """Called with the part's index (the loss is the last) and "forward", "backward", …; entered around that work."""
@@ -48,8 +49,16 @@ class Chain:
         if any(t.device != device for t in (*self.whole.parameters(), *self.whole.buffers())):
             on(self.whole, device)
         self.loss = on(layered.loss, device) if isinstance(layered.loss, nn.Module) else layered.loss
-        self.optimizers = [_optimizer(file, layer.module) for layer in self.layers]
-        self.whole_optimizer = _optimizer(file, self.whole)
+        names = layered.parameter_names()
+        self.optimizers = [_optimizer(file, layer.module, names) for layer in self.layers]
+        self.whole_optimizer = _optimizer(file, self.whole, names)
+        if self.whole_optimizer is None and any(p.requires_grad for p in self.whole.parameters()):
+            raise PlanError(
+                what="the optimizer trains nothing",
+                where=f"{file.path}, optimizer(parameters)",
+                why="it picks none of the model's parameters",
+                fix="give it the parameters that are to be trained, or groups of them",
+            )
 
     def draw(self, samples: int) -> tuple[Tensors, Any]:
         """A batch on the device."""
@@ -180,14 +189,10 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _optimizer(file: ModelFile, module: nn.Module) -> torch.optim.Optimizer | None:
+def _optimizer(file: ModelFile, module: nn.Module, names: dict[int, str]) -> torch.optim.Optimizer | None:
     """The user's optimizer over a part of the model, with a learning rate of 0 so that measuring trains nothing."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        return None
-    with explained(file.path, "optimizer(parameters)"):
-        optimizer = file.optimizer(parameters)
-    for group in optimizer.param_groups:
+    optimizer = file.optimizer_of((names.get(id(p), ""), p) for p in module.parameters() if p.requires_grad)
+    for group in optimizer.param_groups if optimizer is not None else ():
         group["lr"] = 0.0
     return optimizer
 

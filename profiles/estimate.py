@@ -213,7 +213,11 @@ def _count(
             work[samples], found[samples], bytes_of[samples] = _counted(chain, samples)
         names, tied = [layer.name for layer in layered.layers], layered.tied()
         splits = splits_of(chain, sizes[0], list(zip(names, standing, strict=True)))
-        trained = [[p for p in layer.module.parameters() if p.requires_grad] for layer in shorter.layers]
+        name_of = layered.parameter_names()
+        trained = [
+            {name_of.get(id(p), str(i)): p for i, p in enumerate(layer.module.parameters()) if p.requires_grad}
+            for layer in shorter.layers
+        ]
         held = [_held(layer.module) for layer in shorter.layers]
     progress("operations of every layer", len(sizes), len(sizes))
     mixed = own == torch.float32 and dtype != torch.float32
@@ -344,14 +348,14 @@ def _held(module: nn.Module) -> tuple[int, int]:
 
 
 def _static(
-    file: ModelFile, held: tuple[int, int], trained: list[nn.Parameter], *, mixed: bool, gradients: torch.dtype
+    file: ModelFile, held: tuple[int, int], trained: dict[str, nn.Parameter], *, mixed: bool, gradients: torch.dtype
 ) -> Static:
     """A layer's static bytes, gradients in their own dtype. The optimizer's state is that of small stand-ins, scaled.
 
     Its peak is one more gradient: what the multi-tensor kernels of torch's optimizers keep in between, or the float32
     copy of a half one that it works with.
     """
-    numbers = sum(p.numel() for p in trained)
+    numbers = sum(p.numel() for p in trained.values())
     state = _state_bytes(file, trained, mixed=mixed) + (4 * numbers if mixed else 0)
     return Static(
         parameter_bytes=held[0],
@@ -362,24 +366,24 @@ def _static(
     )
 
 
-def _state_bytes(file: ModelFile, trained: list[nn.Parameter], *, mixed: bool) -> int:
+def _state_bytes(file: ModelFile, trained: dict[str, nn.Parameter], *, mixed: bool) -> int:
     """Bytes of the state of the user's optimizer after a step.
 
     A state with as many dimensions as its parameter is as long in each of them, or 1 long (factored moments).
     """
-    if not trained:
+    small = {
+        name: nn.Parameter(torch.zeros(tuple(range(2, 2 + p.dim())), dtype=torch.float32 if mixed else p.dtype))
+        for name, p in trained.items()
+    }
+    optimizer = file.optimizer_of(small.items())
+    if optimizer is None:
         return 0
-    small = [
-        nn.Parameter(torch.zeros(tuple(range(2, 2 + p.dim())), dtype=torch.float32 if mixed else p.dtype))
-        for p in trained
-    ]
-    with explained(file.path, "optimizer(parameters)"):
-        optimizer = file.optimizer(small)
-        for parameter in small:
+    with explained(file.path, "the optimizer's step()"):
+        for parameter in small.values():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     total = 0
-    for large, parameter in zip(trained, small, strict=True):
+    for large, parameter in zip(trained.values(), small.values(), strict=True):
         for tensor in optimizer.state.get(parameter, {}).values():
             if not isinstance(tensor, torch.Tensor):
                 continue

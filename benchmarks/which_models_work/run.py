@@ -112,7 +112,8 @@ def _plain(path: str, run: Run) -> list[float]:
     """The losses of the same steps in a plain loop that accumulates gradients over the same micro-batches."""
     plan, file = run.measured.plan, load(path)
     model = file.build(0)
-    optimizer = file.optimizer([p for p in model.parameters() if p.requires_grad])
+    optimizer = file.optimizer_of((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    assert optimizer is not None
     losses, feed = [], open_feed(file, BATCH)
     for _ in range(STEPS):
         drawn = feed.take()

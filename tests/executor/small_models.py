@@ -67,6 +67,23 @@ def clipped_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimiz
     return torch.optim.SGD(parameters, lr=1.0)
 
 
+def grouped() -> nn.Module:
+    return model()
+
+
+def grouped_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    """Without weight decay for biases and for the norm, and another learning rate for one layer's weight."""
+    named = dict(named_parameters)
+    plain = [p for name, p in named.items() if name.endswith("bias") or name.startswith("2.")]
+    slow = [p for name, p in named.items() if name == "3.weight"]
+    rest = [p for p in named.values() if not any(p is other for other in (*plain, *slow))]
+    return torch.optim.SGD(
+        [{"params": rest}, {"params": plain, "weight_decay": 0.0}, {"params": slow, "lr": 0.1}],
+        lr=1.0,
+        weight_decay=0.5,
+    )
+
+
 clipped_clip = clipped_tied_clip = 0.01
 
 

@@ -98,7 +98,9 @@ def reference(model: str, replicas: int) -> Plain:
         total += float(loss.detach())
     gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
     norm = nn.utils.clip_grad_norm_(whole.parameters(), file.clip) if file.clip else None
-    file.optimizer([p for p in whole.parameters() if p.requires_grad]).step()
+    optimizer = file.optimizer_of((n, p) for n, p in whole.named_parameters() if p.requires_grad)
+    assert optimizer is not None
+    optimizer.step()
     torch.set_num_threads(before)
     return Plain(gradients, total, norm, whole.state_dict())
 
@@ -119,6 +121,9 @@ def cases(k: int) -> list[Case]:
                 continue
             plan = plan_of(f"{MODELS}:{name}", "1f1b", k // replicas, replicas=replicas)
             found.append(Case(name=f"{name}-{replicas}", model=f"{MODELS}:{name}", plan=plan))
+    if k > 1:
+        grouped = f"{MODELS}:grouped"
+        found.append(Case(name="grouped", model=grouped, plan=plan_of(grouped, "gpipe", k)))
     if k == 2:
         found.append(Case(name="replicas", model=MODELS, plan=plan_of(MODELS, "1f1b", 1, replicas=2)))
         many = plan_of(MODELS, "1f1b", 1, replicas=2, bucket_bytes=500)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from executor.layers import cut
-from executor.model_file import load
+from executor.model_file import ModelFile, load
 from planner.basis.errors import PlanError
 
 GOOD = """
@@ -71,3 +73,41 @@ def test_a_fault_in_a_library_is_not_given_a_line_of_the_user_s_file(tmp_path: P
     with pytest.raises(PlanError) as raised:
         load(path).draw(2, 0)
     assert ":" not in raised.value.where.partition(", in")[0]
+
+
+def of(folder: Path, more: str) -> ModelFile:
+    return load(written(folder, more))
+
+
+def named(*shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"part.{i}", nn.Parameter(torch.ones(shape))) for i, shape in enumerate(shapes)]
+
+
+def test_an_optimizer_that_asks_for_names_gets_those_of_the_whole_model(tmp_path: Path) -> None:
+    text = "def optimizer(named_parameters): return torch.optim.SGD([p for n, p in named_parameters if '1' in n])"
+    file = of(tmp_path, text)
+    pairs = named((2, 2), (2,), (3,))
+    optimizer = file.optimizer_of(pairs)
+    assert optimizer is not None
+    assert [p is pairs[1][1] for p in optimizer.param_groups[0]["params"]] == [True]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop", "Adagrad", "Adafactor", "NAdam"])
+def test_a_part_of_the_model_may_have_none_of_a_group(tmp_path: Path, kind: str) -> None:
+    """Every part has all groups, so that a scheduler finds as many everywhere; a step passes over empty ones."""
+    text = f"""def optimizer(named_parameters):
+    named = list(named_parameters)
+    return torch.optim.{kind}([{{"params": [p for _, p in named if p.dim() == n]}} for n in (1, 2)], lr=1e-3)"""
+    optimizer = of(tmp_path, text).optimizer_of(pairs := named((2,)))
+    assert optimizer is not None
+    pairs[0][1].grad = torch.ones(2)
+    optimizer.step()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
+
+
+def test_a_part_of_the_model_may_have_nothing_that_is_trained(tmp_path: Path) -> None:
+    text = "def optimizer(parameters): return torch.optim.SGD([p for p in parameters if p.dim() == 2])"
+    file = of(tmp_path, text)
+    assert file.optimizer_of(named((2,))) is None
+    assert file.optimizer_of([]) is None
+    assert file.optimizer_of(named((2, 2))) is not None
