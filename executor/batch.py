@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,24 @@ class Drawn:
             return tuple(map(str, pytree.tree_structure(self.given).context))
         return tuple(f"input{i}" for i in range(len(self.inputs)))
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What batches of one plan have in common: their structure, and every tensor's dtype and shape per sample."""
+        leaves, structure = pytree.tree_flatten((self.given, self.targets))
+        return structure, *((t.dtype, tuple(t.shape[1:])) for t in leaves if isinstance(t, torch.Tensor))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Drawn:
+        """Return the batch with every tensor changed."""
+        return Drawn(
+            samples=self.samples,
+            given=pytree.tree_map_only(torch.Tensor, change, self.given),
+            targets=pytree.tree_map_only(torch.Tensor, change, self.targets),
+        )
+
+    def pin_memory(self) -> Drawn:
+        """Return the batch in memory that a GPU can copy from by itself; torch's DataLoader asks for it so."""
+        return self.each(torch.Tensor.pin_memory)
+
     def distinct(self) -> Drawn:
         """Return the batch with a tensor of its own in every place: inputs that are targets, too, are told apart."""
         seen: set[int] = set()
@@ -49,12 +68,7 @@ class Drawn:
 
     def on(self, device: torch.device) -> Drawn:
         """Return the batch on a device."""
-
-        def moved(leaf: Any) -> Any:
-            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
-        given, targets = pytree.tree_map(moved, (self.given, self.targets))
-        return Drawn(samples=self.samples, given=given, targets=targets)
+        return self.each(lambda tensor: tensor.to(device))
 
     def with_samples(self, samples: int) -> Drawn:
         """Return a batch of the same kind with more samples: the first again, as often as is needed."""

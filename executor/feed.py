@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import ctypes
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from executor.batch import Drawn
+from executor.data import Given
 from executor.model_file import ModelFile
+from executor.shares import Address, Shares
+from planner.basis.errors import RUN_FAILED, USAGE, PlanError, said
 
 
 class Feed(Protocol):
@@ -51,6 +61,167 @@ class Draws:
         """There is nothing to let go of."""
 
 
-def open_feed(file: ModelFile, samples: int, *, replicas: int = 1, replica: int = 0, seed: int = 0) -> Feed:
-    """Return what one of so many replicas takes its shares of so many samples from."""
-    return Draws(file, samples, replicas=replicas, replica=replica, seed=seed)
+class Dealt:
+    """Shares of a dataset, dealt to replicas sample by sample.
+
+    Without `workers` a share is made when it is taken; with them, as many processes make the next ones ready meanwhile.
+    They end with this process. `like` is a batch as the plan's stages expect it.
+    """
+
+    def __init__(self, shares: Shares, like: Drawn, *, workers: int, device: torch.device) -> None:
+        self.shares, self.like, self.workers, self.device = shares, like, workers, device
+        self.steps = shares.steps
+        self.epoch = 0
+        self.made: Iterator[Any] | None = None
+        self.loader: DataLoader[Any] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on with the first step of an epoch."""
+        self.epoch, self.made = epoch, None
+
+    def take(self) -> Drawn:
+        """Return the share of the next step.
+
+        Raises `PlanError` when the dataset fails, or the share differs from others in more than its numbers.
+        """
+        if self.made is None:
+            self.made = self._ready() if self.workers else map(self.shares.__getitem__, self._addresses())
+        try:
+            found = next(self.made)
+        except RuntimeError as error:  # torch's words about its workers
+            raise PlanError(
+                what="a process that makes batches has ended",
+                where=f"{self.shares.source.path}, {self.shares.source.call}",
+                why=str(error).splitlines()[0],
+                fix="look for too little memory (dmesg), or make batches with num_workers=0 to see what happens",
+                code=RUN_FAILED,
+            ) from error
+        if isinstance(found, str):
+            raise said(found, code=USAGE) or RuntimeError(found)
+        assert isinstance(found, Drawn)
+        if found.form != self.like.form:
+            raise self._unlike(found)
+        # What workers made lies in memory that is shared with them, of which each piece holds a file open.
+        return found.each(torch.Tensor.clone) if self.workers and self.device.type == "cpu" else found
+
+    def close(self) -> None:
+        """End the processes that make batches."""
+        self.made = self.loader = None
+
+    def _addresses(self) -> Iterator[Address]:
+        return self.shares.addresses(self.epoch)
+
+    def _ready(self) -> Iterator[Any]:
+        source = self.shares.source
+        if self.loader is None:
+            self.loader = DataLoader(
+                _Said(self.shares),
+                batch_size=None,
+                sampler=_Anew(self._addresses),
+                num_workers=self.workers,
+                collate_fn=_as_it_is,
+                pin_memory=source.pinned and self.device.type == "cuda",
+                worker_init_fn=_Begun(source.begin_worker),
+                multiprocessing_context="fork",  # the model file's classes are known to no other process
+                generator=torch.Generator(),  # the training's own draws stay what they are
+                prefetch_factor=source.ahead,
+                persistent_workers=True,
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of forking beside threads: torch's workers use none of ours
+            return iter(self.loader)
+
+    def _unlike(self, found: Drawn) -> PlanError:
+        def words(drawn: Drawn) -> str:
+            return ", ".join(f"{dtype} {shape}" for dtype, shape in drawn.form[1:]).replace("torch.", "")
+
+        return PlanError(
+            what="a batch has other shapes than those that the plan was made for",
+            where=f"{self.shares.source.path}, {self.shares.source.call}",
+            why=f"its samples are {words(found)} where {words(self.like)} are expected",
+            fix="make all samples alike: pad or crop them to one length in the dataset or in the collate_fn",
+            code=RUN_FAILED,
+        )
+
+
+class _Said(Dataset[Any]):
+    """A dataset whose workers say what fails in words, as torch would carry an exception's class and text only."""
+
+    def __init__(self, shares: Shares) -> None:
+        self.shares = shares
+
+    def __getitem__(self, address: Address) -> Drawn | str:
+        try:
+            return self.shares[address]
+        except PlanError as error:
+            return str(error)
+
+
+class _Anew(Iterable[Address]):
+    """An iterable that begins anew each time."""
+
+    def __init__(self, begin: Callable[[], Iterator[Address]]) -> None:
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[Address]:
+        return self.begin()
+
+
+class _Begun:
+    """What a worker process does first: die with its parent, leave Ctrl-C to it, and what the user's loader asks."""
+
+    def __init__(self, own: Callable[[int], None] | None) -> None:
+        self.own = own
+
+    def __call__(self, worker: int) -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.own is not None:
+            self.own(worker)
+
+
+def _as_it_is(share: Any) -> Any:
+    return share
+
+
+def open_feed(
+    file: ModelFile,
+    samples: int,
+    *,
+    replicas: int = 1,
+    replica: int = 0,
+    seed: int = 0,
+    workers: int | None = None,
+    device: torch.device | None = None,
+) -> Feed:
+    """Return what one of so many replicas takes its shares of so many samples from: the file's data, or its draws.
+
+    By default there are as many `workers` as the file's DataLoader has. `device` is where the shares go.
+    """
+    if file.data is None:
+        return Draws(file, samples, replicas=replicas, replica=replica, seed=seed)
+    return dealt(
+        file, file.data, samples, replicas=replicas, replica=replica, seed=seed, workers=workers, device=device
+    )
+
+
+def dealt(
+    file: ModelFile,
+    given: Given,
+    samples: int,
+    *,
+    replicas: int = 1,
+    replica: int = 0,
+    seed: int = 0,
+    workers: int | None = None,
+    device: torch.device | None = None,
+) -> Dealt:
+    """Return the shares of a dataset, what the file trains on or what it is judged by.
+
+    Raises `PlanError` when it has not one whole batch.
+    """
+    like, source = file.drawn(2, seed=0), given.source
+    used = (source.workers or 0) if workers is None else workers
+    used = min(used, 1) if source.streams else used  # two workers would each read the whole stream
+    shares = Shares(given.renewed() if used else source, samples, replicas=replicas, replica=replica, seed=seed)
+    return Dealt(shares, like, workers=used, device=device or torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The user's model file: ordinary Python with `model()` and `batch(n)`, and what it may leave out."""
+"""The user's model file: ordinary Python with `model()`, `data()` or `batch(n)`, and what it may leave out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from executor.batch import Drawn
+from executor.data import Given
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
@@ -41,14 +42,14 @@ class ModelFile:
     """The functions of a model file. `path` is as given, with `:name` where another model was picked.
 
     `sequence` is how many tokens a sample has, where the file or its caller says so; 0 where nobody does. `batch` makes
-    samples of that length where it `takes_sequence`. `data` and `evaluate` return what a run trains on and what it is
-    judged by: a Dataset or a DataLoader. `clip` is the norm to which all gradients together are clipped, 0
-    where they are not.
+    samples of that length where it `takes_sequence`. `data` is what a run trains on, where `batch` does not draw
+    it, and `evaluate` what it is judged by. Measuring, checking and capturing is done with `batch`, or else with the
+    first samples of `data`. `clip` is the norm to which all gradients together are clipped, 0 where they are not.
     """
 
     path: str
     model: Callable[[], nn.Module]
-    batch: Callable[[int], tuple[Any, Any]]
+    batch: Callable[[int], Any] | None
     loss: Loss
     optimizer: Optimizer
     layers: Callable[[nn.Module], Any] | None
@@ -56,8 +57,8 @@ class ModelFile:
     splits: Callable[[nn.Module], Any] | None = None
     weight: Callable[[Any, Any], float] | None = None
     scheduler: Scheduler | None = None
-    data: Callable[[], Any] | None = None
-    evaluate: Callable[[], Any] | None = None
+    data: Given | None = None
+    evaluate: Given | None = None
     clip: float = 0.0
     sequence: int = 0
     takes_sequence: bool = False
@@ -91,6 +92,11 @@ class ModelFile:
         The random state of the caller is left as it was. Raises `PlanError` when `batch()` fails, a tensor of its
         inputs does not have `samples` samples, or its sequences of tokens are not as long as was asked for.
         """
+        if self.batch is None:
+            assert self.data is not None, "a model file has one of both"
+            found = self.data.source.first(samples, seed)
+            self._check_length(found.inputs)
+            return found
         with seeded(seed), explained(self.path, f"batch({samples})"):
             drawn = self.batch(samples)
         if isinstance(drawn, dict):  # a model that returns its own loss has its targets among its inputs
@@ -125,10 +131,10 @@ class ModelFile:
             return
         has = f"its samples have {found[0]} tokens" if found else "its inputs are no sequences of tokens"
         raise PlanError(
-            what=f"batch() does not return sequences of {self.sequence} tokens",
+            what=f"{'batch' if self.batch else 'data'}() does not return sequences of {self.sequence} tokens",
             where=self.path,
             why=has if self.takes_sequence else f"{has}, and it takes no other length",
-            fix="let it take the length: def batch(n, sequence=64)",
+            fix=f"let it take the length: def {'batch(n, ' if self.batch else 'data('}sequence=64)",
         )
 
 
@@ -191,34 +197,58 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         wanted = name if name and function == "model" else f"{name}_{function}" if name else function
         return getattr(module, wanted, None if wanted == name else getattr(module, function, None))
 
-    for required, signature in (
-        ("model", f"{name or 'model'}() -> nn.Module"),
-        ("batch", "batch(n) -> (inputs, targets)"),
+    for wanted, signature in (
+        (("model",), f"{name or 'model'}() -> nn.Module"),
+        (("batch", "data"), "batch(n) -> (inputs, targets), or data() -> a Dataset or DataLoader"),
     ):
-        if not callable(find(required)):
+        if not any(callable(find(function)) for function in wanted):
             raise PlanError(
                 what=f"the model file has no {signature.partition('(')[0]}()",
                 where=file,
                 why=f"foreplan calls {signature}",
                 fix=f"define {signature} in {file}; plan init shows a template",
             )
-    own = inspect.signature(find("batch")).parameters.get("sequence")
+    own = inspect.signature(find("batch") or find("data")).parameters.get("sequence")
     length = sequence or (own.default if own and isinstance(own.default, int) else 0)
-    size = find("batch_size")
+
+    def sized(function: str) -> Any:
+        """A function of the file; of samples as long as is asked, where it can be told."""
+        found = find(function)
+        takes = found is not None and "sequence" in inspect.signature(found).parameters
+        return functools.partial(found, sequence=length) if takes and length else found
+
+    data, evaluate = (
+        Given(path, function, sized(function), shuffle=function == "data") if callable(find(function)) else None
+        for function in ("data", "evaluate")
+    )
     return ModelFile(
         path=path,
         model=find("model"),
-        batch=functools.partial(find("batch"), sequence=length) if own and length else find("batch"),
+        batch=sized("batch"),
         loss=checked_loss(path, find("loss") or default_loss),
         optimizer=checked_optimizer(path, find("optimizer") or default_optimizer),
         layers=find("layers"),
-        batch_size=whole_number(file, "batch_size", DEFAULT_BATCH if size is None else size),
+        batch_size=_batch_size(file, find("batch_size"), data),
         splits=find("splits"),
         weight=find("weight"),
         scheduler=checked_scheduler(path, find("scheduler")) if find("scheduler") else None,
-        data=find("data"),
-        evaluate=find("evaluate"),
+        data=data,
+        evaluate=evaluate,
         clip=limit(file, "clip", find("clip")),
         sequence=length,
         takes_sequence=own is not None,
     )
+
+
+def _batch_size(path: str, own: Any, data: Given | None) -> int:
+    """Return the samples of a step: as the file says, or its DataLoader. Raises `PlanError` when these differ."""
+    said = None if own is None else whole_number(path, "batch_size", own)
+    loaded = data.source.batch_size if data is not None else None
+    if said is not None and loaded is not None and said != loaded:
+        raise PlanError(
+            what="the model file says two sizes of a step's batch",
+            where=path,
+            why=f"batch_size is {said}, and the DataLoader of data() has {loaded}",
+            fix="leave one of them out: replicas and micro-batches are parts of that batch",
+        )
+    return said or loaded or DEFAULT_BATCH

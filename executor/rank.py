@@ -47,7 +47,15 @@ class Rank:
     """
 
     def __init__(
-        self, file: ModelFile, layered: LayeredModel, plan: Plan, backend: Backend, rank: int, *, seed: int
+        self,
+        file: ModelFile,
+        layered: LayeredModel,
+        plan: Plan,
+        backend: Backend,
+        rank: int,
+        *,
+        seed: int,
+        workers: int | None = None,
     ) -> None:
         self.file, self.plan, self.backend = file, plan, backend
         self.program = lower(plan, in_turn=backend.in_turn)
@@ -91,7 +99,13 @@ class Rank:
         self.optimizer = file.optimizer_of((self.names[id(p)], p) for p in trained)
         self.share = plan.microbatches // plan.replicas
         self.feed = open_feed(
-            file, plan.loaded(self.stage_index), replicas=plan.replicas, replica=self.replica, seed=seed
+            file,
+            plan.loaded(self.stage_index),
+            replicas=plan.replicas,
+            replica=self.replica,
+            seed=seed,
+            workers=workers if self.is_first or self.is_last else 0,
+            device=backend.device,
         )
         self.averaging = Averaging(file, holding[-1], plan.replicas, backend.device)
         self.factors: dict[int, float] = {}

@@ -45,12 +45,14 @@ def run(
     capacity_bytes: tuple[float, ...],
     expected_step_s: float = 0.0,
     watch: Watch | None = None,
+    workers: int | None = None,
 ) -> Outcome:
     """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
 
     `folder` receives each rank's results and log, and the trained weights as `weights.pt`, a state dict of the
-    unsplit model. `watch` is told the steps, about twice a second, as they are finished. The first Ctrl-C ends the
-    run behind a step that all ranks agree on: the outcome then says that it was `stopped`.
+    unsplit model. `workers` processes make batches of `data()` ready for each rank that loads. `watch` is told the
+    steps, about twice a second, as they are finished. The first Ctrl-C ends the run behind a step that all ranks agree
+    on: the outcome then says that it was `stopped`.
 
     Raises `PlanError` for epochs without data (exit 2), when a rank fails (6), or when the run ended before a step was
     recorded (130), and `KeyboardInterrupt` at the second Ctrl-C or before the first step.
@@ -72,6 +74,7 @@ def run(
         seed=seed,
         folder=str(folder.resolve()),
         patience_s=max(PATIENCE_S, 10 * expected_step_s),
+        workers=workers,
     )
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))

@@ -33,8 +33,8 @@ IGNORED = -100
 class explained:  # noqa: N801 - reads as a clause: with explained(path, "model()")
     """Turn an exception of the user's code into a `PlanError` that shows where in their file it came from."""
 
-    def __init__(self, path: str, call: str) -> None:
-        self.path, self.call = path, call
+    def __init__(self, path: str, call: str, fix: str = "") -> None:
+        self.path, self.call, self.fix = path, call, fix
 
     def __enter__(self) -> None:
         return None
@@ -52,7 +52,8 @@ class explained:  # noqa: N801 - reads as a clause: with explained(path, "model(
             if mine
             else f"{file}, in {Path(last.filename).name}:{last.lineno}",
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
-            fix=f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works',
+            fix=self.fix
+            or f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works',
         ) from error
 
 

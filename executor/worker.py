@@ -39,6 +39,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What the ranks of a run are told: to train for `steps`, or for `epochs` where there are such.
 
     `folder` receives their results; a peer is waited for `patience_s` at most.
+
+    `workers` are the processes that make batches of `data()` ready for each rank that loads; as many as the model
+    file's DataLoader has, where nothing is said.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     folder: str
     patience_s: float
+    workers: int | None = None
 
 
 @record
@@ -61,7 +65,7 @@ def main(path: str) -> None:
     model = file.build(job.seed)
     layered = cut(file, model)
     check_batches(file)
-    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed)
+    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers)
     del model, layered
     gc.collect()
     offset = clock_offset(backend)
@@ -76,6 +80,7 @@ def main(path: str) -> None:
     if done == extent.steps:
         found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept
         (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))
+    me.feed.close()
     # Not in a `finally`: a rank that fails must report before its peers notice that it is gone.
     dist.barrier()
     dist.destroy_process_group()
@@ -108,15 +113,19 @@ def join(device: str, threads: int, patience_s: float = PATIENCE_S) -> Backend:
 
 def check_batches(file: ModelFile) -> None:
     """Raise `PlanError` when the ranks draw different batches from one seed: inputs and targets would not match."""
-    inputs, targets = file.draw(2, seed=0)
+    drawn = [file.drawn(2, seed=0)]
+    if file.batch is not None and file.data is not None:
+        drawn.append(file.data.source.first(2, seed=0))
     digest = hashlib.sha256()
-    for tensor in tensors((inputs, targets)):
+    for tensor in tensors([(batch.given, batch.targets) for batch in drawn]):
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if file.data is not None:
+        digest.update(str(file.data.source.samples).encode())
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())
     if len(set(digests)) > 1:
         raise PlanError(
-            what="batch(n) draws different samples in different processes",
+            what=f"{'batch(n)' if file.data is None else 'data()'} draws different samples in different processes",
             where=file.path,
             why="inputs are used in one process and targets in another, so both must come from the seeded generators",
             fix="draw with torch, random or numpy's global generators, which are seeded before each call",
