@@ -234,7 +234,17 @@ def size_of(batch: Any, expression: Any) -> Callable[[int], Any]:
     def size(samples: int) -> Any:
         return int(of(samples)) if whole else of(samples)
 
+    size.__doc__ = f"{_SIZE}{expression}"
     return size
+
+
+_SIZE = "From the batch size: "
+
+
+def expression_of(function: Any) -> str:
+    """Return what a function from the batch size computes, as text; "" for any other."""
+    words = getattr(function, "__doc__", None) or ""
+    return words if words.startswith(_SIZE) else ""
 
 
 class _Builder:

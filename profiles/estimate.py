@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
-from executor.layers import LayeredModel, cut, unchanged_buffers
+from executor.layers import cut, unchanged_buffers
 from executor.model_file import ModelFile, lengths, load, sha256
 from executor.torch_adapter import tensors_without_data
 from executor.user_code import Loss, default_loss, default_optimizer, explained
@@ -37,8 +37,8 @@ from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile
 from profiles import hardware as devices
 from profiles.chain import Chain
 from profiles.counting import AsOnGpu, Counter
-from profiles.folding import fold
 from profiles.hardware import Hardware, Operation
+from profiles.kinds import find
 from profiles.sizes import Static, recorded_sizes
 from profiles.splits import splits_of
 
@@ -202,7 +202,8 @@ def _count(
         batches = {n: pytree.tree_map(lambda t: _input(t, dtype, empty=empty), batch) for n, batch in drawn.items()}
         ready = dataclasses.replace(file, batch=batches.__getitem__)
         layered = cut(ready, model)
-        shorter, standing = fold(layered, batches[2][0])
+        kinds = find(layered, layered.parted(*batches[2])[0])
+        shorter, standing = kinds.short, kinds.standing
         chain = Chain(ready, shorter, torch.device("cpu"))
         work: dict[int, list[Work]] = {}
         found: dict[int, list[LayerSizes]] = {}
@@ -230,7 +231,7 @@ def _count(
         work={n: [of[part] for part in parts] for n, of in work.items()},
         sizes={n: [of[part] for part in parts] for n, of in found.items()},
         static=[*(static[part] for part in standing), _NOTHING],
-        values=_values(layered, shorter, standing, bytes_of),
+        values=kinds.values(layered, bytes_of),
         splits=splits,
         tied=tied,
         batch_bytes=tuple((n, _nbytes(batches[n][0]), _nbytes(batches[n][1])) for n in sizes),
@@ -393,30 +394,6 @@ def _state_bytes(file: ModelFile, trained: dict[str, nn.Parameter], *, mixed: bo
                 numbers = math.prod(long if has == of else has for has, of, long in pairs)
             total += numbers * tensor.element_size()
     return total
-
-
-def _values(
-    layered: LayeredModel,
-    shorter: LayeredModel,
-    standing: tuple[int, ...],
-    bytes_of: dict[int, dict[str, tuple[int, bool]]],
-) -> tuple[Value, ...]:
-    """The values between all layers, from those between the layers that stand for them."""
-    stands = {name: name for name in layered.inputs}
-    for layer, part in zip(layered.layers, standing, strict=True):
-        stands |= dict(zip(layer.outputs, shorter.layers[part].outputs, strict=True))
-    first = next(iter(bytes_of.values()))
-    return tuple(
-        Value(
-            name=wire.name,
-            source=wire.source,
-            targets=wire.targets,
-            bytes_at=tuple((n, values[stands[wire.name]][0]) for n, values in sorted(bytes_of.items())),
-            gradient=first[stands[wire.name]][1],
-        )
-        for wire in layered.wires
-        if wire.targets
-    )
 
 
 def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, source: str, fused: bool) -> Profile:
