@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from executor.torch_adapter import pytree
 
 
 def tensors(tree: Any) -> tuple[torch.Tensor, ...]:

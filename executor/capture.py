@@ -17,12 +17,11 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.utils import _pytree as pytree
 
 from executor.batch import Drawn
 from executor.model_file import ModelFile
 from executor.opaque import OPAQUE, Opaques, where_it_fails
-from executor.torch_adapter import expression, following, mutated, viewed
+from executor.torch_adapter import expression, following, mutated, pytree, viewed
 from planner.basis.errors import PlanError
 
 EXAMPLE = 2

@@ -20,6 +20,7 @@ from executor.capture import EXAMPLE, capture
 from executor.graph_layers import SAMPLES, Cutter
 from executor.layer import Layer
 from executor.model_file import ModelFile
+from executor.torch_adapter import replace_tensors
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
 
@@ -233,7 +234,7 @@ def on(module: nn.Module, device: torch.device) -> nn.Module:
                 )
             part.recompile()
     moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
-    module._apply(lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
+    replace_tensors(module, lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
     return module
 
 

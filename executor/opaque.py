@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
+from executor.torch_adapter import pytree
 
 Size = tuple[int, int]
 """A dimension's constant part, and what every sample adds."""

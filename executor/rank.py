@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
-from torch.utils import _pytree as pytree
 
 from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
@@ -23,7 +22,7 @@ from executor.messages import Messages
 from executor.model_file import ModelFile
 from executor.norm import Clipping
 from executor.reduction import Buckets, Shared, start_alike
-from executor.torch_adapter import PipeStage
+from executor.torch_adapter import PipeStage, pytree
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
 from planner.values.plan import Plan

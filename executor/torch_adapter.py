@@ -1,4 +1,4 @@
-"""Every private name of torch that foreplan touches, in one place, with the version probe: 2.11 to 2.13.
+"""Every private name of torch that foreplan touches, in one place; `executor.torch_probe` asks for them by name.
 
 torch.distributed.pipelining is alpha. What is used of it: `PipelineStage`'s chunk methods and point-to-point
 operations (public class, undocumented methods), its receive tables, and the schedule runtime as a test oracle.
@@ -6,6 +6,10 @@ operations (public class, undocumented methods), its receive tables, and the sch
 
 from __future__ import annotations
 
+# isort: off
+import executor.torch_probe  # noqa: F401 - before all names that another torch may lack
+
+# isort: on
 import inspect
 import io
 import logging
@@ -19,9 +23,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining import stage as torch_stage
+from torch.utils import _python_dispatch, _pytree
 
 from planner.orders.action import actions
 from planner.orders.codes import Order
+
+pytree = _pytree
+"""Structures of tensors: `tree_map`, `tree_flatten` and their like."""
+
+DispatchMode = _python_dispatch.TorchDispatchMode
+"""The base of those that see every operation while they are entered."""
 
 _INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.12 and later
 _FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters
@@ -264,6 +275,26 @@ def following() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         transformer._detect_is_causal_mask = before
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Return the identity of a tensor's storage while it lives, whether there is data in it or not."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def operation_name(operation: Any) -> str:
+    """Return the name of an operation that a `DispatchMode` sees, such as `addmm`, without its overload."""
+    return str(operation._schema.name).partition("::")[2]
+
+
+def writes(operation: Any) -> bool:
+    """Whether an operation that a `DispatchMode` sees writes into one of its arguments."""
+    return bool(operation._schema.is_mutable)
+
+
+def replace_tensors(module: torch.nn.Module, replaced: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace every parameter and buffer of a module, and their gradients, as `Module.to` does."""
+    module._apply(replaced)
 
 
 def without_data(tensor: torch.Tensor) -> bool:

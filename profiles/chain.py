@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
 from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
 from executor.norm import scale
+from executor.torch_adapter import pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 

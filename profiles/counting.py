@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from executor.torch_adapter import DispatchMode, operation_name, pytree, storage_of, writes
 from profiles.hardware import Kind, Operation
 
 _LOOKUP = ("embedding", "index", "index_select", "gather")
@@ -24,7 +23,7 @@ _RANDOM = ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like
 _FREE = ("empty", "detach", "new_empty", "set_")
 
 
-class Counter(TorchDispatchMode):
+class Counter(DispatchMode):
     """Records operations, and live bytes, while it is entered; `marked(name)` delimits ranges with unique names.
 
     Afterwards `operations[name]` lists a range's kernels, and `span(name)` gives its (peak, kept) bytes relative to
@@ -66,17 +65,18 @@ class Counter(TorchDispatchMode):
             return out
         given = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
         made = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        held = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in made if t.untyped_storage()._cdata not in held]
+        held = {storage_of(t) for t in given}
+        fresh = [t for t in made if storage_of(t) not in held]
         for tensor in fresh:
-            self._born(tensor.untyped_storage())
-        name = str(func._schema.name).partition("::")[2]
-        if (fresh or func._schema.is_mutable) and not name.startswith(_FREE):
+            self._born(tensor)
+        name = operation_name(func)
+        if (fresh or writes(func)) and not name.startswith(_FREE):
             self._here.append(_operation(name, func, args, kwargs, given, made, out))
         return out
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _born(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage_of(tensor), storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
@@ -107,7 +107,7 @@ def _computed(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[K
     """The kind of an operation and its FLOP (two per multiplication); operations bound by memory have none."""
     if "attention" in name:
         return "attention", _attention_flop(args, kwargs, backward=name.endswith("backward"))
-    count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+    count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
     if count is None:
         return "random" if name in _RANDOM else "memory", 0.0
     kind: Kind = "convolution" if "conv" in name else "matmul"

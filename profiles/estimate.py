@@ -25,12 +25,11 @@ import msgspec
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from executor.batch import tensors
 from executor.layers import cut, unchanged_buffers
 from executor.model_file import ModelFile, lengths, load, sha256
-from executor.torch_adapter import tensors_without_data
+from executor.torch_adapter import pytree, tensors_without_data
 from executor.user_code import Loss, default_loss, default_optimizer, explained
 from planner.basis.errors import PlanError
 from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value

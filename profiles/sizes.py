@@ -15,6 +15,7 @@ from executor.allocator import AllocationRecorder
 from executor.batch import tensors
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
+from executor.torch_adapter import storage_of
 from planner.values.profile import LayerSizes, Value
 from profiles.chain import Chain, Pass, update
 
@@ -91,11 +92,6 @@ class _Saved:
 
     def bytes(self, part: int) -> int:
         return sum(self.inside.get(part, {}).values())
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The identity of a tensor's storage while it lives, whether there is data in it or not."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def measure_sizes(chain: Chain, backend: Backend, samples: int) -> tuple[list[LayerSizes], dict[str, tuple[int, bool]]]:

@@ -13,14 +13,12 @@ from typing import Any
 import msgspec
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from executor.torch_adapter import DispatchMode, operation_name, pytree, storage_of
 from executor.user_code import explained
 from planner.basis.errors import PlanError, unknown
 from planner.values.profile import Split
 from profiles.chain import Chain
-from profiles.sizes import storage_of
 
 WORDS = {
     "column": Split(forward=0, backward=1),
@@ -99,7 +97,7 @@ def _whole_shares(chain: Chain, blocks: set[int], samples: int) -> dict[int, flo
     return shares
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(DispatchMode):
     """Follows which tensors are divided: from one product with a parameter to the next."""
 
     def __init__(self, parameters: set[int]) -> None:
@@ -121,7 +119,7 @@ class _Tracer(TorchDispatchMode):
             return out
         given = [storage_of(t) for t in pytree.arg_tree_leaves(*args, **(kwargs or {})) if isinstance(t, torch.Tensor)]
         divided = any(self.divided.get(storage, False) for storage in given)
-        name = str(func._schema.name).partition("::")[2]
+        name = operation_name(func)
         if name in ("mm", "addmm", "bmm", "baddbmm") and self.parameters.intersection(given):
             divided = not divided
         for tensor in pytree.tree_leaves(out):

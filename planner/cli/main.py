@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
+import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -90,13 +92,14 @@ for _command in _COMMANDS:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"foreplan {__version__}")
+        torch = importlib.metadata.version("torch")
+        print(f"foreplan {__version__}, torch {torch}, Python {platform.python_version()}")
         raise typer.Exit()
 
 
 @app.callback()
 def _main(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the versions."),
 ) -> None:
     pass
 

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from executor.batch import Drawn
 from executor.feed import open_feed
@@ -18,6 +17,7 @@ from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.rank import split
+from executor.torch_adapter import pytree
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
