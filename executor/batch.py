@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from executor.torch_adapter import pytree
-
 from planner.basis.errors import PlanError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils import _pytree as pytree
 
 from executor.faults import explained as explained
+from executor.torch_adapter import pytree
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
