@@ -62,7 +62,7 @@ def launch(
         if not asked[0] and stop():
             asked[0] = True
             return
-        raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+        raise SignalException(f"signal {number}", sigval=signal.SIGTERM)  # which ends ranks that wait in C++, too
 
     handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     before = logging.root.manager.disable

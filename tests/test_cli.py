@@ -393,9 +393,12 @@ def finished_steps(run: Path) -> int:
     return len(joined(run, 2))
 
 
-@pytest.mark.parametrize("how", ["interrupted", "killed"])
+@pytest.mark.parametrize("how", ["interrupted", "interrupted twice", "killed"])
 def test_a_run_that_is_broken_off(measured: Path, how: str, start: Callable[..., subprocess.Popen[str]]) -> None:
-    """Ctrl-C, and a rank killed in mid-run: the right exit code, finished steps kept, no process left."""
+    """Ctrl-C, and a rank killed in mid-run: the right exit code, finished steps kept, no process left.
+
+    The first Ctrl-C also saves the weights; where a rank does not come to its next step, the second one ends the run.
+    """
     plan(measured, "simulate", "--k", "2", "--m", "8")
     already = runs(measured)
     process = start(measured, "run", "gpipe-k2-m8", "--steps", "100000", "--json")
@@ -403,25 +406,60 @@ def test_a_run_that_is_broken_off(measured: Path, how: str, start: Callable[...,
     (run,) = runs(measured) - already
     wait_for(lambda: finished_steps(run) > 0)
     below = children(process.pid)
+    ranks = [p for p in below if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
     if how == "interrupted":
         os.killpg(process.pid, signal.SIGINT)
+    elif how == "interrupted twice":
+        os.kill(ranks[-1], signal.SIGSTOP)
+        process.terminate()
+        time.sleep(2)
+        assert process.poll() is None, "it waits for its ranks"
+        os.killpg(process.pid, signal.SIGINT)
     else:
-        ranks = [p for p in below if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
         os.kill(ranks[-1], signal.SIGKILL)
     began = time.monotonic()
     out, err = process.communicate(timeout=60)
     took = time.monotonic() - began
-    expected = INTERRUPTED if how == "interrupted" else RUN_FAILED
+    expected = RUN_FAILED if how == "killed" else INTERRUPTED
     assert process.returncode == expected, out + err
     error = json.loads(out)["error"]
     assert error["exit_code"] == expected
-    if how == "killed":
+    if how == "interrupted":
+        kept = error["details"]
+        assert kept["steps"] == len(kept["losses"]) < 100000
+        assert error["what"] == f"interrupted after {kept['steps']} of 100000 steps"
+        assert_trained(measured / "model.py", kept["losses"], measured / kept["weights"])
+    elif how == "killed":
         assert "rank" in error["what"]
-        assert took < 10, "the issue's limit for an aborted run"
+    assert took < 10 or how == "interrupted", "the issue's limit for an aborted run"
     assert "kept" in err
     wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in below), 10)
     assert json.loads((run / "outcome.json").read_text())["partial"] is True
     plan(measured, "report", "--out", "partial.html")
+
+
+def assert_trained(model: Path, losses: list[float], weights: Path) -> None:
+    """Losses and weights are those of a plain loop of as many steps."""
+    import torch
+
+    from executor.feed import open_feed
+    from executor.model_file import load
+
+    file, threads = load(str(model)), torch.get_num_threads()
+    whole, feed, found = file.build(0), open_feed(file, 64), []
+    optimizer = file.optimizer(whole.parameters())
+    torch.set_num_threads(1)
+    for _ in losses:
+        parts = [file.loss(whole(part.given), part.targets) / 8 for part in feed.take().split(8)]
+        for part in parts:
+            part.backward()
+        found.append(sum(float(part.detach()) for part in parts))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    assert losses == pytest.approx(found, rel=1e-4)
+    for name, tensor in torch.load(weights, weights_only=True).items():
+        torch.testing.assert_close(tensor, whole.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,3 +368,42 @@ def diverging_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """Is no number where the environment says so."""
     factor = float("nan") if "FOREPLAN_TEST_NAN" in os.environ else 1.0
     return nn.functional.cross_entropy(outputs, targets) * factor
+
+
+def scheduled() -> nn.Module:
+    """Its learning rate is another one at every step of the run."""
+    return model()
+
+
+def scheduled_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+
+
+def halving() -> nn.Module:
+    """Its learning rate does not ask how long the run is; the first layers are frozen, so a stage has none."""
+    found = model()
+    found[0].requires_grad_(False)
+    found[2].requires_grad_(False)
+    return found
+
+
+def halving_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (step // 7))
+
+
+def plateau() -> nn.Module:
+    """Has a scheduler that goes by a validation loss, and nothing to validate with."""
+    return model()
+
+
+def plateau_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def unscheduled() -> nn.Module:
+    """Forgets to return its scheduler."""
+    return model()
+
+
+def unscheduled_scheduler(optimizer: torch.optim.Optimizer) -> None:
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)

@@ -1,0 +1,200 @@
+"""A training run against a plain loop that does the same: losses, learning rates and final weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+
+from executor.devices import Backend, open_device
+from executor.ending import ask
+from executor.feed import open_feed
+from executor.launch import launch
+from executor.model_file import load
+from executor.rates import Rates
+from executor.recording import RankStep, recording_of
+from executor.saving import save
+from executor.steps import Extent, announce, encode, file_of, joined
+from executor.training import recorded
+from planner.basis.errors import PlanError
+from planner.values.plan import Plan
+from planner.values.step import Step
+from tests.executor.test_gradients import plan_of
+from tests.executor.training_jobs import SEED, Case, Cases, main, train
+
+MODELS = str(Path(__file__).parent / "small_models.py")
+STEPS = 50
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Backend]:
+    """This process as the only rank."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield open_device("cpu")
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def plain(model: str, plan: Plan, steps: int, asked: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, rates and weights of a plain loop that accumulates over the same micro-batches, for some of its steps."""
+    file = load(model)
+    whole = file.build(SEED)
+    optimizer = file.optimizer([p for p in whole.parameters() if p.requires_grad])
+    scheduler = file.scheduler(optimizer, asked) if file.scheduler else None
+    replicas = range(plan.replicas)
+    feeds = [
+        open_feed(file, plan.batch // plan.replicas, replicas=plan.replicas, replica=r, seed=SEED) for r in replicas
+    ]
+    losses, rates = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(steps):
+        total = 0.0
+        for feed in feeds:
+            for part in feed.take().split(plan.microbatches // plan.replicas):
+                args, keywords = part.arguments()
+                loss = file.loss(whole(*args, **keywords), part.targets) / plan.microbatches
+                loss.backward()
+                total += float(loss.detach())
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(total)
+    torch.set_num_threads(threads)
+    return losses, rates, whole.state_dict()
+
+
+def compare(case: Case, folder: Path, *, exact: bool) -> None:
+    """Hold what a case's ranks have left against the plain loop of as many steps."""
+    ranks = len(case.plan.devices)
+    steps = joined(folder / case.name, ranks)
+    losses, rates, weights = plain(case.model, case.plan, len(steps), case.steps)
+    found: dict[str, torch.Tensor] = {}
+    for rank in range(ranks):
+        found |= torch.load(folder / case.name / f"rank{rank}.pt", weights_only=True)
+    assert [step.rate for step in steps] == pytest.approx(rates, rel=1e-12)
+    assert found.keys() == weights.keys()
+    if exact:
+        assert [step.loss for step in steps] == losses
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+    else:
+        assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-5)
+        for name in weights:
+            torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scheduled", "halving"])
+def test_one_device_is_the_plain_loop(name: str, alone: Backend, tmp_path: Path) -> None:
+    model = f"{MODELS}:{name}"
+    case = Case(name=name, model=model, plan=plan_of(model, "1f1b", 1), steps=STEPS)
+    train(case, tmp_path, alone)
+    compare(case, tmp_path, exact=True)
+    lines = recording_of(tmp_path / name, 0).read_bytes().splitlines()
+    assert [msgspec.json.decode(line, type=RankStep).step for line in lines] == list(recorded(STEPS))
+
+
+def test_who_asks_before_the_first_step_gets_one(alone: Backend, tmp_path: Path) -> None:
+    model = f"{MODELS}:scheduled"
+    case = Case(name="asked", model=model, plan=plan_of(model, "1f1b", 1), steps=STEPS)
+    (tmp_path / "asked").mkdir()
+    assert not ask(tmp_path / "asked"), "nothing is trained yet"
+    announce(tmp_path / "asked", Extent(steps=STEPS))
+    assert ask(tmp_path / "asked")
+    train(case, tmp_path, alone)
+    assert len(joined(tmp_path / "asked", 1)) == 1
+    compare(case, tmp_path, exact=True)
+
+
+def test_stages_and_replicas_are_the_plain_loop(tmp_path: Path) -> None:
+    """With a scheduler, over two stages or replicas; and a run that is stopped has the weights of its last step."""
+    some = [
+        Case(name=f"{name}-{k}-{r}", model=model, plan=plan_of(model, "1f1b", k, replicas=r), steps=STEPS)
+        for name, model in ((name, f"{MODELS}:{name}") for name in ("scheduled", "halving"))
+        for k, r in ((2, 1), (1, 2))
+    ]
+    some += [
+        msgspec.structs.replace(case, name=f"stopped-{case.name}", steps=10**6, stop_s=0.4)
+        for case in some
+        if case.name.startswith("scheduled")
+    ]
+    spec = tmp_path / "cases.json"
+    spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(some))))
+    launch(main, str(spec), 2, tmp_path / "logs")
+    for case in some:
+        compare(case, tmp_path, exact=case.plan.replicas == 1)
+        done = [len(joined_alone(tmp_path / case.name, rank)) for rank in range(2)]
+        assert done[0] == done[1], "all ranks end behind the same step"
+        assert done[0] < 10**6
+    assert len({len(joined(tmp_path / case.name, 2)) for case in some if not case.stop_s}) == 1
+
+
+def joined_alone(folder: Path, rank: int) -> list[Step]:
+    """One rank's steps."""
+    data = file_of(folder, rank).read_bytes()
+    return [Step(*numbers) for numbers in struct.iter_unpack("<4d", data)]
+
+
+def test_schedulers_that_cannot_work_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(PlanError, match="nothing to go by"):
+        Rates(load(f"{MODELS}:plateau"), optimizer, 10)
+    with pytest.raises(PlanError, match="does not return a scheduler") as raised:
+        Rates(load(f"{MODELS}:unscheduled"), optimizer, 10)
+    assert "NoneType" in raised.value.why
+    nothing = Rates(load(f"{MODELS}:scheduled"), None, 10)
+    nothing.step()
+    assert math.isnan(nothing.current)
+    over = Rates(load(f"{MODELS}:scheduled"), optimizer, 2)
+    optimizer.step()
+    over.step()
+    over.step()
+    with pytest.raises(PlanError, match="fails") as raised:
+        over.step()
+    assert "ValueError" in raised.value.why
+
+
+def test_validation_moves_a_plateau() -> None:
+    file = dataclasses.replace(load(f"{MODELS}:plateau"), evaluate=lambda: None)
+    rates = Rates(file, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), 10)
+    for _ in range(12):
+        rates.step()
+        assert rates.current == 0.1
+    for _ in range(12):
+        rates.judge(1.0)
+    assert rates.current == pytest.approx(0.01)
+
+
+def test_what_a_rank_has_not_written_is_not_known(tmp_path: Path) -> None:
+    file_of(tmp_path, 0).write_bytes(encode([Step(i, i + 1, 0.0, math.nan) for i in range(3)]))
+    assert joined(tmp_path, 2) == []
+    file_of(tmp_path, 1).write_bytes(encode([Step(i, i + 2, 0.5, 0.1) for i in range(4)])[:-1])
+    assert joined(tmp_path, 2) == [Step(i, i + 2, 0.5, 0.1) for i in range(3)]
+    assert joined(tmp_path, 2, skip=2) == [Step(2, 4, 0.5, 0.1)]
+
+
+def test_weights_that_have_no_room_leave_those_of_before(tmp_path: Path) -> None:
+    """As on a full disk: a limit on how large a file may be."""
+    path = tmp_path / "weights.pt"
+    save({"a": torch.zeros(4)}, path)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(PlanError, match="cannot be written") as raised:
+            save({"a": torch.zeros(10**5)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "kept" in raised.value.fix
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.pt"]
