@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram, export
 from executor.batch import Drawn
 from executor.model_file import ModelFile
 from executor.opaque import OPAQUE, Opaques, where_it_fails
+from executor.outputs import Outputs
 from executor.torch_adapter import expression, following, mutated, pytree, viewed
 from planner.basis.errors import PlanError
 
@@ -31,16 +32,17 @@ _MODEL = "whole_model"
 
 
 class _Step(nn.Module):
-    """A model and its loss: one number from inputs and targets."""
+    """A model and its loss: one number from inputs and targets, and what is wanted of the model's outputs."""
 
-    def __init__(self, file: ModelFile, model: nn.Module) -> None:
+    def __init__(self, file: ModelFile, model: nn.Module, wanted: Outputs | None) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.wanted = file, wanted
         self.whole_model = model
 
-    def forward(self, args: tuple[Any, ...], keywords: dict[str, Any], targets: Any) -> torch.Tensor:
-        """Return the loss."""
-        return self.file.loss(self.whole_model(*args, **keywords), targets)
+    def forward(self, args: tuple[Any, ...], keywords: dict[str, Any], targets: Any) -> tuple[torch.Tensor, ...]:
+        """Return the loss, and then the outputs that are wanted."""
+        outputs = self.whole_model(*args, **keywords)
+        return self.file.loss(outputs, targets), *(self.wanted.picked(outputs) if self.wanted else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Captured:
     as expressions of `batch`, the batch size. `inputs` and `targets` are the batch's tensors, `held` the parameters',
     buffers' and constants' nodes with their names and tensors. `trained` are the nodes whose values have gradients.
     `owner` tells whose memory a node's value lies in: its own, or that of the node it is a view of; `changed` has the
-    steps that write into another node's memory, with that node.
+    steps that write into another node's memory, with that node. `wanted` are the outputs that are, besides the `loss`.
     """
 
     modules: fx.GraphModule
@@ -66,6 +68,7 @@ class Captured:
     owner: dict[fx.Node, fx.Node]
     changed: dict[fx.Node, fx.Node]
     loss: fx.Node
+    wanted: tuple[fx.Node, ...]
     opaque: Opaques
 
     def calls(self, node: fx.Node) -> tuple[tuple[str, str], ...]:
@@ -75,13 +78,14 @@ class Captured:
         return tuple((str(call), path.removeprefix(_MODEL).removeprefix(".")) for call, path in inside)
 
 
-def capture(file: ModelFile, model: nn.Module, drawn: Drawn) -> Captured:
-    """Capture a model and its loss as they run on a batch.
+def capture(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | None = None) -> Captured:
+    """Capture a model and its loss as they run on a batch, in the mode that the model is in.
 
-    What torch cannot follow stays whole (`executor.opaque`). Raises `PlanError` when the loss cannot be followed.
+    Its graph also returns the outputs that are `wanted`. What torch cannot follow stays whole (`executor.opaque`).
+    Raises `PlanError` when the loss cannot be followed.
     """
     drawn = drawn.distinct()
-    step, arguments = _Step(file, model), (*drawn.arguments(), drawn.targets)
+    step, arguments = _Step(file, model, wanted), (*drawn.arguments(), drawn.targets)
     opaque = Opaques(model)
 
     def open_sizes(leaf: Any) -> Any:
@@ -141,7 +145,7 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
     found = _Values(None if batch is None else expression(batch), [n for n in graph.nodes if n.op == "call_function"])
     for node in found.nodes:
         found.add(node, varying, trained)
-    (loss,) = graph.output_node().args[0]
+    loss, *outputs = graph.output_node().args[0]
     return Captured(
         modules=program.graph_module,
         steps=tuple(found.steps),
@@ -155,6 +159,7 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
         owner=found.owner,
         changed=found.changed,
         loss=loss,
+        wanted=tuple(outputs),
         opaque=opaque,
     )
 

@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from executor.batch import Drawn, tensors
 from executor.seeding import seeded
+from executor.torch_adapter import pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 
@@ -165,8 +166,37 @@ class Source:
         return f"correct it until {what} works, where d is the dataset of {self.call}"
 
 
-def source_of(path: str, function: str, make: Callable[[], Any], *, shuffle: bool) -> Source:
+class Drawing:
+    """So many samples, each drawn by the model file's `batch(1)` from a seed that no training step uses."""
+
+    def __init__(self, draw: Callable[[int], Any], samples: int) -> None:
+        self.draw, self.samples = draw, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Any:
+        with seeded(_LAST_SEED - index):
+            return self.draw(1)
+
+
+_LAST_SEED = 2**32 - 1
+"""The largest that numpy takes. Training counts up from the run's seed, which is below half of it."""
+
+
+def _behind_another(items: list[Any]) -> Any:
+    """Put batches of one sample behind each other."""
+    return pytree.tree_map(
+        lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], torch.Tensor) else leaves[0], *items
+    )
+
+
+def source_of(
+    path: str, function: str, make: Callable[[], Any], *, shuffle: bool, draw: Callable[[int], Any] | None = None
+) -> Source:
     """Call a model file's `data()` or `evaluate()` and return what it gives; a bare dataset is `shuffle`d or not.
+
+    With `draw`, which draws so many samples, it may also return how many are to be drawn.
 
     What it draws, for example where to split a dataset, is the same in every process and for both functions. Raises
     `PlanError` when it fails, returns anything else, or returns a DataLoader that cannot be dealt to replicas.
@@ -174,6 +204,9 @@ def source_of(path: str, function: str, make: Callable[[], Any], *, shuffle: boo
     call = f"{function}()"
     with seeded(0), explained(path, call, f"correct it until {call} works in a Python shell"):
         found = make()
+    if draw is not None and isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        drawing = Drawing(draw, found)
+        return Source(path=path, call=call, dataset=drawing, streams=False, shuffle=False, collate=_behind_another)
     if isinstance(found, DataLoader):
         return _of_loader(path, call, found)
     streams = isinstance(found, IterableDataset)
@@ -250,15 +283,23 @@ def _described(item: Any) -> str:
 class Given:
     """What a model file's `data()` or `evaluate()` gives, asked for when it is needed first."""
 
-    def __init__(self, path: str, function: str, make: Callable[[], Any], *, shuffle: bool) -> None:
-        self.path, self.function, self.make, self.shuffle = path, function, make, shuffle
+    def __init__(
+        self,
+        path: str,
+        function: str,
+        make: Callable[[], Any],
+        *,
+        shuffle: bool,
+        draw: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.path, self.function, self.make, self.shuffle, self.draw = path, function, make, shuffle, draw
         self._source: Source | None = None
 
     @property
     def source(self) -> Source:
         """The dataset and how it becomes batches. Raises `PlanError` when the function fails or returns no data."""
         if self._source is None:
-            self._source = source_of(self.path, self.function, self.make, shuffle=self.shuffle)
+            self._source = source_of(self.path, self.function, self.make, shuffle=self.shuffle, draw=self.draw)
         return self._source
 
     def renewed(self) -> Source:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from executor.batch import Drawn
-from executor.data import Given
+from executor.data import Given, Source
 from executor.model_file import ModelFile
 from executor.shares import Address, Shares
 from planner.basis.errors import RUN_FAILED, USAGE, PlanError, said
@@ -61,6 +61,19 @@ class Draws:
         """There is nothing to let go of."""
 
 
+class Making(Protocol):
+    """Makes shares of a source, each at its address."""
+
+    source: Source
+    steps: int | None
+
+    def addresses(self, epoch: int) -> Iterator[Address]:
+        """Yield where the shares are, from the first of an epoch on."""
+
+    def __getitem__(self, address: Address) -> Drawn:
+        """Make one."""
+
+
 class Dealt:
     """Shares of a dataset, dealt to replicas sample by sample.
 
@@ -68,7 +81,7 @@ class Dealt:
     They end with this process. `like` is a batch as the plan's stages expect it.
     """
 
-    def __init__(self, shares: Shares, like: Drawn, *, workers: int, device: torch.device) -> None:
+    def __init__(self, shares: Making, like: Drawn, *, workers: int, device: torch.device) -> None:
         self.shares, self.like, self.workers, self.device = shares, like, workers, device
         self.steps = shares.steps
         self.epoch = 0
@@ -82,7 +95,8 @@ class Dealt:
     def take(self) -> Drawn:
         """Return the share of the next step.
 
-        Raises `PlanError` when the dataset fails, or the share differs from others in more than its numbers.
+        Raises `PlanError` when the dataset fails, or the share differs from others in more than its numbers, and
+        `StopIteration` behind the last one, where there is one.
         """
         if self.made is None:
             self.made = self._ready() if self.workers else map(self.shares.__getitem__, self._addresses())
@@ -147,7 +161,7 @@ class Dealt:
 class _Said(Dataset[Any]):
     """A dataset whose workers say what fails in words, as torch would carry an exception's class and text only."""
 
-    def __init__(self, shares: Shares) -> None:
+    def __init__(self, shares: Making) -> None:
         self.shares = shares
 
     def __getitem__(self, address: Address) -> Drawn | str:

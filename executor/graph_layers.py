@@ -47,6 +47,8 @@ class Cutter:
         for node in captured.trained & self.place.keys():
             for cut in range(self.place[node] + 1, self.last[node] + 1):
                 self.count[cut] += 1
+        behind = {node: len(self.steps) for node in captured.wanted if node in self.last}
+        self.last |= behind  # it passes wherever one cuts, and says nothing about where to
 
     def _last(self, node: fx.Node) -> int:
         """The last step that reads a value; behind all of them for the loss."""
@@ -193,11 +195,11 @@ class Cutter:
         return found
 
     def loss(self) -> Layer:
-        """Return the loss as a layer that reads what the last one makes, and then the targets."""
+        """Return the loss as a layer that reads what the last one makes, and then the targets; and what is wanted."""
         loss = self.captured.loss
         targets = (*self.late, *self.captured.targets)
         taken = [*(self.passing(self.end) or [loss]), *targets]
-        return self._layer("loss", self.steps[self.end :], taken, [loss])
+        return self._layer("loss", self.steps[self.end :], taken, [loss, *self.captured.wanted])
 
     def _read(self, nodes: Iterable[fx.Node], made: list[fx.Node]) -> list[fx.Node]:
         """Return the values of other layers that nodes read, or that pass among what they make."""

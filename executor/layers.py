@@ -20,6 +20,7 @@ from executor.capture import EXAMPLE, capture
 from executor.graph_layers import SAMPLES, Cutter
 from executor.layer import Layer
 from executor.model_file import ModelFile
+from executor.outputs import Outputs
 from executor.torch_adapter import replace_tensors
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
@@ -250,11 +251,12 @@ def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
     if isinstance(model, nn.Sequential):
         return _chain(list(model.named_children()), model, drawn.names, file)
     with torch.random.fork_rng(devices=[]), unchanged_buffers(model), explained(file.path, "the model's forward"):
-        return _captured(file, model, drawn)
+        return cut_graph(file, model, drawn)
 
 
-def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
-    captured = capture(file, model, drawn)
+def cut_graph(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | None = None) -> LayeredModel:
+    """Cut the graph of a model and its loss as they run on a batch, in the mode that the model is in."""
+    captured = capture(file, model, drawn, wanted)
     cutter = Cutter(captured, model)
     layers = cutter.layers()
     layers[-1] = replace(layers[-1], outputs=())
@@ -265,14 +267,14 @@ def _captured(file: ModelFile, model: nn.Module, drawn: Drawn) -> LayeredModel:
         model=model,
         inputs=tuple(node.name for node in captured.inputs if node not in cutter.late),
         layers=tuple(layers),
-        loss=_CapturedLoss(cutter.loss(), surroundings),
+        loss=CapturedLoss(cutter.loss(), surroundings),
         late=tuple(i for i, node in enumerate(captured.inputs) if node in cutter.late),
         opaque=tuple(captured.opaque.why.items()),
         surroundings=surroundings,
     )
 
 
-class _CapturedLoss(nn.Module):
+class CapturedLoss(nn.Module):
     """The part of a captured graph that is the loss: of what the last layer returns and of the targets' tensors."""
 
     def __init__(self, layer: Layer, surroundings: Surroundings) -> None:
@@ -281,10 +283,13 @@ class _CapturedLoss(nn.Module):
 
     def forward(self, result: Any, targets: Any) -> torch.Tensor:
         """Return the loss."""
+        return self.judged(result, targets)[0]
+
+    def judged(self, result: Any, targets: Any) -> tuple[torch.Tensor, ...]:
+        """Return the loss, and then the outputs that were wanted of the graph."""
         values = dict(zip(self.layer.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
         around = self.surroundings.around(self.layer.ambient, values)
-        loss: torch.Tensor = self.module(*values.values(), *(around[name] for name in self.layer.ambient))
-        return loss
+        return as_tuple(self.module(*values.values(), *(around[name] for name in self.layer.ambient)))
 
 
 def _named(listed: Any, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -14,20 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.batch import Drawn, checked_batch
+from executor.batch import Drawn
 from executor.data import Given
-from executor.faults import IMPORTING, as_script, check_default_device, explained
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
     Optimizer,
     Scheduler,
-    checked_function,
     checked_loss,
     checked_optimizer,
     checked_scheduler,
     default_loss,
     default_optimizer,
+    explained,
     limit,
     optimizer_of,
     whole_number,
@@ -61,13 +60,14 @@ class ModelFile:
     data: Given | None = None
     evaluate: Given | None = None
     clip: float = 0.0
+    metrics: Callable[[Any, Any], dict[str, Any]] | None = None
     sequence: int = 0
     takes_sequence: bool = False
 
     def build(self, seed: int) -> nn.Module:
         """Make the model with weights that depend on `seed` alone. Raises `PlanError` when `model()` fails."""
         torch.manual_seed(seed)
-        with as_script(self.path), explained(self.path, "model()"):
+        with explained(self.path, "model()"):
             model = self.model()
         if not isinstance(model, nn.Module):
             raise PlanError(
@@ -98,9 +98,27 @@ class ModelFile:
             found = self.data.source.first(samples, seed)
             self._check_length(found.inputs)
             return found
-        with seeded(seed), as_script(self.path), explained(self.path, f"batch({samples})"):
+        with seeded(seed), explained(self.path, f"batch({samples})"):
             drawn = self.batch(samples)
-        found = checked_batch(self.path, f"batch({samples})", samples, drawn)
+        if isinstance(drawn, dict):  # a model that returns its own loss has its targets among its inputs
+            drawn = drawn, None
+        if not isinstance(drawn, tuple) or len(drawn) != 2:
+            raise PlanError(
+                what="batch(n) does not return (inputs, targets)",
+                where=self.path,
+                why=f"it returns {type(drawn).__name__}",
+                fix="return a tuple of two: inputs and targets; or a dict, for a model that returns its own loss",
+            )
+        found = Drawn(samples=samples, given=drawn[0], targets=drawn[1])
+        for tensor in found.inputs or ("nothing",):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != samples:
+                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+                raise PlanError(
+                    what=f"batch({samples}) does not return {samples} samples",
+                    where=self.path,
+                    why=f"an input is {shape}",
+                    fix="make every input a tensor whose first dimension is n",
+                )
         self._check_length(found.inputs)
         return found
 
@@ -171,18 +189,14 @@ def load(path: str, sequence: int = 0) -> ModelFile:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(source.parent.resolve()))
     try:
-        with as_script(file), explained(file, IMPORTING):
+        with explained(file, "importing it"):
             spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
-    check_default_device(file)
 
     def find(function: str) -> Any:
         wanted = name if name and function == "model" else f"{name}_{function}" if name else function
         return getattr(module, wanted, None if wanted == name else getattr(module, function, None))
-
-    def optional(function: str) -> Any:
-        return checked_function(path, function, find(function))
 
     for wanted, signature in (
         (("model",), f"{name or 'model'}() -> nn.Module"),
@@ -204,24 +218,23 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         takes = found is not None and "sequence" in inspect.signature(found).parameters
         return functools.partial(found, sequence=length) if takes and length else found
 
-    data, evaluate = (
-        Given(path, function, sized(function), shuffle=function == "data") if callable(find(function)) else None
-        for function in ("data", "evaluate")
-    )
+    data = Given(path, "data", sized("data"), shuffle=True) if callable(find("data")) else None
+    evaluate = Given(path, "evaluate", sized("evaluate"), shuffle=False, draw=sized("batch"))
     return ModelFile(
         path=path,
         model=find("model"),
         batch=sized("batch"),
-        loss=checked_loss(path, optional("loss") or default_loss),
-        optimizer=checked_optimizer(path, optional("optimizer") or default_optimizer),
-        layers=optional("layers"),
+        loss=checked_loss(path, find("loss") or default_loss),
+        optimizer=checked_optimizer(path, find("optimizer") or default_optimizer),
+        layers=find("layers"),
         batch_size=_batch_size(file, find("batch_size"), data),
-        splits=optional("splits"),
-        weight=optional("weight"),
-        scheduler=checked_scheduler(path, optional("scheduler")) if optional("scheduler") else None,
+        splits=find("splits"),
+        weight=find("weight"),
+        scheduler=checked_scheduler(path, find("scheduler")) if find("scheduler") else None,
         data=data,
-        evaluate=evaluate,
+        evaluate=evaluate if callable(find("evaluate")) else None,
         clip=limit(file, "clip", find("clip")),
+        metrics=find("metrics"),
         sequence=length,
         takes_sequence=own is not None,
     )

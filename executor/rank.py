@@ -17,6 +17,7 @@ from executor.averaging import Averaging, zero
 from executor.batch import tensors
 from executor.devices import Backend
 from executor.feed import open_feed
+from executor.hollow import places
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.messages import Messages
 from executor.model_file import ModelFile
@@ -70,13 +71,15 @@ class Rank:
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples)
         self.module = layered.stage(layers, recompute=plan.recompute)
+        self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
         on(self.module, backend.device)
         self.names, self.parted = layered.parameter_names(), layered.parted
         self.unheld = layered.unheld() if rank == 0 else {}
         self.loss = on(layered.loss, backend.device) if isinstance(layered.loss, torch.nn.Module) else layered.loss
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        group = holding[self.stage_index]
+        self.held_by, group = mine, holding[self.stage_index]
+        self.group = group
         where = f"stage {self.stage_index} of plan {plan}"
         self.buckets = None
         if group is not None:

@@ -13,6 +13,7 @@ import torch
 from executor import averaging, devices
 from executor.agreement import agree
 from executor.batch import tensors
+from executor.evaluated import agree_evaluated
 from executor.layers import cut
 from executor.model_file import imported, load, sha256
 from planner.basis.errors import PlanError
@@ -53,6 +54,8 @@ def measure(
     backend = devices.open_device(device)
     layered = cut(file, file.build(seed=0))
     agree(file, layered)
+    if file.evaluate is not None:
+        agree_evaluated(file, layered)
     averaging.check(file, layered.model)
     chain = Chain(file, layered, backend.device)
     sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import PipelineStage
 
-from executor.batch import Drawn
-from executor.feed import Feed, open_feed
+from executor.devices import Backend
+from executor.evaluation import prepare
+from executor.feed import open_feed
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
@@ -26,13 +28,12 @@ SEED = 3
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """So many steps of a plan of a model file; with `oracle` torch's own runtime performs the first, too."""
+    """A plan of a model file; with `oracle` torch's own runtime performs it too."""
 
     name: str
     model: str
     plan: Plan
     oracle: bool = False
-    steps: int = 1
 
 
 class Cases(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,33 +56,14 @@ def main(path: str) -> None:
             if action.op == OPTIMIZER and when == "before":
                 found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
 
-        taken, losses = _noted(me.feed), []
-        for _ in range(case.steps):
-            me.step(None, watch)
-            losses.append(float(sum(me.losses.values())))
-        me.feed.close()
+        me.step(None, watch)
         out = Path(job.folder) / f"{case.name}.{rank}.pt"
         norm = me.clipping.norm if me.clipping is not None else None
-        kept = {"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}
-        torch.save({**kept, "taken": taken, "history": losses}, out)
+        torch.save({"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}, out)
         if case.oracle:
             torch.save(_torch_gradients(case, rank), Path(job.folder) / f"{case.name}.torch.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _noted(feed: Feed) -> list[torch.Tensor]:
-    """Note the first input of every share that is taken from a feed."""
-    taken: list[torch.Tensor] = []
-    take = feed.take
-
-    def noted() -> Drawn:
-        share = take()
-        taken.append(share.inputs[0])
-        return share
-
-    feed.take = noted  # type: ignore[method-assign]
-    return taken
 
 
 def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:
@@ -99,3 +81,38 @@ def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:
     share = open_feed(file, plan.batch, seed=SEED).take()
     runtime.step(*(share.inputs if rank == 0 else ()), target=share.targets, return_outputs=False)
     return {names[id(p)]: p.grad for p in module.parameters() if p.grad is not None}
+
+
+STEPS = 2
+"""Training steps before a model is evaluated first, and as many after it."""
+
+
+@record
+def evaluate(path: str) -> None:
+    """Train and evaluate in between, then train the same without: what was found, and the states of both."""
+    job = msgspec.json.decode(Path(path).read_bytes(), type=Cases)
+    backend = join("cpu", 1)
+    rank = dist.get_rank()
+    for case in job.cases:
+        trained = [_trained(case, backend, rank, evaluated=evaluated) for evaluated in (True, False)]
+        torch.save([entry for entries in trained for entry in entries], Path(job.folder) / f"{case.name}.{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _trained(case: Case, backend: Backend, rank: int, *, evaluated: bool) -> list[dict[str, Any]]:
+    """Every evaluation with the state behind it; at last the losses of all steps, and the state behind them."""
+    file = load(case.model)
+    layered = cut(file, file.build(SEED))
+    evaluates = prepare(file, layered, case.plan)
+    me = Rank(file, layered, case.plan, backend, rank, seed=SEED)
+    evaluator = evaluates(me)
+    torch.manual_seed(SEED)  # of dropout
+    found, losses = [], []
+    for step in range(2 * STEPS):
+        me.step()
+        losses.append(sum(float(loss) for loss in me.losses.values()))
+        if evaluated and step >= STEPS - 1:
+            judged = msgspec.to_builtins(evaluator.run(step + 1))
+            found.append({"evaluation": judged, "state": {name: t.clone() for name, t in me.state().items()}})
+    return [*found, {"losses": losses, "state": me.state()}]

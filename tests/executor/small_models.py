@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,6 +160,57 @@ def fields() -> nn.Module:
 def fields_batch(n: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 12, (n, 5))
     return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
+
+
+class Moody(nn.Module):
+    """Is another model in every mode: drops out, keeps statistics, one of them frozen, and scales what it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norm, self.middle = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)
+        self.frozen, self.drop, self.out = nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4)
+        self.frozen.eval()
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        x = torch.relu(self.norm(self.into(x)))
+        if self.training:
+            x = x * torch.rand_like(x)
+        hidden = self.frozen(self.middle(x))
+        return SimpleNamespace(hidden=hidden, logits=self.out(self.drop(torch.relu(hidden))))
+
+
+def moody() -> nn.Module:
+    return Moody()
+
+
+def moody_metrics(outputs: SimpleNamespace, targets: torch.Tensor) -> dict[str, float]:
+    right = outputs.logits.argmax(-1) == targets
+    return {"accuracy": right.double().mean().item(), "size": float(outputs.hidden.abs().mean().numpy())}
+
+
+def moody_evaluate() -> torch.utils.data.Dataset[Any]:
+    return torch.utils.data.TensorDataset(*batch(41))
+
+
+def steady() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 4))
+
+
+def steady_evaluate() -> torch.utils.data.DataLoader[Any]:
+    """In worker processes, in another order every time."""
+    return torch.utils.data.DataLoader(moody_evaluate(), batch_size=7, shuffle=True, num_workers=1)
+
+
+def ignored() -> nn.Module:
+    return model()
+
+
+def ignored_evaluate() -> torch.utils.data.Dataset[Any]:
+    return torch.utils.data.TensorDataset(*ignoring_batch(38))
+
+
+def partly_evaluate() -> int:
+    return 9
 
 
 def ignoring() -> nn.Module:
