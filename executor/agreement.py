@@ -25,8 +25,12 @@ def agree(file: ModelFile, layered: LayeredModel) -> None:
     Raises `PlanError` (exit 2) that names what differs: layers left out, in another order, or run apart.
     """
     model = layered.model
-    whole_loss, whole = _gradients(file, layered, cut=False)
-    loss, parts = _gradients(file, layered, cut=True)
+    drawn, again = _alike(file)
+    whole_loss, whole = _gradients(file, layered, drawn, cut=False)
+    try:
+        loss, parts = _gradients(file, layered, again, cut=True)
+    except PlanError as error:
+        raise _refused(file, f"their step fails, {error.where}: {error.why}") from error
     names = {name for name, _ in model.named_parameters()}
     missing = sorted(name for name in names if (name in whole) and name not in parts)
     if missing:
@@ -41,10 +45,28 @@ def agree(file: ModelFile, layered: LayeredModel) -> None:
         raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
 
 
-def _gradients(file: ModelFile, layered: LayeredModel, *, cut: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _alike(file: ModelFile) -> tuple[Drawn, Drawn]:
+    """Draw a batch twice, as a model may write into its inputs.
+
+    Raises `PlanError` where drawing from the same seed gives another one each time.
+    """
+    drawn, again = file.drawn(SAMPLES, SEED), file.drawn(SAMPLES, SEED)
+    if drawn.digest() != again.digest():
+        call = "batch(n)" if file.batch is not None else "data()"
+        raise PlanError(
+            what=f"{call} draws other samples each time, although the seed is the same",
+            where=f"{file.path}, {call}",
+            why="inputs are used in one process and targets in another, so both must come from the seeded generators",
+            fix="draw with torch, random or numpy's global generators, which are seeded before each call",
+        )
+    return drawn, again
+
+
+def _gradients(
+    file: ModelFile, layered: LayeredModel, drawn: Drawn, *, cut: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model = layered.model
-    where = next((p.device for p in model.parameters()), torch.device("cpu"))
-    drawn = file.drawn(SAMPLES, SEED).on(where)
+    drawn = drawn.on(next((p.device for p in model.parameters()), torch.device("cpu")))
     kept = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     try:
@@ -52,11 +74,30 @@ def _gradients(file: ModelFile, layered: LayeredModel, *, cut: bool) -> tuple[to
             torch.manual_seed(SEED)
             with explained(file.path, "a training step"):
                 loss = _cut_loss(layered, drawn.inputs, drawn.targets) if cut else _whole_loss(file, model, drawn)
+                _check_trains(file, model, loss)
                 loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
+
+
+def _check_trains(file: ModelFile, model: nn.Module, loss: torch.Tensor) -> None:
+    """Raise `PlanError` for a loss without a gradient, with the reason."""
+    if loss.requires_grad:
+        return
+    parameters = list(model.parameters())
+    if not torch.is_grad_enabled():
+        why, fix = "the model file turns gradients off", "leave torch.set_grad_enabled(False) out"
+    elif not parameters:
+        why, fix = "the model has no parameters", "plan the training of a model that has some"
+    elif not any(p.requires_grad for p in parameters):
+        why = f"all {len(parameters)} parameters of the model are frozen (requires_grad is off)"
+        fix = "let those that are trained require gradients: parameter.requires_grad_(True)"
+    else:
+        why = "between the parameters and the loss something cuts the gradient off"
+        fix = "look for .detach(), .item(), .data, torch.no_grad(), argmax or comparisons in forward() and loss()"
+    raise PlanError(what="the loss has no gradient: nothing would be trained", where=file.path, why=why, fix=fix)
 
 
 def _whole_loss(file: ModelFile, model: nn.Module, drawn: Drawn) -> torch.Tensor:

@@ -20,6 +20,8 @@ from executor.user_code import IGNORED, explained
 from planner.basis.errors import RUN_FAILED, PlanError
 
 SEED, SAMPLES = 0, 4
+ROUNDING = 1e-3
+"""Relative differences of losses that are rounding; with numbers of few digits more is."""
 
 
 class Averaging:
@@ -86,11 +88,13 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
     halves = whole.split(2)
     quiet = evaluating(model)  # what a batch's statistics or dropout change is not the loss's doing
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
-        found, parts = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
+        loss, losses = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
+    found, parts = float(loss), [float(part) for part in losses]
+    room = max(ROUNDING, 4 * torch.finfo(loss.dtype).eps)
     weights = [weight_of(file, half) for half in halves]
     expected = sum(w * p for w, p in zip(weights, parts, strict=True) if w) / (sum(weights) or 1.0)
-    if abs(found - expected) > 1e-3 * max(abs(found), abs(expected), 1e-6):
-        summed = abs(found - sum(parts)) <= 1e-3 * abs(found)
+    if abs(found - expected) > room * max(abs(found), abs(expected), 1e-6):
+        summed = abs(found - sum(parts)) <= room * abs(found)
         raise PlanError(
             what="the loss of a batch is not the mean of its micro-batches' losses",
             where=f"{file.path}, loss(outputs, targets)",
@@ -100,11 +104,11 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
         )
 
 
-def _loss(file: ModelFile, model: torch.nn.Module, drawn: Drawn) -> float:
+def _loss(file: ModelFile, model: torch.nn.Module, drawn: Drawn) -> torch.Tensor:
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
-    drawn = drawn.on(where)
+    drawn = drawn.clone().on(where)
     args, keywords = drawn.arguments()
-    return float(file.loss(model(*args, **keywords), drawn.targets))
+    return file.loss(model(*args, **keywords), drawn.targets)
 
 
 def zero(result: Any) -> torch.Tensor:

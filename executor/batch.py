@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from executor.torch_adapter import pytree
+from planner.basis.errors import PlanError
 
 
 def tensors(tree: Any) -> tuple[torch.Tensor, ...]:
@@ -92,8 +94,96 @@ class Drawn:
         found = [pytree.tree_map(lambda leaf, part=part: chunk(leaf, part), whole) for part in range(parts)]
         return [Drawn(samples=self.samples // parts, given=given, targets=targets) for given, targets in found]
 
+    def clone(self) -> Drawn:
+        """Return the batch with tensors of its own: a model may write into its inputs."""
+        copied = pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (self.given, self.targets)
+        )
+        return Drawn(samples=self.samples, given=copied[0], targets=copied[1])
+
+    def digest(self) -> str:
+        """Return a hash of all tensors' values."""
+        found = hashlib.sha256()
+        for tensor in tensors((self.given, self.targets)):
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+        return found.hexdigest()
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the model is called with: a dict's entries by keyword, a tuple's or a single tensor by position."""
         if isinstance(self.given, dict):
             return (), dict(self.given)
         return (tuple(self.given) if isinstance(self.given, (tuple, list)) else (self.given,)), {}
+
+
+def checked_batch(path: str, call: str, samples: int, drawn: Any) -> Drawn:
+    """Return what a `call` of the user's has returned as a batch of so many samples.
+
+    A mapping alone is the inputs of a model that returns its own loss. Raises `PlanError` for what is no batch, or one
+    of another size: it could not be divided into micro-batches.
+    """
+    if isinstance(drawn, Mapping):
+        drawn = dict(drawn), None
+    if not isinstance(drawn, (tuple, list)) or len(drawn) != 2:
+        raise PlanError(
+            what=f"{call} does not return (inputs, targets)",
+            where=path,
+            why=f"it returns {_words(drawn)}",
+            fix="return a tuple of two: inputs and targets; or a dict, for a model that returns its own loss",
+        )
+    given, targets = (pytree.tree_map(_free, part) for part in drawn)
+    for of, part in (("an input", given), ("a target", targets)):
+        for leaf in pytree.tree_leaves(part):
+            _check_leaf(path, call, samples, of, leaf)
+    if not tensors(given):
+        raise PlanError(
+            what=f"{call} returns inputs without a tensor",
+            where=path,
+            why=f"the inputs are {_words(given)}",
+            fix="return a tensor whose first dimension is n, a tuple of such, or a dict of the model's keywords",
+        )
+    if isinstance(given, dict) and not all(isinstance(key, str) for key in given):
+        raise PlanError(
+            what=f"{call} returns a dict whose keys are no names",
+            where=path,
+            why=f"a key is {next(key for key in given if not isinstance(key, str))!r}",
+            fix="name the arguments of the model's forward: a dict is given by keyword",
+        )
+    return Drawn(samples=samples, given=given, targets=targets)
+
+
+def _free(leaf: Any) -> Any:
+    """A batch's tensor without a gradient of its own: nobody trains it."""
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        kinds = sorted({type(entry).__name__ for entry in value})
+        return f"a {type(value).__name__} of {len(value)}" + (f" ({', '.join(kinds[:3])})" if kinds else "")
+    return "nothing" if value is None else f"{type(value).__name__}"
+
+
+def _check_leaf(path: str, call: str, samples: int, of: str, leaf: Any) -> None:
+    if type(leaf).__module__ == "numpy":
+        raise PlanError(
+            what=f"{call} returns numpy's arrays",
+            where=path,
+            why=f"{of} is a {type(leaf).__name__}",
+            fix="make it a tensor: torch.from_numpy(array)",
+        )
+    if not isinstance(leaf, torch.Tensor):
+        return
+    if leaf.layout != torch.strided:
+        raise PlanError(
+            what=f"{call} returns a tensor that cannot be divided into micro-batches",
+            where=path,
+            why=f"{of} is of {leaf.layout}",
+            fix="make it an ordinary tensor: tensor.to_dense()",
+        )
+    if leaf.dim() == 0 or leaf.shape[0] != samples:
+        raise PlanError(
+            what=f"{call} does not return {samples} samples",
+            where=path,
+            why=f"{of} is a tensor of {' x '.join(map(str, leaf.shape)) or 'one number'}",
+            fix="make every input and target a tensor whose first dimension is n",
+        )

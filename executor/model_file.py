@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.batch import Drawn
+from executor.batch import Drawn, checked_batch
 from executor.data import Given
+from executor.faults import IMPORTING, as_script, check_default_device, explained
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
     Optimizer,
     Scheduler,
+    checked_function,
     checked_loss,
     checked_optimizer,
     checked_scheduler,
     default_loss,
     default_optimizer,
-    explained,
     limit,
     optimizer_of,
     whole_number,
@@ -67,7 +68,7 @@ class ModelFile:
     def build(self, seed: int) -> nn.Module:
         """Make the model with weights that depend on `seed` alone. Raises `PlanError` when `model()` fails."""
         torch.manual_seed(seed)
-        with explained(self.path, "model()"):
+        with as_script(self.path), explained(self.path, "model()"):
             model = self.model()
         if not isinstance(model, nn.Module):
             raise PlanError(
@@ -98,27 +99,9 @@ class ModelFile:
             found = self.data.source.first(samples, seed)
             self._check_length(found.inputs)
             return found
-        with seeded(seed), explained(self.path, f"batch({samples})"):
+        with seeded(seed), as_script(self.path), explained(self.path, f"batch({samples})"):
             drawn = self.batch(samples)
-        if isinstance(drawn, dict):  # a model that returns its own loss has its targets among its inputs
-            drawn = drawn, None
-        if not isinstance(drawn, tuple) or len(drawn) != 2:
-            raise PlanError(
-                what="batch(n) does not return (inputs, targets)",
-                where=self.path,
-                why=f"it returns {type(drawn).__name__}",
-                fix="return a tuple of two: inputs and targets; or a dict, for a model that returns its own loss",
-            )
-        found = Drawn(samples=samples, given=drawn[0], targets=drawn[1])
-        for tensor in found.inputs or ("nothing",):
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[0] != samples:
-                shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
-                raise PlanError(
-                    what=f"batch({samples}) does not return {samples} samples",
-                    where=self.path,
-                    why=f"an input is {shape}",
-                    fix="make every input a tensor whose first dimension is n",
-                )
+        found = checked_batch(self.path, f"batch({samples})", samples, drawn)
         self._check_length(found.inputs)
         return found
 
@@ -189,14 +172,18 @@ def load(path: str, sequence: int = 0) -> ModelFile:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(source.parent.resolve()))
     try:
-        with explained(file, "importing it"):
+        with as_script(file), explained(file, IMPORTING):
             spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
+    check_default_device(file)
 
     def find(function: str) -> Any:
         wanted = name if name and function == "model" else f"{name}_{function}" if name else function
         return getattr(module, wanted, None if wanted == name else getattr(module, function, None))
+
+    def optional(function: str) -> Any:
+        return checked_function(path, function, find(function))
 
     for wanted, signature in (
         (("model",), f"{name or 'model'}() -> nn.Module"),
@@ -224,13 +211,13 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         path=path,
         model=find("model"),
         batch=sized("batch"),
-        loss=checked_loss(path, find("loss") or default_loss),
-        optimizer=checked_optimizer(path, find("optimizer") or default_optimizer),
-        layers=find("layers"),
+        loss=checked_loss(path, optional("loss") or default_loss),
+        optimizer=checked_optimizer(path, optional("optimizer") or default_optimizer),
+        layers=optional("layers"),
         batch_size=_batch_size(file, find("batch_size"), data),
-        splits=find("splits"),
-        weight=find("weight"),
-        scheduler=checked_scheduler(path, find("scheduler")) if find("scheduler") else None,
+        splits=optional("splits"),
+        weight=optional("weight"),
+        scheduler=checked_scheduler(path, optional("scheduler")) if optional("scheduler") else None,
         data=data,
         evaluate=evaluate if callable(find("evaluate")) else None,
         clip=limit(file, "clip", find("clip")),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import _backward as torch_backward
 from torch.distributed.pipelining import stage as torch_stage
 from torch.utils import _python_dispatch, _pytree
 
@@ -136,6 +137,35 @@ def post(operations: list[dist.P2POp]) -> list[dist.Work]:
         if operation.op is dist.isend:
             operation.tensor = operation.tensor.contiguous()
     return list(dist.batch_isend_irecv(operations)) if operations else []
+
+
+def halves(
+    outputs: list[torch.Tensor],
+    gradients: list[torch.Tensor] | None,
+    inputs: list[torch.Tensor],
+    parameters: list[torch.nn.Parameter],
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return the two halves of a backward, to be run once each in this order: for the inputs, for the parameters.
+
+    As `PipelineStage` runs them: without inputs the second half is the whole backward. Outputs that are views cannot be
+    let go of by torch's functions; there autograd walks the graph twice.
+    """
+    if not inputs:
+        return lambda: None, lambda: torch.autograd.backward(outputs, gradients) if parameters else None
+    if not parameters:
+        return lambda: torch.autograd.backward(outputs, gradients), lambda: None
+    if any(output._is_view() for output in outputs):
+
+        def of(wanted: list[Any]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+
+        return of(inputs), of(parameters)
+    groups: list[dict[str, Any]] = []
+
+    def first() -> None:
+        groups.extend(torch_backward.stage_backward_input(outputs, gradients, inputs, iter(parameters))[1])
+
+    return first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups)
 
 
 def oracle(stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]) -> Any:

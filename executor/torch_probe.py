@@ -36,6 +36,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "PipelineStage().fwd_cache|PipelineStage()._forward_chunk_states",
         "_RecvInfo",
     ),
+    "torch.distributed.pipelining._backward": ("stage_backward_input", "stage_backward_weight"),
     "torch.distributed.elastic.multiprocessing": (
         "DefaultLogsSpecs",
         "Std",
@@ -68,6 +69,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "torch.nn.init": ("_no_grad_trunc_normal_",),
     "torch": (
         "UntypedStorage._cdata",
+        "Tensor._is_view",
         "ops.aten.add.Tensor._schema.is_mutable",
         "ops.aten.add.Tensor.namespace",
         "ops.aten.add.Tensor.overloadpacket",

@@ -1,19 +1,19 @@
-"""The user's own functions: what they raise and return is checked, and said in their terms."""
+"""The user's own functions: what they return is checked, and said in their terms; what they raise is `explained`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
-import traceback
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from executor.faults import explained as explained
+from executor.torch_adapter import pytree
 from planner.basis.errors import PlanError
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -28,33 +28,6 @@ Scheduler = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 IGNORED = -100
 """The target that cross entropy ignores (`torch.nn.functional.cross_entropy`, `ignore_index`)."""
-
-
-class explained:  # noqa: N801 - reads as a clause: with explained(path, "model()")
-    """Turn an exception of the user's code into a `PlanError` that shows where in their file it came from."""
-
-    def __init__(self, path: str, call: str, fix: str = "") -> None:
-        self.path, self.call, self.fix = path, call, fix
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, PlanError) or not isinstance(error, (Exception, SystemExit)):
-            return
-        frames = traceback.extract_tb(error.__traceback__)
-        file = self.path.partition(":")[0]
-        mine = [f for f in frames if Path(f.filename).resolve() == Path(file).resolve()]
-        last = frames[-1]
-        raise PlanError(
-            what=f"{self.call} fails",
-            where=f"{file}:{mine[-1].lineno}, in {mine[-1].name}"
-            if mine
-            else f"{file}, in {Path(last.filename).name}:{last.lineno}",
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
-            fix=self.fix
-            or f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works',
-        ) from error
 
 
 def default_loss(outputs: Any, targets: Any) -> torch.Tensor:
@@ -80,18 +53,64 @@ def checked_loss(path: str, loss: Loss) -> Loss:
     """Return a loss that raises `PlanError` when what it returns is no loss: one number with a gradient."""
 
     def checked(outputs: Any, targets: Any) -> torch.Tensor:
+        if _is_nothing(outputs):
+            raise PlanError(
+                what="the model returns no tensor",
+                where=f"{path}, its forward",
+                why=f"it returns {_words(outputs)}",
+                fix="return what the loss is computed of from the model's forward()",
+            )
+        if loss is default_loss:
+            _check_default(path, outputs, targets)
         found: Any = loss(outputs, targets)
-        if isinstance(found, torch.Tensor) and found.numel() == 1:
+        if isinstance(found, torch.Tensor) and found.numel() == 1 and found.is_floating_point():
             return found
-        what = f"a tensor of {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        if isinstance(found, torch.Tensor):
+            what = f"a tensor of {tuple(found.shape)}" if found.numel() != 1 else f"a number of {found.dtype}"
+        else:
+            what = type(found).__name__
         raise PlanError(
             what="loss(outputs, targets) does not return a loss",
             where=f"{path}, loss(outputs, targets)",
             why=f"it returns {what}, of which no gradient can be computed",
-            fix="return a tensor of one number: not .item(), not one per sample",
+            fix="return a real tensor of one number: not .item(), not one per sample",
         )
 
     return checked
+
+
+def _is_nothing(outputs: Any) -> bool:
+    """Whether a model's output is None, or plain values that hold no tensor; what is unknown may hold some."""
+    plain = (str, bytes, int, float, complex, bool, type(None))
+    return all(isinstance(leaf, plain) for leaf in pytree.tree_leaves(outputs))
+
+
+def _words(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _check_default(path: str, outputs: Any, targets: Any) -> None:
+    """Raise `PlanError` where the default loss cannot compare, or would by repeating the smaller: not what is meant."""
+    if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+        return
+    outputs = getattr(outputs, "logits", outputs)
+    fix = "define loss(outputs, targets) in the model file, or let the model return its own loss (outputs.loss)"
+    for of, given in (("targets", targets), ("outputs", outputs)):
+        if not isinstance(given, torch.Tensor):
+            what, why = "the default loss has no two tensors to compare", f"the {of} are {_words(given)}"
+            raise PlanError(what=what, where=path, why=why, fix=fix)
+    alike = outputs.shape == targets.shape if targets.is_floating_point() else outputs.shape[:-1] == targets.shape
+    if not alike:
+        raise PlanError(
+            what="the default loss cannot compare outputs and targets of these shapes",
+            where=f"{path}, batch(n) and the model's outputs",
+            why=f"outputs are {_shape(outputs)}, targets {_shape(targets)} of {targets.dtype}",
+            fix=f"give targets the shape of the outputs, or integers without the last dimension; or {fix}",
+        )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "one number"
 
 
 def checked_optimizer(path: str, make: Optimizer) -> Optimizer:
@@ -99,13 +118,23 @@ def checked_optimizer(path: str, make: Optimizer) -> Optimizer:
 
     @functools.wraps(make)
     def checked(parameters: Any) -> torch.optim.Optimizer:
-        found: Any = make(parameters)
+        given = list(parameters)
+        found: Any = make(given)
         if not isinstance(found, torch.optim.Optimizer):
             raise PlanError(
                 what="optimizer(parameters) does not return an optimizer",
                 where=f"{path}, optimizer(parameters)",
                 why=f"it returns {type(found).__name__}",
                 fix="return a torch.optim.Optimizer of the parameters",
+            )
+        known = {id(own) for own in pytree.tree_leaves(given)}
+        strange = [p for group in found.param_groups for p in group["params"] if id(p) not in known]
+        if strange:
+            raise PlanError(
+                what="optimizer(parameters) trains others than the parameters",
+                where=f"{path}, optimizer(parameters)",
+                why=f"{len(strange)} of its tensors are not among those it is given, one of {_shape(strange[0])}",
+                fix="make it of the parameters that are handed over: torch.optim.AdamW(parameters)",
             )
         closure = inspect.signature(found.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -174,3 +203,16 @@ def limit(path: str, name: str, given: Any) -> float:
     if isinstance(given, (int, float)) and not isinstance(given, bool) and 0 < given < math.inf:
         return float(given)
     raise PlanError(what=f"{name} is no positive number", where=path, why=f"it is {given!r}", fix=f"{name} = 1.0")
+
+
+def checked_function(path: str, name: str, given: Any) -> Any:
+    """Return an optional function of a model file, None where there is none. Raises `PlanError` for anything else."""
+    if given is None or (callable(given) and not (isinstance(given, type) and issubclass(given, nn.Module))):
+        return given
+    what = f"the class {given.__name__}" if isinstance(given, type) else f"an object of {type(given).__name__}"
+    raise PlanError(
+        what=f"{name} is no function",
+        where=f"{path}, {name}",
+        why=f"it is {what}",
+        fix=f"def {name}(...): plan init shows what it takes and returns",
+    )

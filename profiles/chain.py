@@ -20,7 +20,7 @@ from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
 from executor.norm import scale
-from executor.torch_adapter import pytree
+from executor.torch_adapter import halves, pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 
@@ -40,18 +40,26 @@ class Pass:
 
 
 class Chain:
-    """The layers of a model and its loss, ready to be run on batches."""
+    """The layers of a model and its loss, ready to be run on batches.
 
-    def __init__(self, file: ModelFile, layered: LayeredModel, device: torch.device) -> None:
-        self.file, self.layered, self.device = file, layered, device
+    A model that is not `resident` has layers without data: each is given some while it is run (`profiles.passes`), and
+    there are no optimizers.
+    """
+
+    def __init__(self, file: ModelFile, layered: LayeredModel, device: torch.device, *, resident: bool = True) -> None:
+        self.file, self.layered, self.device, self.resident = file, layered, device, resident
         self.layers: Sequence[Layer] = layered.layers
+        self.names = layered.parameter_names()
+        self.loss = on(layered.loss, device) if isinstance(layered.loss, nn.Module) else layered.loss
         self.whole = layered.stage(range(len(self.layers)))
+        self.optimizers: list[torch.optim.Optimizer | None] = []
+        self.whole_optimizer: torch.optim.Optimizer | None = None
+        if not resident:
+            return
         if any(t.device != device for t in (*self.whole.parameters(), *self.whole.buffers())):
             on(self.whole, device)
-        self.loss = on(layered.loss, device) if isinstance(layered.loss, nn.Module) else layered.loss
-        names = layered.parameter_names()
-        self.optimizers = [_optimizer(file, layer.module, names) for layer in self.layers]
-        self.whole_optimizer = _optimizer(file, self.whole, names)
+        self.optimizers = [self.optimizer(i) for i in range(len(self.layers))]
+        self.whole_optimizer = _optimizer(file, self.whole, self.names)
         if self.whole_optimizer is None and any(p.requires_grad for p in self.whole.parameters()):
             raise PlanError(
                 what="the optimizer trains nothing",
@@ -60,6 +68,10 @@ class Chain:
                 fix="give it the parameters that are to be trained, or groups of them",
             )
 
+    def optimizer(self, part: int, names: dict[int, str] | None = None) -> torch.optim.Optimizer | None:
+        """The user's optimizer over one layer's parameters; `names` are theirs where they are not the model's own."""
+        return _optimizer(self.file, self.layers[part].module, names or self.names)
+
     def draw(self, samples: int) -> tuple[Tensors, Any]:
         """A batch on the device."""
         inputs, targets = self.layered.parted(*self.file.draw(samples, seed=samples))
@@ -67,26 +79,71 @@ class Chain:
             lambda t: t.to(self.device) if isinstance(t, torch.Tensor) else t, targets
         )
 
-    def forward(self, inputs: Tensors, targets: Any, around: Around, into: Pass | None = None) -> Pass:
-        """Run all layers and the loss, each on detached inputs; what they leave goes `into` a pass as it comes."""
-        done = into or Pass()
+    def begin(self, inputs: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the values before the first layer by name, and what the layers take of nobody."""
         values: dict[str, Any] = dict(zip(self.layered.inputs, inputs, strict=True))
-        around_them = self.whole.surrounded(values)
-        result: Any = None
-        for i, layer in enumerate(self.layers):
-            taken = tuple(_leaf(values[name]) for name in layer.inputs)
-            given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
-            given += [around_them[name] for name in layer.ambient]
-            with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(i, "forward"):
-                result = layer.module(*given)
-            made = tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor))
-            values.update(zip(layer.outputs, made, strict=False))
-            done.inputs.append(taken)
-            done.outputs.append(made)
+        return values, self.whole.surrounded(values)
+
+    def forward_part(
+        self, part: int, values: dict[str, Any], surroundings: dict[str, Any], around: Around
+    ) -> tuple[Tensors, Tensors, Any]:
+        """Run one layer on detached values; return these, the tensors that it makes, and what it returns."""
+        layer = self.layers[part]
+        taken = tuple(_leaf(values[name]) for name in layer.inputs)
+        given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
+        given += [surroundings[name] for name in layer.ambient]
+        with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(part, "forward"):
+            result = layer.module(*given)
+        return taken, tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor)), result
+
+    def forward_loss(self, result: Any, targets: Any, around: Around) -> tuple[Tensors, torch.Tensor]:
+        """Run the loss on the last layer's result, detached; return its tensors, and the loss."""
         result = pytree.tree_map(lambda t: _leaf(t) if isinstance(t, torch.Tensor) else t, result)
         with explained(self.file.path, "loss(outputs, targets)"), around(len(self.layers), "forward"):
             loss = self.loss(result, targets)
-        done.inputs.append(tensors(result))
+        return tensors(result), loss
+
+    def backward_loss(self, taken: Tensors, loss: torch.Tensor, around: Around) -> list[torch.Tensor | None]:
+        """Run the loss's backward; return the gradients of what it has read."""
+        with explained(self.file.path, "the backward of the loss"), around(len(self.layers), "backward"):
+            loss.backward()
+        return take_gradients(taken)
+
+    def backward_part(
+        self, part: int, made: Tensors, given: list[torch.Tensor | None], around: Around, *, keep: bool
+    ) -> Tensors:
+        """Run one layer's backward from the gradients of its outputs, which are taken out of the list `given`.
+
+        Returns those that were used, to `keep` them; otherwise autograd lets go of each where it has used it up.
+        """
+        outputs, gradients = [], []
+        for output in made:
+            gradient = given.pop(0)
+            if output.requires_grad and gradient is not None:
+                outputs.append(output)
+                gradients.append(gradient)
+            del gradient
+        if not outputs:
+            return ()
+        used = tuple(gradients) if keep else ()
+        begin = _Begin.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
+        layer = self.layers[part]
+        with explained(self.file.path, f"the backward of layer '{layer.name}'"), around(part, "backward"):
+            begin.backward()
+        return used
+
+    def forward(self, inputs: Tensors, targets: Any, around: Around, into: Pass | None = None) -> Pass:
+        """Run all layers and the loss, each on detached inputs; what they leave goes `into` a pass as it comes."""
+        done = into or Pass()
+        values, surroundings = self.begin(inputs)
+        result: Any = None
+        for i, layer in enumerate(self.layers):
+            taken, made, result = self.forward_part(i, values, surroundings, around)
+            values.update(zip(layer.outputs, made, strict=False))
+            done.inputs.append(taken)
+            done.outputs.append(made)
+        read, loss = self.forward_loss(result, targets, around)
+        done.inputs.append(read)
         done.outputs.append((loss,))
         return done
 
@@ -98,68 +155,59 @@ class Chain:
         """
         last = len(self.layers)
         done.gradients = [()] * (last + 1)
-        with explained(self.file.path, "the backward of the loss"), around(last, "backward"):
-            done.outputs[last][0].backward()
+        final = self.backward_loss(done.inputs[last], done.outputs[last][0], around)
         arrived: dict[str, torch.Tensor] = {}
-        final = _taken(done.inputs[last])
         for i in reversed(range(last)):
             layer = self.layers[i]
             given = final if i == last - 1 else [arrived.pop(name, None) for name in layer.outputs]
-            outputs, gradients = [], []
-            for output in done.outputs[i]:
-                gradient = given.pop(0)
-                if output.requires_grad and gradient is not None:
-                    outputs.append(output)
-                    gradients.append(gradient)
-                del gradient
-            if not outputs:
-                continue
+            kept = self.backward_part(i, done.outputs[i], given, around, keep=keep)
             if keep:
-                done.gradients[i] = tuple(gradients)
-            begin = _Begin.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
-            with explained(self.file.path, f"the backward of layer '{layer.name}'"), around(i, "backward"):
-                begin.backward()
-            for name, gradient in zip(layer.inputs, _taken(done.inputs[i]), strict=True):
+                done.gradients[i] = kept
+            for name, gradient in zip(layer.inputs, take_gradients(done.inputs[i]), strict=True):
                 if gradient is not None:
                     arrived[name] = arrived[name] + gradient if name in arrived else gradient
                 del gradient
 
     def halves(self, done: Pass, around: Around) -> None:
-        """Run the backward of every part twice: for its inputs only, and for its parameters only."""
+        """Run the two halves of every part's backward, apart: for its inputs, and then for its parameters."""
         for i, (taken, made) in enumerate(zip(done.inputs, done.outputs, strict=True)):
-            gradients = done.gradients[i] or None
-            outputs = [o for o in made if o.requires_grad][: len(gradients) if gradients else None]
-            if not outputs:
-                continue
-            inputs = [t for t in taken if t.requires_grad]
-            parameters = (
-                [] if i == len(self.layers) else [p for p in self.layers[i].module.parameters() if p.requires_grad]
-            )
-            for kind, wanted in (("backward_input", inputs), ("backward_weight", parameters)):
-                with around(i, kind):
-                    if wanted:
-                        torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+            self.halves_part(i, taken, made, done.gradients[i], around)
+
+    def halves_part(self, part: int, taken: Tensors, made: Tensors, gradients: Tensors, around: Around) -> None:
+        """Run them for one part, or the loss, as the executor's stages do; its graph is used up."""
+        outputs = [o for o in made if o.requires_grad][: len(gradients) or None]
+        if not outputs:
+            return
+        module = self.layers[part].module if part < len(self.layers) else None
+        parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        inputs = [t for t in taken if t.requires_grad]
+        first, second = halves(outputs, list(gradients) or None, inputs, parameters)
+        for kind, run in (("backward_input", first), ("backward_weight", second)):
+            with around(part, kind):
+                run()
+        take_gradients(taken)
 
     def repeats(self, done: Pass, stamp: Callable[[], Any]) -> list[list[Any]]:
         """Let torch's checkpoint recompute every layer on its own; return each repetition's stamps (begin, end)."""
-        stamps: list[list[Any]] = []
-        for i, layer in enumerate(self.layers):
-            module = StageModule(
-                [layer], layer.inputs, layer.outputs, recompute=True, surroundings=self.layered.surroundings
-            )
-            result = as_tuple(module(*(_leaf(t) for t in done.inputs[i])))
-            found: list[Any] = []
-            stamps.append(found)
-            outputs = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
-            if outputs and done.gradients[i]:
-                module.on_repeat = lambda found=found: found.append(stamp())
-                wanted: list[torch.Tensor] = [p for p in layer.module.parameters() if p.requires_grad]
-                wanted += [t for t in done.inputs[i] if t.requires_grad]
-                saved = [(p, p.grad) for p in wanted]
-                torch.autograd.backward(outputs, list(done.gradients[i]))
-                for tensor, gradient in saved:
-                    tensor.grad = gradient
-        return stamps
+        parts = range(len(self.layers))
+        return [self.repeats_part(i, done.inputs[i], done.gradients[i], stamp) for i in parts]
+
+    def repeats_part(self, part: int, taken: Tensors, gradients: Tensors, stamp: Callable[[], Any]) -> list[Any]:
+        """Let it recompute one layer; return the stamps of its begin and end."""
+        layer, found = self.layers[part], list[Any]()
+        around = self.layered.surroundings
+        module = StageModule([layer], layer.inputs, layer.outputs, recompute=True, surroundings=around)
+        result = as_tuple(module(*(_leaf(t) for t in taken)))
+        outputs = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
+        if outputs and gradients:
+            module.on_repeat = lambda: found.append(stamp())
+            wanted: list[torch.Tensor] = [p for p in layer.module.parameters() if p.requires_grad]
+            wanted += [t for t in taken if t.requires_grad]
+            saved = [(p, p.grad) for p in wanted]
+            torch.autograd.backward(outputs, list(gradients))
+            for tensor, gradient in saved:
+                tensor.grad = gradient
+        return found
 
 
 class _Begin(torch.autograd.Function):
@@ -168,7 +216,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
         ctx.gradients = gradients
-        return outputs[0].new_zeros(())
+        return torch.zeros((), device=outputs[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
@@ -177,7 +225,7 @@ class _Begin(torch.autograd.Function):
         return (None, *gradients)
 
 
-def _taken(leaves: Tensors) -> list[torch.Tensor | None]:
+def take_gradients(leaves: Tensors) -> list[torch.Tensor | None]:
     """Take the gradients off some leaves."""
     gradients = [leaf.grad for leaf in leaves]
     for leaf in leaves:

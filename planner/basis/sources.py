@@ -18,10 +18,15 @@ def imported(model: Path) -> tuple[str, ...]:
         file = getattr(module, "__file__", None)
         if not file or name.partition(".")[0] in OURS:
             continue
-        path = Path(file).resolve()
-        if path != model.resolve() and path.is_relative_to(folder) and "site-packages" not in path.parts:
-            found.add(path.relative_to(folder).as_posix())
+        if is_beside(model, file):
+            found.add(Path(file).resolve().relative_to(folder).as_posix())
     return tuple(sorted(found))
+
+
+def is_beside(model: Path, file: str) -> bool:
+    """Whether a file is another one than the model file, beside or below it, and no installed library's."""
+    path, own = Path(file).resolve(), model.resolve()
+    return path != own and path.is_relative_to(own.parent) and "site-packages" not in path.parts
 
 
 def digest(model: Path, sources: Iterable[str] = ()) -> str:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.pipelining import PipelineStage
 
+from executor.batch import Drawn
 from executor.devices import Backend
 from executor.evaluation import prepare
-from executor.feed import open_feed
+from executor.feed import Feed, open_feed
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
@@ -28,12 +29,13 @@ SEED = 3
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan of a model file; with `oracle` torch's own runtime performs it too."""
+    """So many steps of a plan of a model file; with `oracle` torch's own runtime performs the first, too."""
 
     name: str
     model: str
     plan: Plan
     oracle: bool = False
+    steps: int = 1
 
 
 class Cases(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,14 +58,33 @@ def main(path: str) -> None:
             if action.op == OPTIMIZER and when == "before":
                 found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
 
-        me.step(None, watch)
+        taken, losses = _noted(me.feed), []
+        for _ in range(case.steps):
+            me.step(None, watch)
+            losses.append(float(sum(me.losses.values())))
+        me.feed.close()
         out = Path(job.folder) / f"{case.name}.{rank}.pt"
         norm = me.clipping.norm if me.clipping is not None else None
-        torch.save({"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}, out)
+        kept = {"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}
+        torch.save({**kept, "taken": taken, "history": losses}, out)
         if case.oracle:
             torch.save(_torch_gradients(case, rank), Path(job.folder) / f"{case.name}.torch.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _noted(feed: Feed) -> list[torch.Tensor]:
+    """Note the first input of every share that is taken from a feed."""
+    taken: list[torch.Tensor] = []
+    take = feed.take
+
+    def noted() -> Drawn:
+        share = take()
+        taken.append(share.inputs[0])
+        return share
+
+    feed.take = noted  # type: ignore[method-assign]
+    return taken
 
 
 def _torch_gradients(case: Case, rank: int) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from executor import devices
 from executor.layers import cut
 from executor.model_file import ModelFile, load
+from executor.torch_adapter import halves
 from executor.user_code import default_loss, default_optimizer
 from profiles.chain import Chain
 from profiles.sizes import measure_sizes, measure_static, values_of
@@ -153,3 +154,27 @@ def test_a_profile_needs_three_sizes() -> None:
 
     with pytest.raises(PlanError, match="three"):
         measure(str(MODELS), device="cpu", sizes=[1, 2], budget_s=1, progress=lambda what, done, of: None)
+
+
+def test_halves_of_a_backward_give_its_gradients() -> None:
+    """As the executor's stages run them, apart: together they are the backward, with views and without."""
+    for make in (lambda x: x * 2, lambda x: (x * 2).view(-1, 2, 3)):
+        layer = nn.Linear(4, 6)
+        x = torch.randn(3, 4, requires_grad=True)
+
+        def forward(x: torch.Tensor = x, layer: nn.Module = layer, make: object = make) -> torch.Tensor:
+            return make(torch.relu(layer(x)))  # type: ignore[operator]
+
+        forward().backward(torch.ones_like(forward()))
+        expected = [x.grad, layer.weight.grad, layer.bias.grad]
+        x.grad = layer.weight.grad = layer.bias.grad = None
+        output = forward()
+        first, second = halves([output], [torch.ones_like(output)], [x], list(layer.parameters()))
+        first()
+        assert layer.weight.grad is None
+        second()
+        if not output._is_view():
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(expected, [x.grad, layer.weight.grad, layer.bias.grad], strict=True)  # type: ignore[arg-type]
+            )
