@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -12,14 +11,14 @@ import torch
 
 from executor import averaging, devices
 from executor.agreement import agree
-from executor.batch import tensors
 from executor.evaluated import agree_evaluated
 from executor.layers import cut
 from executor.model_file import imported, load, sha256
 from planner.basis.errors import PlanError
-from planner.values.profile import LayerProfile, Profile, ProfileKey, Timing
+from planner.values.profile import LayerProfile, Profile, ProfileKey
 from profiles import crowding, machine
 from profiles.chain import Chain
+from profiles.loading import measure_loading
 from profiles.sizes import Static, measure_sizes, measure_static, values_of
 from profiles.splits import splits_of
 from profiles.times import LayerTimer
@@ -81,7 +80,7 @@ def measure(
     timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
     timer.run(LAYERS * budget_s)
     drawn = _batches(file.batch_size)
-    loads = [_load(chain, n, timer.evict, LOADS * budget_s / len(drawn)) for n in drawn]
+    loaded = measure_loading(file, layered, backend, drawn, timer.evict, LOADS * budget_s)
     progress("links and overheads", 0, 1)
     probed = machine.machine(device, again=remeasure_machine)
     progress("links and overheads", 1, 1)
@@ -120,8 +119,9 @@ def measure(
         values=values_of(chain, by_size),
         tied=layered.tied(),
         whole=timer.whole(),
-        load=tuple(timing for timing, _ in loads),
-        batch_bytes=tuple(sizes_ for _, sizes_ in loads),
+        load=loaded.load,
+        batch_bytes=loaded.batch_bytes,
+        loading=loaded.loading,
         batch=file.batch_size,
         clip=file.clip,
         action_s=probed.action_s,
@@ -171,27 +171,3 @@ def _threads(device: str) -> list[int]:
         return [1]
     cores = devices.cores()
     return sorted({max(1, cores // n) for n in (2**i for i in range(cores.bit_length() + 1))}, reverse=True)
-
-
-def _load(
-    chain: Chain, samples: int, between: Callable[[], object], budget_s: float
-) -> tuple[Timing, tuple[int, int, int]]:
-    """Seconds of drawing one batch, and the bytes of its inputs and targets.
-
-    `between` two draws the model computes, as it does in training: it evicts what the drawing left in the caches.
-    """
-    times: list[float] = []
-    begun = time.monotonic()
-    for i in range(8):
-        if i > 1 and time.monotonic() - begun > budget_s:
-            break
-        between()
-        begin = time.monotonic()
-        inputs, targets = chain.file.draw(samples, seed=i)
-        times.append(time.monotonic() - begin)
-    inputs, targets = chain.layered.parted(inputs, targets)
-    return Timing.of(samples, times[1:]), (
-        samples,
-        sum(t.nbytes for t in inputs),
-        sum(t.nbytes for t in tensors(targets)),
-    )

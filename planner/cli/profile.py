@@ -128,6 +128,28 @@ def _notes(measured: Profile) -> Iterator[str]:
     if measured.unused:
         more = f" and {len(measured.unused) - 3} more" if len(measured.unused) > 3 else ""
         yield f"nothing reads {', '.join(measured.unused[:3])}{more}: no stage trains them"
+    epoch = measured.loading.samples if measured.loading else 0
+    if epoch % measured.batch:
+        yield (
+            f"steps are whole: of the {epoch:,} samples of an epoch the last {epoch % measured.batch} are left out, "
+            "others in every epoch where they are shuffled"
+        )
+
+
+def _loading(measured: Profile) -> str:
+    """Say what making a batch of the model file's data takes, and who makes it; nothing where there are none."""
+    loading = measured.loading
+    if loading is None:
+        return ""
+    ready = measured.load[-1]
+    if not loading.workers:
+        return f"data(): {ready.samples} samples are made in {seconds(ready.median_s)}, by the rank itself"
+    making = loading.making[-1]
+    who = "a worker process" if loading.workers == 1 else f"each of {loading.workers} worker processes"
+    return (
+        f"data(): {making.samples} samples are made in {seconds(making.median_s)} by {who}, while the step before "
+        f"computes, and taken in {seconds(ready.median_s)}"
+    )
 
 
 def _left_out(measured: Profile, budget: float) -> str:
@@ -185,11 +207,25 @@ def summary(measured: Profile) -> dict[str, Any]:
             for layer in (*measured.layers, measured.loss)
         ],
         "machine_created": measured.machine_created,
+        "loading": _loading_data(measured),
         "links": [
             {"latency_s": link.latency_s, "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s}
             for link in measured.machine.links
         ],
         "slowdown": [[n, factor] for n, factor in measured.machine.hosts[0].slowdown],
+    }
+
+
+def _loading_data(measured: Profile) -> dict[str, Any] | None:
+    loading = measured.loading
+    if loading is None:
+        return None
+    return {
+        "samples": measured.load[-1].samples,
+        "load_s": measured.load[-1].median_s,
+        "workers": loading.workers,
+        "making_s": loading.making[-1].median_s if loading.making else None,
+        "epoch_samples": loading.samples or None,
     }
 
 
@@ -247,6 +283,8 @@ def _print(measured: Profile, path: str) -> None:
         )
     if measured.machine_created:
         output.results.print(f"machine: {_machine_age(measured)}")
+    if measured.loading is not None:
+        output.results.print(_loading(measured))
     for link in measured.machine.links:
         output.results.print(
             f"link: latency {seconds(link.latency_s)}, bandwidth {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"

@@ -106,6 +106,7 @@ def run(
             capacity_bytes=predicted.capacity_bytes,
             expected_step_s=predicted.step_s,
             watch=Progress(predicted),
+            workers=measured_profile.loading.workers if measured_profile.loading else 0,
         )
     except (PlanError, KeyboardInterrupt):
         kept = partial(chosen, folder, predicted.capacity_bytes)

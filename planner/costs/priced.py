@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.costs.flows import Flow
+from planner.costs.loading import least_step, making
 from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
-from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile
+from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile, Spread
 from planner.orders import codes
 from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import OPS, OPTIMIZER, REDUCE_NORM, REDUCTIONS
+from planner.orders.operations import LOAD, OPS, OPTIMIZER, REDUCE_NORM, REDUCTIONS
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -35,7 +36,9 @@ class Costs:
     sends and receives; `spread` the quantiles of every kind of action and `kind` which one each action is. `kinds` are
     the transfers' prices, `transfer_kind` which one each transfer has (-1 where there is none). `applying` is what a
     parameter server needs to update each stage, `updates` what actions that update on a host bring over links and
-    through its memory. `contended` is off when the seconds were measured under contention.
+    through its memory. `making` is for how long the workers of a rank keep a core busy behind each LOAD, `least` how
+    long a step is at least on their account, at every quantile, and `late` for how long a LOAD waits for them.
+    `contended` is off when the seconds were measured under contention.
     """
 
     cluster: Cluster
@@ -48,6 +51,9 @@ class Costs:
     transfer_kind: Numbers
     applying: dict[int, float]
     updates: dict[int, tuple[Flow, ...]] = dataclasses.field(default_factory=dict)
+    making: dict[int, float] = dataclasses.field(default_factory=dict)
+    least: Spread = dataclasses.field(default_factory=lambda: np.zeros(len(QUANTILES)))
+    late: float = 0.0
     contended: bool = True
 
     def replayed(self, trace: Trace) -> Costs:
@@ -69,6 +75,7 @@ class Costs:
         """Median seconds of each operation per stage, as "1B"; the devices of a stage are alike."""
         first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
         found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
+        found |= {name: seconds + self.late for name, seconds in found.items() if self.late and name.endswith(LOAD)}
         return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op in REDUCTIONS}
 
     @property
@@ -179,6 +186,8 @@ def costs_of(placed: Placed, linked: Linked) -> Costs:
         transfer_kind=prices.transfer_kind,
         applying=prices.applying,
         updates=_updates(linked, prices.listing) if placed.plan.host_optimizer else {},
+        making=making(placed, linked),
+        least=least_step(placed),
     )
 
 

@@ -19,6 +19,7 @@ from planner.costs.flows import latency
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
+from planner.costs.stage_costs import MEDIAN
 from planner.orders import codes
 from planner.orders.operations import OPERATIONS, PULL, PUSH
 from planner.programs.lowering import unroll
@@ -53,7 +54,9 @@ def simulated_step(placed: Placed) -> float:
     costs = costs_of(placed, Linked(unroll(plan)))
     run = Run(costs, plan.devices, together=not placed.synchronisation.asynchronous)
     run.play()
-    return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
+    if asynchronous(plan):
+        return steady_step(plan, costs.linked, np.array(run.end))
+    return max(run.last, run.made, float(costs.least[MEDIAN]))
 
 
 def interpret(costs: Costs, devices: tuple[str, ...]) -> Trace:
@@ -97,7 +100,7 @@ class Run:
         self.start, self.ready, self.end = ([0.0] * len(linked.flat) for _ in range(3))
         self.moved: list[tuple[int, float, float]] = []
         self.at = linked.offsets[:-1].tolist()
-        self.left = linked.devices
+        self.left, self.made = linked.devices, 0.0
         self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
         self.nothing = Alone(self.env)
@@ -147,6 +150,7 @@ class Run:
         start, ready, end, also = self.start, self.ready, self.end, self.also
         foreseen, unfinished, updates, waiting = self.foreseen, self.unfinished, self.costs.updates, self.waiting
         failures = [failure for failure in self.failures if failure.device == self.devices[device]]
+        making, late = self.costs.making if self.costs.contended else {}, self.costs.late
         now = env.now
         for i in range(int(self.linked.offsets[device]), int(self.linked.offsets[device + 1])):
             start[i], self.at[device] = now, i
@@ -175,6 +179,10 @@ class Run:
                 self.nothing.serve(max(0.0, failure.at_s + failure.down_s - now), resume)
                 yield
                 now = env.now
+            if late and i in making:  # nothing computes while a batch is waited for
+                self.nothing.serve(late, resume)
+                yield
+                now = env.now
             if i in foreseen:
                 self.foresee(i)
             if own > 0:
@@ -189,7 +197,13 @@ class Run:
                 yield
                 now = env.now
             end[i] = now
+            if i in making:
+                serve(making[i], self.batch_is_made)
         self.left -= 1
+
+    def batch_is_made(self, _: object) -> None:
+        """Note that workers are done with what the next step loads: they share the cores with what computes."""
+        self.made = self.env.now
 
     def play(self) -> None:
         """Walk all rows to their ends. Raises `PlanError` when actions wait for each other for ever."""
@@ -385,7 +399,8 @@ def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
     for device in costs.devices:
         count[device.host] = count.get(device.host, 0) + device.shares_cores
     for device in costs.devices:
-        if not (costs.contended and device.shares_cores and count[device.host] > 1):
+        alone = count[device.host] == 1 and not any(costs.making.values())
+        if alone or not (costs.contended and device.shares_cores):
             sharing.append(Alone(env))
             continue
         key = (device.host, device.threads)

@@ -1,8 +1,8 @@
 """A plan's step time and peak memory, as fast as they can be had: what a search asks thousands of times.
 
 Nothing is drawn, no times of single actions are written down, and of sharing only what is certain is known: a step
-takes at least what its longest path takes (`planner.simulate.longest_path`) and what its links need
-(`planner.simulate.link_bound`).
+takes at least what its longest path takes (`planner.simulate.longest_path`), what its links need
+(`planner.simulate.link_bound`) and what its batch takes to be made (`planner.costs.loading`).
 A step of many micro-batches is not walked to its end: its steady state is continued (`planner.simulate.extrapolate`).
 """
 
@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from planner.costs.loading import least_step
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import costs_of, prices_of
+from planner.costs.stage_costs import MEDIAN
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
 from planner.simulate.extrapolate import extrapolate
@@ -56,7 +58,8 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
         replicas = 1 if placed.alike else None
         continued = extrapolate(placed, replicas)
         if continued is not None:
-            return Evaluation(*continued)
+            found = Evaluation(*continued)
+            return found._replace(step_s=max(found.step_s, float(least_step(placed)[MEDIAN])))
         linked = Linked(unroll(plan, replicas=replicas))
     if asynchronous(plan):
         carried = busiest(placed, linked, prices_of(placed, linked)) / windows(plan)
@@ -67,6 +70,6 @@ def evaluate(placed: Placed, linked: Linked | None = None) -> Evaluation:
         meeting = everybody(placed, prices, walked.devices)
         prices = crowded(placed, prices, meeting)
         step_s, begun = makespan(walked, prices)
-        step_s = max(step_s, link_bound(placed, walked, prices, meeting, begun))
+        step_s = max(step_s, link_bound(placed, walked, prices, meeting, begun), least_step(placed)[MEDIAN])
     memory = MemoryModel(placed, linked)
     return Evaluation(float(step_s), memory.peaks(), memory.hosts)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import numpy as np
 
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
+from planner.costs.stage_costs import QUANTILES, Quantile
 from planner.programs.lowering import lower
 from planner.programs.waits import Linked
 from planner.simulate.contention import Failure, Run, interpret
@@ -41,8 +44,9 @@ def simulate(
 
     A step waits again and again for the slower of its devices, so jitter costs time even where no median changes.
     Therefore every action's duration is drawn from its measured spread, for `samples` steps, and the median step is the
-    prediction. The interval simulates the step at the 10th and the 90th percentile of all durations at once. A program
-    of more than `LARGE` actions is outlined instead (`planner.simulate.outline`): nothing shared, nothing drawn.
+    prediction. Where workers need longer for a batch than a step takes, the step waits for them. The interval simulates
+    the step at the 10th and the 90th percentile of all durations at once. A program of more than `LARGE` actions is
+    outlined instead (`planner.simulate.outline`): nothing shared, nothing drawn.
     """
     placed = Placed(profile, plan, cluster)
     if actions(plan) > LARGE and not failures:
@@ -51,10 +55,15 @@ def simulate(
     rows = {name: row for row, group in zip(plan.devices, plan.groups, strict=True) for name in group}
     failures = tuple(failure._replace(device=rows.get(failure.device, "")) for failure in failures)
 
-    def step(prices: Costs) -> Run:
+    def played(prices: Costs) -> Run:
         run = Run(prices, plan.devices, together=not placed.synchronisation.asynchronous, failures=failures)
         run.play()
         return run
+
+    def step(prices: Costs, quantile: Quantile = "median") -> Run:
+        run = played(prices)
+        late = max(run.made, prices.least[list(QUANTILES).index(quantile)]) - run.last
+        return played(dataclasses.replace(prices, late=late)) if late > 0 and not asynchronous(plan) else run
 
     if costs.certain:
         steps = [step(costs)]
@@ -62,7 +71,7 @@ def simulate(
     else:
         random = np.random.default_rng(seed)
         steps = [step(costs.drawn(random)) for _ in range(samples)]
-        low, high = step(costs.at("low")), step(costs.at("high"))
+        low, high = step(costs.at("low"), "low"), step(costs.at("high"), "high")
 
     def seconds(run: Run) -> float:
         return steady_step(plan, costs.linked, np.array(run.end)) if asynchronous(plan) else run.last
@@ -75,7 +84,7 @@ def simulate(
         plan=plan,
         source="simulated",
         steps=(trace,),
-        profiled_s=costs.by_operation,
+        profiled_s=dataclasses.replace(costs, late=middle.costs.late).by_operation,
         interval_s=(min(ends), max(ends)),
         capacity_bytes=placed.capacities,
         hosts=rooms(memory.hosts, placed.host_capacities),

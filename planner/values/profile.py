@@ -162,6 +162,26 @@ class WholeStep(msgspec.Struct, frozen=True, kw_only=True):
     layers_norm_s: float = 0.0
 
 
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """How the model file's `data()` are made into batches; `samples` of them are an epoch (0: nobody knows).
+
+    With `workers`, processes of each rank that loads, the next batches are made while a step computes: `making` are
+    seconds for one share in one of them, of which `busy` is the part for which it needs a core. Without, a rank makes
+    them itself.
+    """
+
+    workers: int = 0
+    making: tuple[Timing, ...] = ()
+    busy: float = 1.0
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or not 0 <= self.busy <= 1 or not _sound(self.making):
+            raise ValueError("loading: workers and seconds must not be negative, and busy is a part of them")
+        if self.workers and not self.making:
+            raise ValueError("loading.making: what workers make takes a time")
+
+
 SCHEMA = 3
 """Of a profile's file: since 3 it says the length of its sequences."""
 
@@ -196,8 +216,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     `layers` are in execution order; `loss` is what the last stage does after its last layer. `action_s` is the
     executor's own time per forward or backward action, on top of the layers. `tied` names parameters shared by
-    several layers. `load` is the time to produce one batch. `machine` is where all of it was measured, or, of an
-    `estimated` profile, the hardware it was computed for from counted operations. `sources` are the files that the
+    several layers. `load` is the time to produce one batch, or to take it from processes that have, as `loading` says.
+    `machine` is where all of it was measured, or, of an `estimated` profile, the hardware it was computed for from
+    counted operations. `sources` are the files that the
     model file imports from its own folder, by their paths from there: the key's hash is of these, too. `opaque` are
     modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
     parameters that no layer holds, as nothing reads them. `clip` is the norm to which the model clips all its gradients
@@ -226,6 +247,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     machine_created: str = ""
     """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
     clip: float = 0.0
+    loading: Loading | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

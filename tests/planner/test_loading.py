@@ -1,0 +1,78 @@
+"""Batches that worker processes make: hidden behind a step that takes longer, and its bound where they take longer."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from planner.costs.placed import Placed
+from planner.orders.action import parse
+from planner.simulate.contention import simulated_step
+from planner.simulate.evaluate import evaluate
+from planner.simulate.predict import simulate
+from planner.values.cluster import Cluster
+from planner.values.outcome import Outcome
+from planner.values.profile import Loading, Profile, Timing, decode
+from tests.factory import devices, pipeline, profile, shared_cores
+
+
+def loaded(stages: int, making_s: float, *, workers: int = 1, busy: float = 0.0, take_s: float = 0.0) -> Profile:
+    """Layers of 1 s forward and 2 s backward; `making_s` is for a batch of 4."""
+    return msgspec.structs.replace(
+        profile([1.0] * stages, [2.0] * stages),
+        load=(Timing.of(4, [take_s]),),
+        loading=Loading(workers=workers, making=(Timing.of(4, [making_s]),), busy=busy),
+    )
+
+
+def predicted(costs: Profile, k: int, cluster: Cluster) -> Outcome:
+    plan, _ = pipeline("gpipe", k, 4)
+    found, placed = simulate(costs, plan, cluster), Placed(costs, plan, cluster)
+    assert evaluate(placed).step_s <= found.step_s * (1 + 1e-9)
+    assert simulated_step(placed) == pytest.approx(found.step_s)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("making_s", "workers", "step_s"),
+    [(10.0, 1, 15.0), (15.0, 1, 15.0), (40.0, 1, 40.0), (40.0, 2, 20.0), (40.0, 4, 15.0)],
+)
+def test_a_step_is_as_long_as_its_computing_or_as_the_making_of_its_batch(
+    making_s: float, workers: int, step_s: float
+) -> None:
+    found = predicted(loaded(2, making_s, workers=workers), 2, devices(2))
+    assert found.step_s == pytest.approx(step_s)
+    waits = [e.end - e.start for e in found.steps[0].events if parse(e.action).op == "LOAD"]
+    assert waits == pytest.approx([step_s - 15.0] * 2)
+    assert found.profiled_s["0LOAD"] == pytest.approx(step_s - 15.0)
+
+
+def test_taking_a_batch_that_is_ready_takes_its_time() -> None:
+    assert predicted(loaded(2, 10.0, take_s=1.0), 2, devices(2)).step_s == pytest.approx(16.0)
+
+
+def test_replicas_make_their_shares_only() -> None:
+    costs = loaded(2, 40.0)
+    plan, _ = pipeline("gpipe", 2, 4, replicas=2, synchronisation="all-reduce")
+    assert simulate(costs, plan, devices(4)).step_s == pytest.approx(20.0, rel=1e-3)
+
+
+def test_workers_share_the_cores_with_what_computes() -> None:
+    """One core: 12 s of computing, and 6 s of making in a process beside it."""
+    found = predicted(loaded(1, 6.0, busy=1.0), 1, shared_cores(1))
+    assert found.step_s == pytest.approx(18.0)
+    assert predicted(loaded(1, 6.0, busy=0.0), 1, shared_cores(1)).step_s == pytest.approx(12.0)
+
+
+def test_profiles_without_loading_are_read() -> None:
+    costs = loaded(2, 10.0)
+    assert decode(msgspec.json.encode(costs), "here") == costs
+    document = {k: v for k, v in msgspec.to_builtins(costs).items() if k != "loading"}
+    assert decode(msgspec.json.encode(document), "here").loading is None
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes a time"):
+        Loading(workers=1)
+    with pytest.raises(ValueError, match="not be negative"):
+        Loading(workers=-1)
