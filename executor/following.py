@@ -10,19 +10,19 @@ from pathlib import Path
 from executor.steps import Extent, announced, joined
 from planner.values.step import Step
 
+Watch = Callable[[Extent, Sequence[Step]], None]
+"""Is told how many steps a run has, and those that have been finished since the last time."""
+
 EVERY_S = 0.5
 """Ranks write about once a second."""
 
 
 @contextmanager
-def following(folder: Path, ranks: int, tell: Callable[[Extent, Sequence[Step]], None] | None) -> Iterator[None]:
-    """Call `tell` in a thread of its own with the steps that all ranks have finished since the last time.
+def following(folder: Path, ranks: int, watches: Sequence[Watch]) -> Iterator[None]:
+    """Tell all `watches`, in a thread of its own, the steps that all ranks have finished since the last time.
 
-    It is called once more when the run has ended, in whatever way, and not after that.
+    They are told once more when the run has ended, in whatever way, and not after that.
     """
-    if tell is None:
-        yield
-        return
     over = threading.Event()
 
     def follow() -> None:
@@ -32,7 +32,8 @@ def following(folder: Path, ranks: int, tell: Callable[[Extent, Sequence[Step]],
             extent = announced(folder)
             if extent is not None:
                 steps = joined(folder, ranks, skip=seen)
-                tell(extent, steps)
+                for watch in watches:
+                    watch(extent, steps)
                 seen += len(steps)
             if last:
                 return

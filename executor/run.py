@@ -5,19 +5,19 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import torch
 
 from executor.ending import ask
-from executor.following import following
+from executor.following import Watch, following
 from executor.launch import launch
 from executor.model_file import load
 from executor.recording import RankMemory, RankStep, recording_of
 from executor.saving import save
-from executor.steps import Extent, announced, joined
+from executor.steps import announced, joined
 from executor.worker import PATIENCE_S, Job, main
 from planner.basis.errors import INTERRUPTED, PlanError
 from planner.orders.action import parse
@@ -26,8 +26,6 @@ from planner.values.outcome import Outcome
 from planner.values.plan import Plan
 from planner.values.step import Step
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
-
-Watch = Callable[[Extent, Sequence[Step]], None]
 
 TOGETHER = (REDUCE_GRAD, REDUCE_NORM)
 """What all ranks that have an action of this name begin when the last one has come to it."""
@@ -44,7 +42,7 @@ def run(
     folder: Path,
     capacity_bytes: tuple[float, ...],
     expected_step_s: float = 0.0,
-    watch: Watch | None = None,
+    watches: Sequence[Watch] = (),
     workers: int | None = None,
 ) -> Outcome:
     """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
@@ -79,7 +77,7 @@ def run(
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))
     ranks = len(plan.devices)
-    with following(folder, ranks, watch):
+    with following(folder, ranks, watches):
         launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
     weights: dict[str, torch.Tensor] = {}
     for rank in sorted({holders[0] for holders in plan.holders}):

@@ -41,6 +41,9 @@ def run(
     check: Annotated[
         float | None, typer.Option(help="Fail (exit 7) when the step time is off by more than so many per cent.")
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="A folder for loss, learning rate and speed, as TensorBoard reads them.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train with a plan, by real processes, and compare with the prediction.
@@ -50,7 +53,7 @@ def run(
     """
     for name, given in (("--steps", steps), ("--epochs", epochs)):
         if given is not None and given < 1:
-            raise PlanError(what=f"{name} must be positive", where=name, why=f"it is {given}", fix=f"{name} 20")
+            raise PlanError(what=f"{name} must be positive", where=name, why=f"it is {given}", fix="--steps 20")
     if steps is not None and epochs is not None:
         raise PlanError(
             what="a run has steps or epochs",
@@ -82,6 +85,7 @@ def run(
         )
     from executor.run import partial
     from executor.run import run as execute
+    from executor.tensorboard import Curves
     from profiles.measure import key_of
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
@@ -91,6 +95,7 @@ def run(
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     asked = _asked(store, plan, wanted, path)
+    curves = Curves(tensorboard, chosen.batch) if tensorboard is not None else None
     folder = store.new_run(chosen)
     extent = f"{epochs} epochs" if epochs else f"{steps or STEPS} steps"
     output.progress.print(f"running {chosen}: {len(chosen.devices)} processes, {extent} …")
@@ -105,7 +110,7 @@ def run(
             folder=folder,
             capacity_bytes=predicted.capacity_bytes,
             expected_step_s=predicted.step_s,
-            watch=Progress(predicted),
+            watches=(Progress(predicted),) if curves is None else (Progress(predicted), curves),
             workers=measured_profile.loading.workers if measured_profile.loading else 0,
         )
     except (PlanError, KeyboardInterrupt):
@@ -116,6 +121,11 @@ def run(
             )
             output.progress.print(f"kept {len(kept.losses)} finished steps in {folder}")
         raise
+    finally:
+        if curves is not None:
+            curves.close()
+            if curves.lost:
+                output.progress.print(f"the curves in {tensorboard} are not whole: {curves.lost}")
     result = Run(profile=str(path), predicted=predicted, measured=measured, partial=measured.stopped, asked=asked)
     store.save_run(folder, result)
     comparison = compared(result, measured_profile)

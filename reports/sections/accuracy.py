@@ -19,6 +19,7 @@ from reports.sections.memory import kind_name
 
 _SCALES = (0.05, 0.1, 0.25, 0.5)  # where the bars of the error chart may end
 _ROWS = 200
+_POINTS = 500  # of a curve: as many as a screen can show
 
 
 @section("accuracy", "Predicted against measured")
@@ -171,6 +172,21 @@ def _memory_row(device: str, kind: str, error: Error) -> list[Cell]:
     ]
 
 
+def _thinned(losses: tuple[float, ...]) -> tuple[list[int], list[float], int]:
+    """The numbers of steps and their losses, or means over so many steps where there are too many to draw.
+
+    >>> _thinned((3.0, 2.0))
+    ([1, 2], [3.0, 2.0], 1)
+    >>> steps, means, each = _thinned(tuple(map(float, range(1000))))
+    >>> steps[:2], means[:2], steps[-1], each
+    ([2, 4], [0.5, 2.5], 1000, 2)
+    """
+    each = -(-len(losses) // _POINTS)
+    ends = [*range(each, len(losses), each), len(losses)]
+    parts = [losses[max(0, end - each) : end] for end in ends]
+    return ends, [sum(part) / len(part) for part in parts], each
+
+
 def _losses(losses: tuple[float, ...]) -> Html:
     finite = [loss for loss in losses if math.isfinite(loss)]
     count = f"{len(losses)} step{'' if len(losses) == 1 else 's'}"
@@ -182,9 +198,9 @@ def _losses(losses: tuple[float, ...]) -> Html:
     else:
         trend = "falls" if losses[-1] < losses[0] else "rises" if losses[-1] > losses[0] else "stays"
         title = f"The loss {trend} from {losses[0]:.4g} to {losses[-1]:.4g} over {count}"
-    steps = list(range(1, len(losses) + 1))
-    traces = [line("loss", steps, losses, "--accent", hovertemplate="%{y:.5g}")]
-    if len(losses) <= 60:
+    steps, means, each = _thinned(losses)
+    traces = [line("loss", steps, means, "--accent", hovertemplate="%{y:.5g}")]
+    if len(means) <= 60:
         traces[0] |= {"mode": "lines+markers", "marker": {"size": 5, "color": "--accent"}}
     layout: dict[str, object] = {
         "xaxis": {
@@ -196,12 +212,13 @@ def _losses(losses: tuple[float, ...]) -> Html:
         "yaxis": {"title": {"text": "mean loss of the step"}},
         "hovermode": "x unified",
     }
+    of_each = "each step" if each == 1 else f"{each} steps, the last of which is named"
     chart = plot(label=f"Loss over {count}: {title}", traces=traces, layout=layout, height=240)
     rows: list[list[Cell]] = [
-        [Number(str(s), s), Number(f"{loss:.6g}", loss)] for s, loss in zip(steps, losses, strict=True)
+        [Number(str(s), s), Number(f"{loss:.6g}", loss)] for s, loss in zip(steps, means, strict=True)
     ]
-    twin = table(
-        ["Step", "Loss"], rows, caption="Mean loss of each measured step, in the loss's own unit.", limit=_ROWS
-    )
+    twin = table(["Step", "Loss"], rows, caption=f"Mean loss of {of_each}, in the loss's own unit.", limit=_ROWS)
     caption = "The run trains for real; its first steps say whether it learns, not how well it will."
+    if each > 1:
+        caption = f"Every point is the mean of {of_each}."
     return figure(title=title, caption=caption, body=chart, twin=twin, id="losses")

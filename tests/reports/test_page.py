@@ -266,6 +266,14 @@ def test_a_loss_that_stops_being_finite_is_named(whole: Report) -> None:
     assert "The loss stops being finite at step 3 of 5" in text_of(msgspec.structs.replace(whole, measured=lost))
 
 
+def test_a_long_run_is_drawn_by_means(whole: Report) -> None:
+    assert whole.measured is not None
+    long = msgspec.structs.replace(whole.measured, losses=tuple(1 / (1 + i) for i in range(10_001)))
+    text = text_of(msgspec.structs.replace(whole, measured=long))
+    assert "The loss falls from 1 to 9.999e-05 over 10001 steps" in text
+    assert "Every point is the mean of 21 steps" in text
+
+
 # ---- parts
 
 
