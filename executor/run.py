@@ -21,14 +21,11 @@ from executor.steps import announced, joined
 from executor.worker import PATIENCE_S, Job, main
 from planner.basis.errors import INTERRUPTED, PlanError
 from planner.orders.action import parse
-from planner.orders.operations import REDUCE_GRAD, REDUCE_NORM
+from planner.orders.operations import AGREEMENTS, REDUCE_TIED
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
 from planner.values.step import Step
 from planner.values.trace import COMPUTE, Event, MemoryPoint, Trace
-
-TOGETHER = (REDUCE_GRAD, REDUCE_NORM)
-"""What all ranks that have an action of this name begin when the last one has come to it."""
 
 
 def run(
@@ -177,12 +174,13 @@ def _mapped(time: float, anchors: list[tuple[float, float]]) -> float:
 
 
 def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:
-    arrivals: dict[str, float] = {}
-    for event in (e for row in rows for e in row if e.lane == COMPUTE and parse(e.action).op in TOGETHER):
-        arrivals[event.action] = max(arrivals.get(event.action, 0.0), event.start)
+    arrivals: dict[tuple[str, int], float] = {}
+    for event in (e for row in rows for e in row if e.lane == COMPUTE and parse(e.action).op in AGREEMENTS):
+        parties = _parties(plan, event)
+        arrivals[parties] = max(arrivals.get(parties, 0.0), event.start)
     events = []
     for event in (e for row in rows for e in row):
-        ready = min(event.end, max(event.ready, arrivals.get(event.action, event.ready)))
+        ready = min(event.end, max(event.ready, arrivals.get(_parties(plan, event), event.ready)))
         events.append(
             Event(
                 event.device,
@@ -196,3 +194,12 @@ def _trace(plan: Plan, rows: list[tuple[Event, ...]], begin: float) -> Trace:
         )
     events.sort(key=lambda e: (e.device, e.start, e.end))
     return Trace(devices=plan.devices, events=tuple(events))
+
+
+def _parties(plan: Plan, event: Event) -> tuple[str, int]:
+    """Who joins an action that nobody does alone: stages of one replica share parameters, all others are one party."""
+    action = parse(event.action)
+    if action.op != REDUCE_TIED:
+        return event.action, 0
+    (stage,) = plan.stages_of[event.device]
+    return event.action, plan.holders[stage].index(event.device)

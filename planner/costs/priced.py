@@ -19,7 +19,7 @@ from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile, Spread
 from planner.orders import codes
 from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
-from planner.orders.operations import LOAD, OPS, OPTIMIZER, REDUCE_NORM, REDUCTIONS
+from planner.orders.operations import AGREEMENTS, LOAD, OPS, OPTIMIZER
 from planner.programs.waits import Linked, Numbers
 from planner.values.cluster import Cluster, Device
 from planner.values.trace import Trace
@@ -61,7 +61,7 @@ class Costs:
 
         What the simulator then still gets wrong is the schedule and communication model alone.
         """
-        reducing = codes.has(self.linked.flat, *REDUCTIONS, REDUCE_NORM)
+        reducing = codes.has(self.linked.flat, *AGREEMENTS)
         seconds = [
             seconds if reduces else trace.work[row].get(action, seconds)
             for action, row, seconds, reduces in zip(
@@ -76,7 +76,7 @@ class Costs:
         first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
         found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
         found |= {name: seconds + self.late for name, seconds in found.items() if self.late and name.endswith(LOAD)}
-        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op in REDUCTIONS}
+        return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op in AGREEMENTS}
 
     @property
     def certain(self) -> bool:

@@ -185,6 +185,9 @@ COMPUTES = tuple(op for op, operation in OPERATIONS.items() if operation.compute
 REDUCTIONS = tuple(op for op, o in OPERATIONS.items() if o.group == "holders" and (o.awaits == "always" or o.gradients))
 """What reduces a stage's gradients among its holders; all of them join, each time."""
 
+AGREEMENTS = (*REDUCTIONS, *(op for op, o in OPERATIONS.items() if o.group in ("tied", "all")))
+"""What nobody works on alone: it begins when the last of its parties has come, and is the transfer itself."""
+
 SYNCHRONISING = tuple(
     op for op, operation in OPERATIONS.items() if operation.group in ("holders", "tied", "server", "all")
 )
