@@ -8,7 +8,7 @@ real tensors by `fill`, or for a while by `stored`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,14 +59,22 @@ def held_bytes(module: nn.Module) -> int:
     return sum({id(tensor): tensor.nbytes for _, _, tensor in places([module])}.values())
 
 
-def fill(modules: Iterable[nn.Module], make: Make) -> list[tuple[nn.Module, str, torch.Tensor]]:
+def fill(
+    modules: Iterable[nn.Module],
+    make: Make,
+    *,
+    only: Container[int] | None = None,
+    made: dict[int, torch.Tensor] | None = None,
+) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """Give modules real tensors in place of those without data; what they share stays shared.
 
-    A parameter keeps the attributes that its user has set. Returns what was replaced, and where.
+    A parameter keeps the attributes that its user has set. With `only`, tensors of these identities are replaced; what
+    was `made` before, by the identity of what it replaces, is used again. Returns what was replaced, and where.
     """
-    replaced, made = list[tuple[nn.Module, str, torch.Tensor]](), dict[int, torch.Tensor]()
+    replaced = list[tuple[nn.Module, str, torch.Tensor]]()
+    made = {} if made is None else made
     for part, name, tensor in places(modules):
-        if not is_hollow(tensor):
+        if not is_hollow(tensor) or (only is not None and id(tensor) not in only):
             continue
         if id(tensor) not in made:
             new = make(tensor)

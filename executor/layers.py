@@ -203,11 +203,12 @@ class Surroundings:
     """What layers take of nobody: the batch size, and tensors that follow from it and from constants.
 
     `batched` says of values which of their dimensions is which multiple of the batch size; `make` returns a module from
-    the batch size to ambient tensors.
+    the batch size to ambient tensors, which `fill` then gives the data that its tensors lack.
     """
 
     def __init__(self, batched: dict[str, tuple[int, int]], make: Callable[[tuple[str, ...]], nn.Module]) -> None:
         self.batched, self.make = batched, make
+        self.fill: Callable[[nn.Module], object] = lambda module: None
         self.made: dict[tuple[tuple[str, ...], torch.device], nn.Module] = {}
 
     def around(self, names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
@@ -217,11 +218,22 @@ class Surroundings:
         known = next(name for name in values if name in self.batched)
         dim, factor = self.batched[known]
         samples, device = values[known].shape[dim] // factor, values[known].device
-        tensors = tuple(name for name in names if name != SAMPLES)
-        if (tensors, device) not in self.made:
-            self.made[tensors, device] = on(self.make(tensors), device)
+        self.ready(names, device)
+        tensors = _tensors_among(names)
         results = as_tuple(self.made[tensors, device](samples)) if tensors else ()
         return {**dict(zip(tensors, results, strict=True)), SAMPLES: samples}
+
+    def ready(self, names: tuple[str, ...], device: torch.device) -> None:
+        """Make the module that makes the ambient tensors of these names, if there is none yet."""
+        tensors = _tensors_among(names)
+        if tensors and (tensors, device) not in self.made:
+            module = self.make(tensors)
+            self.fill(module)
+            self.made[tensors, device] = on(module, device)
+
+
+def _tensors_among(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != SAMPLES)
 
 
 def on(module: nn.Module, device: torch.device) -> nn.Module:
@@ -280,6 +292,7 @@ class CapturedLoss(nn.Module):
     def __init__(self, layer: Layer, surroundings: Surroundings) -> None:
         super().__init__()
         self.module, self.layer, self.surroundings = layer.module, layer, surroundings
+        self.ambient = layer.ambient
 
     def forward(self, result: Any, targets: Any) -> torch.Tensor:
         """Return the loss."""
@@ -288,8 +301,8 @@ class CapturedLoss(nn.Module):
     def judged(self, result: Any, targets: Any) -> tuple[torch.Tensor, ...]:
         """Return the loss, and then the outputs that were wanted of the graph."""
         values = dict(zip(self.layer.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
-        around = self.surroundings.around(self.layer.ambient, values)
-        return as_tuple(self.module(*values.values(), *(around[name] for name in self.layer.ambient)))
+        around = self.surroundings.around(self.ambient, values)
+        return as_tuple(self.module(*values.values(), *(around[name] for name in self.ambient)))
 
 
 def _named(listed: Any, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -331,10 +344,12 @@ def _chain(
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Keep a model's buffers (batch-norm statistics) as they are while it is tried out."""
     before = [buffer.clone() for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
 
 
 @contextmanager

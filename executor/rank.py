@@ -18,12 +18,13 @@ from executor.batch import tensors
 from executor.devices import Backend
 from executor.feed import open_feed
 from executor.hollow import places
+from executor.initial import Weights
 from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.messages import Messages
 from executor.model_file import ModelFile
 from executor.norm import Clipping
 from executor.reduction import Buckets, Shared, start_alike
-from executor.torch_adapter import PipeStage, pytree
+from executor.torch_adapter import PipeStage, pytree, tensors_without_data
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
@@ -43,7 +44,8 @@ class Stamped:
 class Rank:
     """What one process holds and does.
 
-    All ranks must be made at the same time: making one creates process groups.
+    `weights` are the values of a model that was made without storage. All ranks must be made at the same time: making
+    one creates process groups.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Rank:
         *,
         seed: int,
         workers: int | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.file, self.plan, self.backend = file, plan, backend
         self.program = lower(plan, in_turn=backend.in_turn)
@@ -73,10 +76,15 @@ class Rank:
         self.module = layered.stage(layers, recompute=plan.recompute)
         self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
+        self.unheld = layered.unheld() if rank == 0 else {}
+        if weights is not None:
+            self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
+            weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
+            weights.close()
         on(self.module, backend.device)
         self.names, self.parted = layered.parameter_names(), layered.parted
-        self.unheld = layered.unheld() if rank == 0 else {}
-        self.loss = on(layered.loss, backend.device) if isinstance(layered.loss, torch.nn.Module) else layered.loss
+        own = layered.loss if self.is_last else None
+        self.loss = on(own, backend.device) if isinstance(own, torch.nn.Module) else layered.loss
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.held_by, group = mine, holding[self.stage_index]
         self.group = group
@@ -329,22 +337,42 @@ def _boundaries(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return empty tensors with the shapes, dtypes and gradient flags of a stage's inputs and outputs.
 
-    One micro-batch goes through the whole model once, before it is cut down to the stage.
+    One micro-batch goes through the whole model as far as the stage's end, without data unless the model needs some.
     """
     values, _ = layered.parted(*file.draw(samples, seed=0))
-    whole: list[StageModule] = [layered.stage(range(layers.start))] if layers.start else []
-    whole.append(layered.stage(layers))
-    shapes = [values]
-    with torch.random.fork_rng(devices=[]), unchanged_buffers(layered.model):
-        for module in whole:
-            inputs = [v.detach().requires_grad_(v.requires_grad) for v in shapes[-1]]
-            shapes.append(as_tuple(module(*inputs)))
+    before = [layered.stage(range(layers.start))] if layers.start else []
+    modules = [*before, layered.stage(layers)]
+    try:
+        with unchanged_buffers(layered.model), tensors_without_data(layered.model.parameters()):
+            found = _passed(modules, values)
+    except Exception:  # a layer looks at values: those that there are will do, as they did when it was cut
+        with unchanged_buffers(layered.model):
+            found = _passed(modules, values)
+    finally:
+        if layered.surroundings is not None:
+            layered.surroundings.made.clear()  # what they hold may be without data, too
     taken, made = (
         tuple(
-            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta", requires_grad=v.requires_grad)
-            for v in side
-            if isinstance(v, torch.Tensor)
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta", requires_grad=gradient)
+            for shape, stride, dtype, gradient in side
         )
-        for side in shapes[-2:]
+        for side in found
     )
     return taken, made
+
+
+_Described = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
+"""A tensor's shape, strides and dtype, and whether it has a gradient."""
+
+
+def _passed(modules: list[StageModule], values: tuple[torch.Tensor, ...]) -> list[list[_Described]]:
+    """Say what goes into the last of some modules that are run one after another, and what comes out of it."""
+    passing = [values]
+    with torch.random.fork_rng(devices=[]):
+        for module in modules:
+            inputs = [v.detach().requires_grad_(v.requires_grad) for v in passing[-1]]
+            passing.append(as_tuple(module(*inputs)))
+    return [
+        [(v.shape, v.stride(), v.dtype, v.requires_grad) for v in side if isinstance(v, torch.Tensor)]
+        for side in passing[-2:]
+    ]

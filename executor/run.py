@@ -13,6 +13,7 @@ import torch
 
 from executor.ending import ask
 from executor.following import Watch, following
+from executor.initial import FILE as INITIAL
 from executor.launch import launch
 from executor.model_file import load
 from executor.recording import RankMemory, RankStep, recording_of
@@ -74,8 +75,11 @@ def run(
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))
     ranks = len(plan.devices)
-    with following(folder, ranks, watches):
-        launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
+    try:
+        with following(folder, ranks, watches):
+            launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
+    finally:
+        (folder / INITIAL).unlink(missing_ok=True)
     weights: dict[str, torch.Tensor] = {}
     for rank in sorted({holders[0] for holders in plan.holders}):
         weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)

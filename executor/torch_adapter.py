@@ -15,7 +15,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -238,17 +238,19 @@ def torch_orders(name: str, devices: int, chunks: int, microbatches: int) -> lis
 
 
 @contextmanager
-def tensors_without_data() -> Iterator[None]:
+def tensors_without_data(joining: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Enter a mode in which tensors have shapes and dtypes but no data, and operations compute only those.
 
+    They can be computed with those among `joining` that have no data already; those that have some keep it as it is.
     What torch logs of operations that fail in it is not shown: their exceptions say the same.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+    modes = (tensor.fake_mode for tensor in joining if isinstance(tensor, FakeTensor))
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with next(modes, None) or FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         logger.disabled = before

@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from executor.devices import Backend, open_device
 from executor.feed import Feed
-from executor.layers import cut
+from executor.initial import FILE as INITIAL
+from executor.initial import prepare
 from executor.model_file import ModelFile, load
 from executor.rank import Rank
 from executor.rates import Rates
@@ -61,14 +62,15 @@ def main(path: str) -> None:
     backend = join(job.device, job.plan.threads, job.patience_s)
     rank = dist.get_rank()
     file = load(job.model, job.plan.sequence)
-    model = file.build(job.seed)
-    layered = cut(file, model)
+    folder = Path(job.folder)
+    layered, weights = prepare(file, job.seed, folder, first=rank == 0)
     check_batches(file)
-    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers)
-    del model, layered
+    me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers, weights=weights)
+    del layered, weights
     gc.collect()
     offset = clock_offset(backend)
-    folder = Path(job.folder)
+    if rank == 0:
+        (folder / INITIAL).unlink()  # all ranks have read it: they have just spoken with each other
     extent = extent_of(job, me.feed)
     rates = Rates(file, me.optimizer, extent.steps)
     if rank == 0:

@@ -15,6 +15,7 @@ from executor.batch import Drawn
 from executor.devices import Backend
 from executor.evaluation import prepare
 from executor.feed import Feed, open_feed
+from executor.initial import prepare
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
@@ -50,8 +51,10 @@ def main(path: str) -> None:
     rank = dist.get_rank()
     for case in job.cases:
         file = load(case.model)
-        layered = cut(file, file.build(SEED))
-        me = Rank(file, layered, case.plan, backend, rank, seed=SEED)
+        folder = Path(job.folder) / f"{case.name}.initial"
+        folder.mkdir(exist_ok=True)
+        layered, weights = prepare(file, SEED, folder, first=rank == 0)
+        me = Rank(file, layered, case.plan, backend, rank, seed=SEED, weights=weights)
         found: dict[str, torch.Tensor] = {}
 
         def watch(action: Action, when: str, me: Rank = me, found: dict[str, torch.Tensor] = found) -> None:
