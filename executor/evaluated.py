@@ -18,10 +18,11 @@ from torch import nn
 from executor.agreement import close
 from executor.batch import Drawn
 from executor.capture import EXAMPLE
+from executor.hollow import harmless, is_hollow
 from executor.layers import CapturedLoss, LayeredModel, cut_graph, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.modes import evaluating
-from executor.outputs import Outputs, read_by
+from executor.outputs import Outputs, changed, read_by
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 from planner.values.plan import Plan
@@ -72,10 +73,12 @@ def cut_evaluated(file: ModelFile, layered: LayeredModel) -> Evaluated:
 
 
 def _looked_at(file: ModelFile, model: nn.Module, drawn: Drawn) -> Outputs:
-    """Return which tensors of the model's outputs metrics look at."""
+    """Return which tensors of the model's outputs metrics look at. Whatever has no data gets some: any will do."""
     args, keywords = drawn.arguments()
+    make = harmless(torch.device("cpu"))
     with torch.no_grad():
-        return read_by(model(*args, **keywords), lambda outputs: metrics_of(file, outputs, drawn))
+        outputs = changed(model(*args, **keywords), lambda tensor: make(tensor) if is_hollow(tensor) else tensor)
+        return read_by(outputs, lambda given: metrics_of(file, given, drawn))
 
 
 def metrics_of(file: ModelFile, outputs: Any, part: Drawn) -> dict[str, float]:

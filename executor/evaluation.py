@@ -86,9 +86,11 @@ class Evaluator:
         self.device = me.backend.device
         self.module = evaluated.layered.stage(layers)
         self._share()
-        on(self.module, self.device)
         loss: Any = evaluated.layered.loss
-        self.loss = on(loss, self.device) if isinstance(loss, nn.Module) else loss
+        if me.weights is not None:  # what only the evaluation reads
+            me.weights.load(evaluated.layered, [self.module, *([loss] if me.is_last else [])], self.device)
+        on(self.module, self.device)
+        self.loss = on(loss, self.device) if isinstance(loss, nn.Module) and me.is_last else loss
         self.program = lower(forward_only(plan), in_turn=me.backend.in_turn)
         self.row = self.program.rows[dist.get_rank()]
         self.messages = Messages(self.program)

@@ -65,7 +65,7 @@ class Weights:
         self.tensors, self.empty, self.made = {}, [], {}
 
 
-def prepare(file: ModelFile, seed: int, folder: Path, *, first: bool) -> tuple[LayeredModel, Weights | None]:
+def cut_hollow(file: ModelFile, seed: int, folder: Path, *, first: bool) -> tuple[LayeredModel, Weights | None]:
     """Return the cut model of a run, and its weights where it has none itself: `torch.manual_seed(seed); model()`'s.
 
     To be called by all ranks of a host, of which the `first` writes the weights to `folder`, and the others wait for

@@ -76,11 +76,10 @@ class Rank:
         self.module = layered.stage(layers, recompute=plan.recompute)
         self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
-        self.unheld = layered.unheld() if rank == 0 else {}
+        self.unheld, self.weights = layered.unheld() if rank == 0 else {}, weights
         if weights is not None:
             self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
             weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
-            weights.close()
         on(self.module, backend.device)
         self.names, self.parted = layered.parameter_names(), layered.parted
         own = layered.loss if self.is_last else None

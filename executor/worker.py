@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from executor.devices import Backend, open_device
 from executor.feed import Feed
 from executor.initial import FILE as INITIAL
-from executor.initial import prepare
+from executor.initial import cut_hollow
 from executor.model_file import ModelFile, load
 from executor.rank import Rank
 from executor.rates import Rates
@@ -63,9 +63,11 @@ def main(path: str) -> None:
     rank = dist.get_rank()
     file = load(job.model, job.plan.sequence)
     folder = Path(job.folder)
-    layered, weights = prepare(file, job.seed, folder, first=rank == 0)
+    layered, weights = cut_hollow(file, job.seed, folder, first=rank == 0)
     check_batches(file)
     me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers, weights=weights)
+    if weights is not None:  # whatever reads them (the rank, what evaluates) has been made
+        weights.close()
     del layered, weights
     gc.collect()
     offset = clock_offset(backend)

@@ -15,7 +15,7 @@ from executor.batch import Drawn
 from executor.devices import Backend
 from executor.evaluation import prepare
 from executor.feed import Feed, open_feed
-from executor.initial import prepare
+from executor.initial import cut_hollow
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
@@ -51,9 +51,8 @@ def main(path: str) -> None:
     rank = dist.get_rank()
     for case in job.cases:
         file = load(case.model)
-        folder = Path(job.folder) / f"{case.name}.initial"
-        folder.mkdir(exist_ok=True)
-        layered, weights = prepare(file, SEED, folder, first=rank == 0)
+        folder = _initial(job, case.name)
+        layered, weights = cut_hollow(file, SEED, folder, first=rank == 0)
         me = Rank(file, layered, case.plan, backend, rank, seed=SEED, weights=weights)
         found: dict[str, torch.Tensor] = {}
 
@@ -118,18 +117,28 @@ def evaluate(path: str) -> None:
     backend = join("cpu", 1)
     rank = dist.get_rank()
     for case in job.cases:
-        trained = [_trained(case, backend, rank, evaluated=evaluated) for evaluated in (True, False)]
+        trained = [
+            _trained(case, backend, rank, _initial(job, f"{case.name}.{evaluated}"), evaluated=evaluated)
+            for evaluated in (True, False)
+        ]
         torch.save([entry for entries in trained for entry in entries], Path(job.folder) / f"{case.name}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _trained(case: Case, backend: Backend, rank: int, *, evaluated: bool) -> list[dict[str, Any]]:
+def _initial(job: Cases, name: str) -> Path:
+    """A folder for initial weights, of one of several models that the same processes make."""
+    folder = Path(job.folder) / f"{name}.initial"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _trained(case: Case, backend: Backend, rank: int, folder: Path, *, evaluated: bool) -> list[dict[str, Any]]:
     """Every evaluation with the state behind it; at last the losses of all steps, and the state behind them."""
     file = load(case.model)
-    layered = cut(file, file.build(SEED))
+    layered, weights = cut_hollow(file, SEED, folder, first=rank == 0)
     evaluates = prepare(file, layered, case.plan)
-    me = Rank(file, layered, case.plan, backend, rank, seed=SEED)
+    me = Rank(file, layered, case.plan, backend, rank, seed=SEED, weights=weights)
     evaluator = evaluates(me)
     torch.manual_seed(SEED)  # of dropout
     found, losses = [], []

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from executor import hollow
-from executor.initial import FILE, prepare
+from executor.initial import FILE, cut_hollow
 from executor.layers import LayeredModel, cut
 from executor.model_file import ModelFile, load
 from planner.basis.errors import PlanError
@@ -63,7 +63,7 @@ def test_stages_compute_what_the_plain_model_computes(tmp_path: Path) -> None:
     values: tuple[torch.Tensor, ...] = inputs
     stages, layered = [], None
     for number in range(2):  # as two ranks, each with a model of its own
-        layered, weights = prepare(file, SEED, tmp_path, first=not number)
+        layered, weights = cut_hollow(file, SEED, tmp_path, first=not number)
         assert weights is not None
         assert torch.equal(torch.get_rng_state(), state), "dropout goes on as behind a plain build"
         stage = layered.stage(halves(layered)[number])
@@ -105,7 +105,7 @@ def test_a_stage_never_holds_what_others_hold(tmp_path: Path) -> None:
 
     file = file_of(Deep)
     before = held()
-    layered, weights = prepare(file, SEED, tmp_path, first=True)
+    layered, weights = cut_hollow(file, SEED, tmp_path, first=True)
     assert weights is not None
     assert held() == before, "the whole model is gone when it is written"
     stage = layered.stage(range(3))
@@ -120,7 +120,7 @@ def test_a_stage_never_holds_what_others_hold(tmp_path: Path) -> None:
 
 def test_tied_parameters_stay_tied_between_and_inside_stages(tmp_path: Path) -> None:
     file = load(f"{MODELS}:tied")
-    layered, weights = prepare(file, SEED, tmp_path, first=True)
+    layered, weights = cut_hollow(file, SEED, tmp_path, first=True)
     assert weights is not None
     ties = layered.tied()
     assert ties == cut(file, file.build(SEED)).tied()
@@ -155,7 +155,7 @@ MADE = nn.Linear(12, 4)
 def test_what_cannot_be_so_is_built_whole_and_said(model, why: str, tmp_path: Path, caplog) -> None:
     file = file_of(model)
     with caplog.at_level(logging.WARNING, logger="foreplan"):
-        layered, weights = prepare(file, SEED, tmp_path, first=True)
+        layered, weights = cut_hollow(file, SEED, tmp_path, first=True)
     assert weights is None
     assert why in caplog.text
     assert not hollow.hollow(layered.model)
@@ -166,7 +166,7 @@ def test_what_cannot_be_so_is_built_whole_and_said(model, why: str, tmp_path: Pa
 def test_a_models_own_error_is_said_as_before(tmp_path: Path) -> None:
     file = load(f"{MODELS}:failing")
     with pytest.raises(PlanError, match="forward fails") as raised:
-        prepare(file, SEED, tmp_path, first=True)
+        cut_hollow(file, SEED, tmp_path, first=True)
     assert "mat1 and mat2" in raised.value.why
 
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_no_reason_to_stop(tmp_path: Path, caplog, monkeypatch: p
 
     monkeypatch.setattr(torch, "save", full)
     file = file_of(Drawn)
-    _, weights = prepare(file, SEED, tmp_path, first=True)
+    _, weights = cut_hollow(file, SEED, tmp_path, first=True)
     assert weights is None
     assert "cannot be written" in caplog.text
     assert (tmp_path / FILE).exists()
