@@ -62,7 +62,7 @@ def simulate(
 
     def step(prices: Costs, quantile: Quantile = "median") -> Run:
         run = played(prices)
-        late = max(run.made, prices.least[list(QUANTILES).index(quantile)]) - run.last
+        late = max(run.made, float(prices.least[list(QUANTILES).index(quantile)])) - run.last
         return played(dataclasses.replace(prices, late=late)) if late > 0 and not asynchronous(plan) else run
 
     if costs.certain:

@@ -28,6 +28,7 @@ def loaded(stages: int, making_s: float, *, workers: int = 1, busy: float = 0.0,
 def predicted(costs: Profile, k: int, cluster: Cluster) -> Outcome:
     plan, _ = pipeline("gpipe", k, 4)
     found, placed = simulate(costs, plan, cluster), Placed(costs, plan, cluster)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Outcome).step_s == found.step_s
     assert evaluate(placed).step_s <= found.step_s * (1 + 1e-9)
     assert simulated_step(placed) == pytest.approx(found.step_s)
     return found
