@@ -44,7 +44,7 @@ def test_a_loss_that_is_no_number_stops_a_run(tmp_path: Path, monkeypatch: pytes
         run(path, plan, device="cpu", steps=1, seed=0, folder=tmp_path, capacity_bytes=(1e9,))
 
 
-@pytest.mark.parametrize(("example", "batch", "steps"), [("gpt", 16, 24), ("digits", 64, 24)])
+@pytest.mark.parametrize(("example", "batch", "steps"), [("gpt", 16, 24), ("digits", 64, 24), ("loader", 64, 24)])
 def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) -> None:
     path = str(EXAMPLES / f"{example}.py")
     file = load(path)
