@@ -123,6 +123,8 @@ class Rank:
         self.losses: dict[int, torch.Tensor] = {}
         self.stamped: list[Stamped] = []
         self.stamping = True
+        self.updated = nothing
+        """Called behind every update: a run sets the next step's learning rate there."""
         self.repeats: list[Any] = []
         self.backwards = 0
 
@@ -261,6 +263,7 @@ class Rank:
                 self.optimizer.zero_grad()
             else:
                 self.buckets.clear()
+            self.updated()
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
@@ -286,6 +289,10 @@ class Rank:
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients under the same names."""
         return {self.names[id(p)]: p.grad.cpu() for p in self.module.parameters() if p.grad is not None}
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 OPS: dict[str, Callable[[Rank, Action], Any]] = {op: getattr(Rank, method) for op, method in PERFORMS.items()}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from executor.devices import Backend
 from executor.ending import Ending
-from executor.rank import Rank, Stamped
+from executor.rank import Rank, Stamped, nothing
 from executor.rates import Rates
 from executor.recording import RankStep, events, recording_of
 from executor.steps import append, encode, file_of
@@ -80,18 +80,20 @@ class Training:
         Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
         """
         window, flushed, begin, done = recorded(steps), time.monotonic(), self.backend.stamp(), 0
+        self.me.updated = self.rates.step
         while done < steps:
+            rate = self.rates.current
             self.me.step(stamping=done in window)
             end = self.backend.stamp()
             losses, stamped = list(self.me.losses.values()), self.me.stamped
-            self.pending.append(_Done(begin, end, losses, self.rates.current, stamped))
-            self.rates.step()
+            self.pending.append(_Done(begin, end, losses, rate, stamped))
             begin, done = end, done + 1
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
                 flushed = time.monotonic()
             if self.ending.here(done):
                 break
+        self.me.updated = nothing
         self.flush()
         return done
 

@@ -19,6 +19,7 @@ from planner.values.profile import LayerProfile, Profile, ProfileKey
 from profiles import crowding, machine
 from profiles.chain import Chain
 from profiles.loading import measure_loading
+from profiles.rates import rate_s
 from profiles.sizes import Static, measure_sizes, measure_static, values_of
 from profiles.splits import splits_of
 from profiles.times import LayerTimer
@@ -124,6 +125,7 @@ def measure(
         loading=loaded.loading,
         batch=file.batch_size,
         clip=file.clip,
+        rate_s=rate_s(file, backend, layered.model),
         action_s=probed.action_s,
         noise=timer.noise(),
         machine=cluster,

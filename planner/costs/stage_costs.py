@@ -152,8 +152,9 @@ class StageCosts:
         return seconds
 
     def optimizer(self, threads: int) -> Spread:
-        """Seconds of updating the stage's parameters."""
-        return self._once("optimizer", threads)
+        """Seconds of updating the stage's parameters, and of setting the next step's rate where there are such."""
+        seconds = self._once("optimizer", threads)
+        return seconds + self.profile.rate_s * (seconds > 0)
 
     def norm(self, threads: int) -> Spread:
         """Seconds of taking the norm of the stage's gradients."""

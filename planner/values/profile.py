@@ -222,7 +222,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     model file imports from its own folder, by their paths from there: the key's hash is of these, too. `opaque` are
     modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
     parameters that no layer holds, as nothing reads them. `clip` is the norm to which the model clips all its gradients
-    together, 0 where it does not.
+    together, 0 where it does not; `rate_s` the seconds of setting the next step's learning rate behind an update.
     """
 
     key: ProfileKey
@@ -248,6 +248,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
     clip: float = 0.0
     loading: Loading | None = None
+    rate_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -266,8 +267,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             ]
             if not _sound(timings):
                 raise ValueError(f"layers[{index}] '{layer.name}': times must be finite and not negative")
-        if not _sound(self.load) or not all(0 <= n < math.inf for n in (self.action_s, self.noise)):
-            raise ValueError("load, action_s and noise must be finite and not negative")
+        if not _sound(self.load) or not all(0 <= n < math.inf for n in (self.action_s, self.noise, self.rate_s)):
+            raise ValueError("load, action_s, noise and rate_s must be finite and not negative")
         self._check_values()
 
     def _check_values(self) -> None:

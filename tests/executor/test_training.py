@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from executor.devices import Backend, open_device
 from executor.ending import ask
@@ -25,8 +26,11 @@ from executor.saving import save
 from executor.steps import Extent, announce, encode, file_of, joined
 from executor.training import recorded
 from planner.basis.errors import PlanError
-from planner.values.plan import Plan
+from planner.simulate.predict import simulate
+from planner.values.plan import Plan, Stage
 from planner.values.step import Step
+from profiles.rates import rate_s
+from tests import factory
 from tests.executor.test_gradients import plan_of
 from tests.executor.training_jobs import SEED, Case, Cases, main, train
 
@@ -163,6 +167,21 @@ def test_schedulers_that_cannot_work_are_refused() -> None:
     with pytest.raises(PlanError, match="fails") as raised:
         over.step()
     assert "ValueError" in raised.value.why
+
+
+def test_setting_the_rate_is_in_the_prediction() -> None:
+    """Every stage that is updated does it once per step; what it takes is measured where the model file does it."""
+    backend = open_device("cpu")
+    measured = rate_s(load(f"{MODELS}:scheduled"), backend, nn.Linear(2, 2))
+    assert 0 < measured < 0.01
+    assert rate_s(load(MODELS), backend, nn.Linear(2, 2)) == 0
+    profile = factory.profile([1.0] * 4, machine=factory.devices(2), optimizer_s=0.5)
+    slower = msgspec.structs.replace(profile, rate_s=0.25)
+    names = tuple(layer.name for layer in profile.layers)
+    stages = (Stage(layers=names[:2], devices=("d0",)), Stage(layers=names[2:], devices=("d1",)))
+    plan = Plan(strategy="1f1b", schedule="1f1b", stages=stages, microbatches=2, batch=8)
+    before, after = (simulate(known, plan, known.machine) for known in (profile, slower))
+    assert after.step_s == pytest.approx(before.step_s + 0.25)
 
 
 def test_validation_moves_a_plateau() -> None:
