@@ -7,8 +7,8 @@ used as they are: a step's batch is the plan's, and each replica takes its share
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from executor.batch import Drawn, tensors
-from executor.seeding import seeded
+from executor.seeding import mixed, seeded
 from executor.torch_adapter import pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
@@ -57,6 +57,7 @@ class Source:
     ahead: int = AHEAD
     pinned: bool = False
     begin_worker: Callable[[int], None] | None = None
+    kept: list[Any] = field(default_factory=list)
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
@@ -136,21 +137,30 @@ class Source:
             )
         return batch
 
-    def first(self, samples: int, seed: int) -> Drawn:
-        """Return the first samples as a batch; what the dataset draws depends on `seed` alone.
+    def first(self, samples: int) -> Drawn:
+        """Return the first samples as a batch, the same whenever it is asked for. They are kept: they may be dear.
 
         Raises `PlanError` when there are fewer.
         """
-        with seeded(seed):
-            if self.streams:
-                with explained(self.path, f"{self.call}'s dataset", self.correct("next(iter(d))")):
-                    items = list(itertools.islice(self.dataset, samples))
-            else:
-                known = len(self.dataset)
-                items = self.items(range(min(samples, known)))
-            if len(items) < samples:
-                raise self.too_short(len(items), samples)
-            return self.together(items)
+        if len(self.kept) < samples:
+            self.kept[:] = self._first(samples)
+        if len(self.kept) < samples:
+            raise self.too_short(len(self.kept), samples)
+        return self.together(self.kept[:samples])
+
+    def _first(self, samples: int) -> list[Any]:
+        """Return so many samples, or as many as there are; what each of them draws depends on its place alone."""
+        found: list[Any] = []
+        stream = self._begun() if self.streams else iter(range(len(self.dataset)))
+        for place in range(samples):
+            with seeded(mixed(place)), explained(self.path, f"{self.call}'s dataset", self.correct("next(iter(d))")):
+                more = list(itertools.islice(stream, 1))
+                found += more if self.streams else self.items(more)
+        return found
+
+    def _begun(self) -> Iterator[Any]:
+        with seeded(mixed(0)), explained(self.path, f"{self.call}'s dataset", self.correct("iter(d)")):
+            return iter(self.dataset)
 
     def too_short(self, found: int, samples: int) -> PlanError:
         """Build the error for a dataset that has not one whole batch: nothing is used twice without a word."""
@@ -223,13 +233,19 @@ def source_of(
 
 
 def _of_loader(path: str, call: str, loader: DataLoader[Any]) -> Source:
-    if loader.batch_size is None or (type(loader.batch_sampler) is not BatchSampler and not _streams(loader)):
-        own = "batch_size=None" if loader.batch_size is None and loader.batch_sampler is None else "a batch_sampler"
+    own = ""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        own = f"an __iter__ of its own, as a {type(loader).__name__}"
+    elif loader.batch_size is None:
+        own = "batch_size=None" if loader.batch_sampler is None else "a batch_sampler"
+    elif type(loader.batch_sampler) is not BatchSampler and not _streams(loader):
+        own = "a batch_sampler"
+    if own or loader.batch_size is None:
         raise PlanError(
             what=f"the DataLoader of {call} makes its batches itself",
             where=path,
             why=f"it has {own}, and a step's batch is the plan's, dealt to replicas sample by sample",
-            fix="give it a dataset of single samples, and a sampler for their order",
+            fix="return torch's own DataLoader, of a dataset of single samples, with a sampler for their order",
         )
     sampler: Any = loader.sampler
     order, seed, shuffle = None, None, False

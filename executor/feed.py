@@ -127,22 +127,22 @@ class Dealt:
 
     def _ready(self) -> Iterator[Any]:
         source = self.shares.source
-        if self.loader is None:
-            self.loader = DataLoader(
-                _Said(self.shares),
-                batch_size=None,
-                sampler=_Anew(self._addresses),
-                num_workers=self.workers,
-                collate_fn=_as_it_is,
-                pin_memory=source.pinned and self.device.type == "cuda",
-                worker_init_fn=_Begun(source.begin_worker),
-                multiprocessing_context="fork",  # the model file's classes are known to no other process
-                generator=torch.Generator(),  # the training's own draws stay what they are
-                prefetch_factor=source.ahead,
-                persistent_workers=True,
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of forking beside threads: torch's workers use none of ours
+            if self.loader is None:
+                self.loader = DataLoader(
+                    _Said(self.shares),
+                    batch_size=None,
+                    sampler=_Anew(self._addresses),
+                    num_workers=self.workers,
+                    collate_fn=_as_it_is,
+                    pin_memory=source.pinned and self.device.type == "cuda",
+                    worker_init_fn=_Begun(source.begin_worker),
+                    multiprocessing_context="fork",  # the model file's classes are known to no other process
+                    generator=torch.Generator(),  # the training's own draws stay what they are
+                    prefetch_factor=source.ahead,
+                    persistent_workers=True,
+                )
             return iter(self.loader)
 
     def _unlike(self, found: Drawn) -> PlanError:

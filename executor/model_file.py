@@ -96,7 +96,7 @@ class ModelFile:
         """
         if self.batch is None:
             assert self.data is not None, "a model file has one of both"
-            found = self.data.source.first(samples, seed)
+            found = self.data.source.first(samples)
             self._check_length(found.inputs)
             return found
         with seeded(seed), as_script(self.path), explained(self.path, f"batch({samples})"):

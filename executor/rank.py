@@ -335,7 +335,7 @@ def _microbatch(action: Action) -> int:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
 def _boundaries(

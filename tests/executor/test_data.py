@@ -260,6 +260,12 @@ BAD = [
         "a batch_sampler",
     ),
     (
+        "class Own(DataLoader):\n    def __iter__(self): return iter(())\n"
+        "def data(): return Own(Numbers(), batch_size=8)",
+        "the DataLoader of data() makes its batches itself",
+        "an __iter__ of its own, as a Own",
+    ),
+    (
         "batch_size = 16\ndef data(): return DataLoader(Numbers(), batch_size=8)",
         "two sizes of a step's batch",
         "batch_size is 16, and the DataLoader of data() has 8",
@@ -316,6 +322,20 @@ def test_measuring_wants_no_more_samples_than_there_are(written: Make) -> None:
     assert file.batch_size == 64
     with pytest.raises(PlanError, match="fewer samples than one step's batch"):
         file.drawn(8, seed=0)
+
+
+def test_what_is_measured_is_fetched_once(written: Make) -> None:
+    file = written(
+        "asked = []\n"
+        "class Dear(Noisy):\n"
+        "    def __getitem__(self, i):\n        asked.append(i)\n        return super().__getitem__(i)\n"
+        "def data(): return Dear()"
+    )
+    two, eight = file.drawn(2, seed=0), file.drawn(8, seed=1)
+    assert torch.equal(file.drawn(2, seed=3).inputs[0], two.inputs[0])
+    assert torch.equal(eight.inputs[0][:2], two.inputs[0])
+    assert file.data is not None
+    assert file.data.make.__globals__["asked"] == [0, 1, *range(8)]
 
 
 def test_a_file_may_have_a_variable_called_data(written: Make) -> None:
