@@ -15,6 +15,7 @@ from planner.basis.errors import PlanError
 from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output
 from planner.cli.options import JsonOption
+from planner.cli.progress import shown
 from planner.store import Store
 from planner.values.profile import Profile
 
@@ -107,10 +108,10 @@ def profile(
 @contextmanager
 def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
     """Show on stderr how much of what is done; of one of several sequence lengths, which."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output.progress, transient=True) as bar:
+    with shown(*columns) as bar:
         tasks: dict[str, Any] = {}
 
         def told(what: str, done: int, of: int) -> None:
