@@ -162,6 +162,31 @@ def fields_batch(n: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
 
 
+class Padded(nn.Module):
+    """Sends beside what has a gradient what can have none: which tokens are padding, and how many are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(12, 12), nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        padding = tokens == 0
+        place = (~padding).cumsum(1)
+        x = self.table(tokens)
+        for block in self.blocks:
+            x = x + torch.relu(block(x)).masked_fill(padding[..., None], 0.0) * (place % 2)[..., None]
+        return x
+
+
+def padded() -> nn.Module:
+    return Padded()
+
+
+def padded_batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 12, (n, 5))
+    return tokens, tokens.roll(-1, 1)
+
+
 class Moody(nn.Module):
     """Is another model in every mode: drops out, keeps statistics, one of them frozen, and scales what it trains on."""
 

@@ -133,7 +133,7 @@ def cases(k: int) -> list[Case]:
             found.append(Case(name=f"{name[1:]}-{replicas}", model=MODELS + name, plan=plan))
         some = f"{MODELS}:sometimes"
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
-        for name in ("tied", "twice", "kept", "fields"):
+        for name in ("tied", "twice", "kept", "fields", "padded"):
             own = f"{MODELS}:{name}"
             found.append(Case(name=name, model=own, plan=plan_of(own, "1f1b", 2)))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
