@@ -429,3 +429,20 @@ def parameters_without_data() -> Iterator[None]:
         torch.nn.Module._apply = before  # type: ignore[method-assign]
         init._no_grad_trunc_normal_ = drawing
         handle.remove()
+
+
+def unscaled(gradients: list[torch.Tensor], inverse: torch.Tensor) -> torch.Tensor:
+    """Multiply gradients by `inverse`; return 1 if any is infinite or no number, else 0, as GradScaler finds it."""
+    found = torch.zeros((), device=inverse.device)
+    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in gradients)
+    for kind in kinds:
+        own = [tensor for tensor in gradients if (tensor.device, tensor.dtype) == kind]
+        torch._amp_foreach_non_finite_check_and_unscale_(own, found, inverse)
+    return found
+
+
+def next_scale(
+    scale: torch.Tensor, updates: torch.Tensor, overflown: torch.Tensor, growth: float, backoff: float, interval: int
+) -> None:
+    """Change a scale of the loss and the number of updates since it last grew in place, as GradScaler does."""
+    torch._amp_update_scale_(scale, updates, overflown, growth, backoff, interval)

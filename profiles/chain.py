@@ -93,7 +93,7 @@ class Chain:
         given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
         given += [surroundings[name] for name in layer.ambient]
         with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(part, "forward"):
-            result = layer.module(*given)
+            result = layer(*given)
         return taken, tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor)), result
 
     def forward_loss(self, result: Any, targets: Any, around: Around) -> tuple[Tensors, torch.Tensor]:

@@ -109,7 +109,7 @@ def measure(
     )
     files, dtype = imported(path), _dtype(layered.model)
     return Profile(
-        key=key_of(path, device, tokens, files, dtype),
+        key=key_of(path, device, tokens, files, dtype, file.precision),
         sources=files,
         opaque=layered.opaque,
         unused=tuple(name for name, tensor in layered.unheld().items() if isinstance(tensor, torch.nn.Parameter)),
@@ -133,10 +133,11 @@ def measure(
     )
 
 
-def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str) -> ProfileKey:
+def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str, precision: str) -> ProfileKey:
     """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for.
 
-    `files` are what it imports from its folder, `dtype` the model's own: neither is known without running it.
+    `files` are what it imports from its folder, `dtype` and `precision` the model's own: none is known without
+    running it.
     """
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
@@ -147,6 +148,7 @@ def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: s
         torch=str(torch.__version__),
         python=platform.python_version(),
         sequence=sequence,
+        precision=precision,
     )
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
 from executor.norm import norm_of
+from executor.precision import SCALED
+from executor.scaling import Scaling
 from executor.user_code import explained
 from planner.values.profile import LayerTimes, Timing, WholeStep
 from profiles.chain import Chain, update
@@ -75,6 +77,9 @@ class LayerTimer:
     ) -> None:
         self.chain, self.settings, self.progress = chain, settings, progress
         self.watch = Stopwatch(backend)
+        self.scaling = Scaling(backend.device) if chain.file.precision == SCALED else None
+        if self.scaling is not None:
+            self.scaling.scale.fill_(1.0)
         self.batches = {samples: chain.draw(samples) for _, samples in settings}
         self.cost: dict[tuple[Setting, bool], float] = {}
         """Seconds of the last pass of each setting, without and with what only some plans need."""
@@ -169,12 +174,20 @@ class LayerTimer:
             loss.backward()
         self._update(WHOLE, chain.whole_optimizer, chain.whole)
 
+    @property
+    def joined(self) -> bool:
+        """Whether an update needs to know of all gradients."""
+        return self.scaling is not None or self.chain.file.clip > 0
+
     def _update(self, part: int, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
         """Do the end of a step for one part, all of it that a step does."""
-        norm = None
-        if self.chain.file.clip:
+        file, norm = self.chain.file, None
+        if self.joined:
             with self.watch.around(part, "norm"):
-                norm = norm_of(module.parameters())
+                if self.scaling is not None:
+                    self.scaling.unscale(module.parameters())
+                if file.clip:
+                    norm = norm_of(module.parameters())
         with self.watch.around(part, "optimizer"):
             update(optimizer, module.parameters(), norm)
 
@@ -202,7 +215,7 @@ class LayerTimer:
                 backward_weight=timings(settings, "backward_weight"),
                 recompute=timings(settings, "recompute"),
                 optimizer=self.watch.timing(settings[len(settings) // 2], part, "optimizer"),
-                norm=self.watch.timing(settings[len(settings) // 2], part, "norm") if self.chain.file.clip else None,
+                norm=self.watch.timing(settings[len(settings) // 2], part, "norm") if self.joined else None,
             )
             for threads, settings in by_threads.items()
         )

@@ -190,6 +190,7 @@ def summary(measured: Profile) -> dict[str, Any]:
         "device": measured.key.device,
         "estimated": measured.estimated,
         "dtype": measured.key.dtype,
+        "precision": measured.key.precision,
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,

@@ -95,6 +95,31 @@ def clipped_tied() -> nn.Module:
 clipped_tied_optimizer = clipped_optimizer
 
 
+bf16_precision = bf16_skips_precision = "bf16"
+
+
+def bf16() -> nn.Module:
+    return model()
+
+
+def bf16_skips() -> nn.Module:
+    return Skips()
+
+
+class Amplified(nn.Module):
+    """Passes its input on, and 1,024 times the gradient back: in float16 that overflows in the layers before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (1023 * x - (1023 * x).detach())
+
+
+def fp16() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 24), Amplified(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+fp16_precision, fp16_clip = "fp16", 1.0
+
+
 class Twice(nn.Module):
     """Calls one module several times: a stage shares it with another; the first activation changes its input."""
 
