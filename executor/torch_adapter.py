@@ -1,7 +1,7 @@
 """Every private name of torch that foreplan touches, in one place; `executor.torch_probe` asks for them by name.
 
 torch.distributed.pipelining is alpha. What is used of it: `PipelineStage`'s chunk methods and point-to-point
-operations (public class, undocumented methods), its receive tables, and the schedule runtime as a test oracle.
+operations (public class, undocumented methods), and its receive tables.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _backward as torch_backward
 from torch.distributed.pipelining import stage as torch_stage
 from torch.utils import _python_dispatch, _pytree
-
-from planner.orders.action import actions
-from planner.orders.codes import Order
 
 pytree = _pytree
 """Structures of tensors: `tree_map`, `tree_flatten` and their like."""
@@ -190,23 +187,6 @@ def halves(
     return first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups)
 
 
-def oracle(stages: list[PipelineStage], order: Order, microbatches: int, loss: Callable[..., torch.Tensor]) -> Any:
-    """Return torch's own schedule runtime, fed with the same order of computes: the reference of the tests."""
-    runtime = schedules._PipelineScheduleRuntime(stages, microbatches, loss_fn=loss, scale_grads=False)
-    table = {d: [schedules._Action.from_str(str(action)) for action in actions(row)] for d, row in enumerate(order)}
-    runtime._prepare_schedule_with_comms(table)
-    return runtime
-
-
-def torch_lowering(order: Order, stages: int) -> list[list[str]]:
-    """Return what torch's lowering makes of an order, as text."""
-    rows = [actions(row) for row in order]
-    table = {d: [schedules._Action.from_str(str(action)) for action in row] for d, row in enumerate(rows)}
-    where = {action.stage: d for d, row in enumerate(rows) for action in row}
-    lowered = schedules._add_send_recv(table, stage_to_rank=lambda s: where[s], num_stages=stages)
-    return [[str(action) for action in lowered[d]] for d in sorted(lowered)]
-
-
 def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int]]]:
     """Read a profiler run with `profile_memory`: (nanoseconds, change in bytes) events, and spans of marked ranges.
 
@@ -222,41 +202,6 @@ def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]]
             spans[event.name()[3:]] = (event.start_ns(), event.start_ns() + event.duration_ns())
     changes.sort(key=lambda change: change[0])
     return changes, spans
-
-
-_TORCH_SCHEDULES = {
-    "gpipe": "ScheduleGPipe",
-    "interleaved": "ScheduleInterleaved1F1B",
-    "looped-bfs": "ScheduleLoopedBFS",
-    "zb-interleaved": "ScheduleInterleavedZeroBubble",
-    "zb-v": "ScheduleZBVZeroBubble",
-    "dualpipe-v": "ScheduleDualPipeV",
-}
-
-
-class _Unbuilt:
-    """A stage without a module and without processes: all that torch's schedules ask for when they are arranged."""
-
-    def __init__(self, rank: int, ranks: int, chunks: int) -> None:
-        self.group_size, self.group_rank = ranks, rank
-        self.stage_index, self.num_stages = rank, ranks * chunks
-        self.device, self.group, self.submod = torch.device("cpu"), None, torch.nn.Identity()
-        self.has_backward = True
-
-
-def torch_orders(name: str, devices: int, chunks: int, microbatches: int) -> list[list[str]]:
-    """Return the computes of every device as torch arranges the schedule that we call `name`, as text.
-
-    An overlapped forward and backward stand one behind the other.
-    """
-    unbuilt: Any = [_Unbuilt(0, devices, chunks) for _ in range(chunks)]
-    kind = getattr(schedules, _TORCH_SCHEDULES[name])
-    single = issubclass(kind, schedules.PipelineScheduleSingle)
-    made = kind(unbuilt[0] if single else unbuilt, microbatches, loss_fn=torch.nn.functional.mse_loss)
-    rows = [made.pipeline_order[d] for d in range(devices)]
-    flat = [[part for action in row if action is not None for part in action.sub_actions or (action,)] for row in rows]
-    computes = (schedules.FORWARD, schedules.FULL_BACKWARD, schedules.BACKWARD_INPUT, schedules.BACKWARD_WEIGHT)
-    return [[str(part) for part in row if part.computation_type in computes] for row in flat]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What foreplan uses of torch that torch does not promise to keep, by name, and whether it is there.
 
 `executor.torch_adapter` imports this before anything else, so that another torch is refused here, with the names that
-it lacks, not later and somewhere inside. Tests alone use `torch.distributed.pipelining.schedules`: it is not asked for.
+it lacks, not later and somewhere inside.
 """
 
 from __future__ import annotations

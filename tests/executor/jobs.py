@@ -19,12 +19,12 @@ from executor.initial import cut_hollow
 from executor.layers import cut
 from executor.model_file import load
 from executor.rank import Rank
-from executor.torch_adapter import oracle
 from executor.worker import join
 from planner.orders import schedules
 from planner.orders.action import Action
 from planner.orders.operations import OPTIMIZER
 from planner.values.plan import Plan
+from tests.torch_schedules import oracle
 
 SEED = 3
 

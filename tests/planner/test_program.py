@@ -80,7 +80,7 @@ def test_programs_and_links_are_the_same_compiled(name: str, monkeypatch: pytest
 
 @given(shapes(only=lambda schedule: schedule.copies == 1 and not schedule.splits))
 def test_lowering_equals_torch_up_to_reordering(drawn: tuple[str, Shape]) -> None:
-    from executor.torch_adapter import torch_lowering
+    from tests.torch_schedules import torch_lowering
 
     name, shape = drawn
     order = schedules.arrange(name, shape)

@@ -322,8 +322,8 @@ TORCH = ("gpipe", "interleaved", "looped-bfs", "zb-interleaved", "zb-v", "dualpi
 @given(st.sampled_from(TORCH), st.integers(1, 6), st.integers(1, 20), V)
 def test_torch_arranges_the_same(name: str, p: int, m: int, v: int) -> None:
     """Not torch's 1F1B, which is wrong on the last rank; of its interleaved 1F1B only real interleaving."""
-    torch_adapter = pytest.importorskip("executor.torch_adapter")
+    torch_schedules = pytest.importorskip("tests.torch_schedules")
     shape = possible(name, Shape(p, m, v))
     assume(name != "interleaved" or v > 1)
     ours = [[str(action) for action in row] for row in Program(get(name).order(shape)).rows]
-    assert ours == torch_adapter.torch_orders(name, p, v, m)
+    assert ours == torch_schedules.torch_orders(name, p, v, m)
