@@ -10,7 +10,6 @@ from torch import nn
 from executor.batch import Drawn
 from executor.layers import LayeredModel, unchanged_buffers
 from executor.model_file import ModelFile
-from executor.precision import DTYPES, autocast
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 
@@ -18,8 +17,6 @@ SAMPLES, SEED = 2, 0
 
 ROUNDING = 2.0**10
 """Differences of so many units in the last place of the largest gradient are rounding: kernels sum in other orders."""
-COARSE = 4.0
-"""The same where a precision has few bits: there both run the same kernels, and sums of several gradients differ."""
 
 
 def agree(file: ModelFile, layered: LayeredModel) -> None:
@@ -41,10 +38,9 @@ def agree(file: ModelFile, layered: LayeredModel) -> None:
     added = sorted(name for name in names if name in parts and name not in whole)
     if added:
         raise _refused(file, f"the layers train {_some(added)}, which the model's own step does not")
-    least = room(file)
-    if not close(loss, whole_loss, whole_loss, least):
+    if not close(loss, whole_loss, whole_loss):
         raise _refused(file, f"the loss of a batch is {float(loss):.6g}, the model's {float(whole_loss):.6g}")
-    other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name], least)]
+    other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name])]
     if other:
         raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
 
@@ -106,8 +102,7 @@ def _check_trains(file: ModelFile, model: nn.Module, loss: torch.Tensor) -> None
 
 def _whole_loss(file: ModelFile, model: nn.Module, drawn: Drawn) -> torch.Tensor:
     args, keywords = drawn.arguments()
-    with autocast(file.precision, drawn.given):
-        return file.loss(model(*args, **keywords), drawn.targets)
+    return file.loss(model(*args, **keywords), drawn.targets)
 
 
 def _cut_loss(layered: LayeredModel, inputs: tuple[torch.Tensor, ...], targets: Any) -> torch.Tensor:
@@ -115,21 +110,12 @@ def _cut_loss(layered: LayeredModel, inputs: tuple[torch.Tensor, ...], targets: 
     return layered.loss(layered.stage(range(len(layered.layers)))(*inputs), targets)
 
 
-def room(file: ModelFile) -> float:
-    """Return the relative difference that is rounding in a precision; 0 where the dtypes themselves say it."""
-    return COARSE * torch.finfo(DTYPES[file.precision]).eps if file.precision else 0.0
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, least: float = 0.0) -> bool:
-    """Return whether two results are equal but for rounding, of numbers up to the size of those in `scale`.
-
-    A relative difference up to `least` is rounding in any case.
-    """
+def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Return whether two results are equal but for rounding, of numbers up to the size of those in `scale`."""
     if found.shape != expected.shape:
         return False
-    relative = max(least, ROUNDING * torch.finfo(expected.dtype).eps)
-    most = relative * max(1e-30, float(scale.detach().abs().max()))
-    return bool(torch.allclose(found, expected, rtol=0.0, atol=most, equal_nan=True))
+    room = ROUNDING * torch.finfo(expected.dtype).eps * max(1e-30, float(scale.detach().abs().max()))
+    return bool(torch.allclose(found, expected, rtol=0.0, atol=room, equal_nan=True))
 
 
 def _some(names: list[str]) -> str:

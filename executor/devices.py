@@ -151,3 +151,21 @@ def memory_bytes(kind: str) -> int:
         return min(total, int(limit)) if limit != "max" else total
     except OSError:
         return total
+
+
+def free_bytes(kind: str) -> int:
+    """Memory of one device that nobody uses now: of the host for the CPU, within the limit of its control group."""
+    if kind == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = memory_bytes("cpu")
+    try:
+        with open("/proc/meminfo") as file:
+            known = dict(line.split(":") for line in file)
+        free = min(free, 1024 * int(known["MemAvailable"].split()[0]))
+        with open("/sys/fs/cgroup/memory.current") as file:
+            used = int(file.read())
+        with open("/sys/fs/cgroup/memory.stat") as file:
+            used -= sum(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
+        return min(free, memory_bytes("cpu") - used)
+    except (OSError, KeyError, ValueError):
+        return free

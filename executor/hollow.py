@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from executor.model_file import ModelFile
-from executor.torch_adapter import own_attributes, parameters_without_data, without_data
+from executor.torch_adapter import own_attributes, parameters_without_data, watching_parameters, without_data
 
 Make = Callable[[torch.Tensor], torch.Tensor]
 """From a tensor without data to a real one of the same shape and dtype."""
@@ -31,6 +31,32 @@ def build(file: ModelFile, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]), parameters_without_data():
         return file.build(seed)
+
+
+class _TooLarge(KeyboardInterrupt):
+    """Ends `model()` as a Ctrl-C does, which nobody takes for a fault of the model file."""
+
+
+def built_within(file: ModelFile, seed: int, limit_bytes: float) -> nn.Module:
+    """Make the user's model, without storage for its parameters where these take more than a limit.
+
+    No more than the limit, and one parameter, is in memory before that is known. Raises `PlanError` when `model()`
+    fails.
+    """
+    held = 0
+
+    def count(parameter: nn.Parameter) -> None:
+        nonlocal held
+        held += 0 if torch.nn.parameter.is_lazy(parameter) else parameter.nbytes
+        if held > limit_bytes:
+            raise _TooLarge
+
+    try:
+        with watching_parameters(count):
+            return file.build(seed)
+    except _TooLarge:
+        model = build(file, seed)
+    return model if held_bytes(model) > limit_bytes else file.build(seed)  # one may be registered several times
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:

@@ -93,7 +93,7 @@ class Chain:
         given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
         given += [surroundings[name] for name in layer.ambient]
         with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(part, "forward"):
-            result = layer(*given)
+            result = layer.module(*given)
         return taken, tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor)), result
 
     def forward_loss(self, result: Any, targets: Any, around: Around) -> tuple[Tensors, torch.Tensor]:
@@ -208,6 +208,57 @@ class Chain:
             for tensor, gradient in saved:
                 tensor.grad = gradient
         return found
+
+
+class Flow:
+    """A batch on its way through a chain, one layer at a time: the values that layers still to come will read."""
+
+    def __init__(self, chain: Chain, samples: int) -> None:
+        self.chain, self.samples = chain, samples
+        self.inputs, self.targets = chain.draw(samples)
+        self.values, self.surroundings = chain.begin(self.inputs)
+        self.last = {name: i for i, layer in enumerate(chain.layers) for name in layer.inputs}
+        self.next: dict[str, torch.Tensor] = {}
+
+    def forward(
+        self, part: int, around: Around, made_by: Callable[[int, Tensors], object] = lambda part, made: None
+    ) -> list[tuple[int, Tensors, Tensors]]:
+        """Run one layer, the last with the loss: return each part's number, what it has read, and what it makes.
+
+        `made_by` is told of each before the next one runs.
+        """
+        chain, layer = self.chain, self.chain.layers[part]
+        taken, made, result = chain.forward_part(part, self.values, self.surroundings, around)
+        made_by(part, made)
+        self.next = {name: _leaf(t) for name, t in zip(layer.outputs, made, strict=False)}
+        found = [(part, taken, made)]
+        if part == len(chain.layers) - 1:
+            read, loss = chain.forward_loss(result, self.targets, around)
+            made_by(part + 1, (loss,))
+            found.append((part + 1, read, (loss,)))
+        return found
+
+    def backward(
+        self, part: int, ran: list[tuple[int, Tensors, Tensors]], around: Around, *, keep: bool
+    ) -> tuple[Tensors, ...]:
+        """Run the backward of what `forward` has run; return the gradients of its parts' outputs, to `keep` them.
+
+        Where the loss is not at hand a layer gets gradients of ones. Those of its inputs are let go of.
+        """
+        _, taken, made = ran[0]
+        if len(ran) > 1:
+            given = self.chain.backward_loss(ran[1][1], ran[1][2][0], around)
+        else:
+            given = [torch.ones_like(t) if t.requires_grad else None for t in made]
+        used = self.chain.backward_part(part, made, given, around, keep=keep)
+        take_gradients(taken)
+        return used, ()
+
+    def go_on(self, part: int) -> None:
+        """Let the next layers read what one has made, and let go of what none of them reads."""
+        self.values |= self.next
+        self.next = {}
+        self.values = {name: t for name, t in self.values.items() if self.last.get(name, -1) > part}
 
 
 class _Begin(torch.autograd.Function):

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
-from executor import averaging, devices
-from executor.agreement import agree
-from executor.evaluated import agree_evaluated
-from executor.layers import cut
-from executor.model_file import imported, load, sha256
+from executor import devices
+from executor.devices import Backend
+from executor.model_file import ModelFile, imported, load, sha256
 from planner.basis.errors import PlanError
-from planner.values.profile import LayerProfile, Profile, ProfileKey
-from profiles import crowding, machine
+from planner.values.cluster import Cluster
+from planner.values.profile import LayerProfile, Measuring, Profile, ProfileKey
+from profiles import crowding, machine, subject
 from profiles.chain import Chain
+from profiles.kinds import Kinds
 from profiles.loading import measure_loading
+from profiles.machine import Machine
+from profiles.passes import InPlace, OneByOne, Passes
 from profiles.rates import rate_s
-from profiles.sizes import Static, measure_sizes, measure_static, values_of
+from profiles.sizes import Static
 from profiles.splits import splits_of
-from profiles.times import LayerTimer
+from profiles.subject import Subject
+from profiles.times import WANTED_ROUNDS, LayerTimer
+from profiles.watch import Budget, Stopwatch
 
-LAYERS, LOADS, CROWD = 0.7, 0.1, 0.2
-"""Of the budget, for the layers' times, for drawing batches, and for how busy cores slow each other."""
+LOADS, CROWD = 0.1, 0.15
+"""Of the budget, for loading batches, and for running the model on busy cores."""
+CROWD_SHARE = 0.5
+"""Of the budget, for starting the processes that crowd the cores, and running the model in them."""
+CROWD_PASSES = 19
+"""Passes that one of them runs at least, and waits for."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being measured, and how much of how much is done."""
@@ -40,59 +47,56 @@ def measure(
     progress: Progress,
     sequence: int = 0,
     remeasure_machine: bool = False,
+    one_by_one: bool | None = None,
+    fold: bool | None = None,
 ) -> Profile:
     """Measure every layer of the model file at `path`, and the machine, on `device`.
 
     `sequence` asks for samples of so many tokens; by default the model file decides.
-    `sizes` are micro-batch sizes in samples, at least three; by default all powers of two up to the batch. `budget_s`
-    bounds the seconds for which the model is run to be timed: sizes for which it is too short have no times, only
-    bytes; what counts bytes and probes links comes on top. What was found of the machine before is taken, unless it is
-    to be measured again. Raises `PlanError` when the model file fails.
+    `sizes` are micro-batch sizes in samples, at least three; by default as many of the powers of two up to the batch as
+    curves need. `budget_s` bounds the wall seconds of all measuring of the model, from its first byte to its last pass,
+    to within the last pass begun; one pass of the smallest size is run whatever it takes. Before it come importing,
+    building and checking the model, and once per machine what is the machine's own, unless that is to be measured
+    again.
+
+    `one_by_one` is whether only one layer at a time is to be in memory, `fold` whether one layer of each kind is run;
+    None decides by memory and budget. Raises `PlanError` when the model file fails.
     """
+    chosen = _candidates(path, sizes)
     file = load(path, sequence)
     tokens = file.tokens()
     backend = devices.open_device(device)
-    layered = cut(file, file.build(seed=0))
-    agree(file, layered)
-    if file.evaluate is not None:
-        agree_evaluated(file, layered)
-    averaging.check(file, layered.model)
-    chain = Chain(file, layered, backend.device)
-    sizes = sorted(set(sizes or _powers_of_two(file.batch_size)))
-    if len(sizes) < 3 or sizes[0] < 1:
-        raise PlanError(
-            what="a profile needs at least three micro-batch sizes",
-            where="--sizes" if sizes else file.path,
-            why=f"the sizes are {', '.join(map(str, sizes))}: time is not linear in the size",
-            fix="plan profile model.py --sizes 1,4,16   (positive and different)",
-        )
-    measured = []
-    by_size = {}
-    for i, samples in enumerate(sizes):
-        progress("bytes of every layer", i, len(sizes))
-        layer_sizes, by_size[samples] = measure_sizes(chain, backend, samples)
-        measured.append(layer_sizes)
-    static = [
-        *measure_static(chain, backend),
-        Static(parameter_bytes=0, buffer_bytes=0, gradient_bytes=0, optimizer_bytes=0, optimizer_peak_bytes=0),
-    ]
-    splits = splits_of(chain, sizes[0])
-    settings = [(threads, samples) for threads in _threads(device) for samples in sizes]
-    timer = LayerTimer(chain, backend, settings, lambda done, of: progress("seconds of every layer", done, of))
-    timer.run(LAYERS * budget_s)
-    drawn = _batches(file.batch_size)
-    loaded = measure_loading(file, layered, backend, drawn, timer.evict, LOADS * budget_s)
+    model = subject.prepare(file, device, one_by_one=one_by_one)
+    candidates = chosen or _powers_of_two(file.batch_size)
     progress("links and overheads", 0, 1)
     probed = machine.machine(device, again=remeasure_machine)
     progress("links and overheads", 1, 1)
+
+    budget = Budget(budget_s)
+    crowded = device == "cpu" and _crowded(model, probed, budget_s, candidates[0])
+    layers_s = budget_s * (1 - LOADS) - (_crowd_s(model, probed, budget_s) if crowded else 0.0)
+    fold = _slow(model, device, candidates, layers_s) if fold is None else fold
+    kinds = model.kinds(fold=fold or not model.resident)
+    passes = _passes(file, kinds, backend, resident=model.resident)
+    static = [*passes.static(), Static(0, 0, 0, 0, 0)]
+    names = [*(layer.name for layer in model.layered.layers), "loss"]
+    splits = splits_of(passes.chain, candidates[0], list(zip(names, kinds.standing, strict=False)))
+
+    def told(done: int, of: int) -> None:
+        progress("seconds of every layer", done, of)
+
+    timer = LayerTimer(passes, _threads(device), candidates, told, every=bool(chosen))
+    timer.run(budget, layers_s)
+    loads_s = max(0.0, min(LOADS * budget_s, budget.left))
+    loaded = measure_loading(file, model.layered, backend, _batches(file.batch_size), _displace, loads_s)
     cluster = probed.cluster
-    if device == "cpu" and CROWD * budget_s >= probed.launch_s:
+    if crowded and not kinds.folded and not timer.interrupted:
         progress("contention", 0, 1)
-        samples = min(sizes, key=lambda n: abs(n - file.batch_size / 8))
-        busy = crowding.Load(device=device, model=path, samples=samples, sequence=tokens, budget_s=CROWD * budget_s)
-        cluster = crowding.crowded(cluster, crowding.measure(busy))
+        cluster = _busy(path, tokens, timer, min(CROWD * budget_s, budget.left), cluster, file.batch_size)
         progress("contention", 1, 1)
-    names = [*(layer.name for layer in layered.layers), "loss"]
+
+    parts = (*kinds.standing, len(kinds.short.layers))
+    first = [kinds.standing.index(part) for part in kinds.standing]
     profiles = tuple(
         LayerProfile(
             name=name,
@@ -102,42 +106,109 @@ def measure(
             optimizer_bytes=static[part].optimizer_bytes,
             optimizer_peak_bytes=static[part].optimizer_peak_bytes,
             times=timer.layer(part),
-            sizes=tuple(by_samples[part] for by_samples in measured),
-            split=splits.get(part),
+            sizes=tuple(of[part] for _, of in sorted(passes.sizes.items())),
+            split=splits.get(i),
+            like=names[first[i]] if i < len(first) and first[i] != i else "",
         )
-        for part, name in enumerate(names)
+        for i, (name, part) in enumerate(zip(names, parts, strict=True))
     )
-    files, dtype = imported(path), _dtype(layered.model)
+    files, dtype = imported(path), subject.dtype_of(model.layered.model)
+    unheld = model.layered.unheld().items()
     return Profile(
-        key=key_of(path, device, tokens, files, dtype, file.precision),
+        key=key_of(path, device, tokens, files, dtype),
         sources=files,
-        opaque=layered.opaque,
-        unused=tuple(name for name, tensor in layered.unheld().items() if isinstance(tensor, torch.nn.Parameter)),
+        opaque=model.layered.opaque,
+        unused=tuple(name for name, tensor in unheld if isinstance(tensor, torch.nn.Parameter)),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=path,
         layers=profiles[:-1],
         loss=profiles[-1],
-        values=values_of(chain, by_size),
-        tied=layered.tied(),
-        whole=timer.whole(),
+        values=kinds.values(model.layered, passes.values),
+        tied=model.layered.tied(),
+        whole=timer.whole(kinds.standing),
         load=loaded.load,
         batch_bytes=loaded.batch_bytes,
         loading=loaded.loading,
         batch=file.batch_size,
         clip=file.clip,
-        rate_s=rate_s(file, backend, layered.model),
+        rate_s=rate_s(file, backend, model.layered.model),
         action_s=probed.action_s,
         noise=timer.noise(),
         machine=cluster,
         machine_created=probed.created,
+        measuring=Measuring(
+            rounds=timer.rounds,
+            between=timer.between,
+            beyond=timer.left_out,
+            unlike=timer.unlike(kinds.alike) if kinds.folded else 0.0,
+            derived=timer.derived,
+            one_by_one=not model.resident,
+            interrupted=timer.interrupted,
+        ),
     )
 
 
-def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str, precision: str) -> ProfileKey:
+def _candidates(path: str, sizes: Sequence[int] | None) -> list[int]:
+    chosen = sorted(set(sizes or ()))
+    if chosen and (len(chosen) < 3 or chosen[0] < 1):
+        raise PlanError(
+            what="a profile needs at least three micro-batch sizes",
+            where="--sizes",
+            why=f"the sizes are {', '.join(map(str, chosen))}: time is not linear in the size",
+            fix="plan profile model.py --sizes 1,4,16   (positive and different)",
+        )
+    return chosen
+
+
+def _passes(file: ModelFile, kinds: Kinds, backend: Backend, *, resident: bool) -> Passes:
+    chain = Chain(file, kinds.short, backend.device, resident=resident)
+    return (InPlace if resident else OneByOne)(chain, backend, Stopwatch(backend))
+
+
+def _slow(model: Subject, device: str, sizes: Sequence[int], layers_s: float) -> bool:
+    """Whether all layers at all sizes would leave too few rounds, so that one of each kind is to be run."""
+    threads = _threads(device)
+    factor = sum(max(threads) / own for own in threads) * sum(sizes)
+    return WANTED_ROUNDS * 2 * model.sample_s * factor > layers_s
+
+
+def _crowd_s(model: Subject, probed: Machine, budget_s: float) -> float:
+    """Seconds that it takes to run the model in as many processes as crowd the cores."""
+    return probed.launch_s + model.build_s * crowding.processes() / devices.cores() + CROWD * budget_s
+
+
+def _crowded(model: Subject, probed: Machine, budget_s: float, samples: int) -> bool:
+    """Whether there is time and memory for that; otherwise a standard load has said how busy cores slow each other."""
+    passes_s = CROWD_PASSES * model.sample_s * samples
+    in_time = max(passes_s - CROWD * budget_s, 0.0) + _crowd_s(model, probed, budget_s) <= CROWD_SHARE * budget_s
+    return model.resident and in_time and subject.crowds(model, crowding.processes())
+
+
+def _busy(path: str, tokens: int, timer: LayerTimer, budget_s: float, cluster: Cluster, batch: int) -> Cluster:
+    """The cluster with the model's own slowdown, on the size nearest to an eighth of the batch that is quick enough."""
+    quick = [n for n in timer.looked_at if CROWD_PASSES * timer.step_s(n) <= budget_s] or timer.looked_at[:1]
+    samples = min(quick, key=lambda n: abs(n - batch / 8))
+    busy = crowding.Load(device="cpu", model=path, samples=samples, sequence=tokens, budget_s=budget_s)
+    try:
+        return crowding.crowded(cluster, crowding.measure(busy))
+    except KeyboardInterrupt:
+        timer.interrupted = True
+        return cluster
+
+
+_DISPLACING = 2**24
+"""Floats, 64 MiB: reading and writing as many leaves little of anything else in a core's caches."""
+
+
+def _displace() -> None:
+    """Leave the caches as computing does."""
+    torch.relu_(torch.ones(_DISPLACING))
+
+
+def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str) -> ProfileKey:
     """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for.
 
-    `files` are what it imports from its folder, `dtype` and `precision` the model's own: none is known without
-    running it.
+    `files` are what it imports from its folder, `dtype` the model's own: neither is known without running it.
     """
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
@@ -148,17 +219,7 @@ def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: s
         torch=str(torch.__version__),
         python=platform.python_version(),
         sequence=sequence,
-        precision=precision,
     )
-
-
-def _dtype(model: torch.nn.Module) -> str:
-    """The dtype of most of a model's parameters."""
-    counts = Counter[torch.dtype]({torch.get_default_dtype(): 0})
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _powers_of_two(batch: int) -> list[int]:

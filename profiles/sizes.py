@@ -16,11 +16,11 @@ from executor.batch import tensors
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
 from executor.torch_adapter import storage_of
-from planner.values.profile import LayerSizes, Value
-from profiles.chain import Chain, Pass, update
+from planner.values.profile import LayerSizes
+from profiles.chain import Chain, Flow, Pass, Tensors, update
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Static:
     """Bytes that a layer holds whatever the batch."""
 
@@ -58,6 +58,16 @@ class _Saved:
         self.once: set[int] = set()
         self.alive: list[torch.Tensor] = []
         self.nobody = {storage_of(t) for t in (*chain.whole.parameters(), *chain.whole.buffers())}
+
+    @contextmanager
+    def held(self, module: torch.nn.Module, stay: set[int]) -> Iterator[None]:
+        """While inside, a module has tensors that are nobody's; then only what is to `stay` is remembered as kept."""
+        own = {storage_of(t) for t in (*module.parameters(), *module.buffers())} - self.nobody
+        self.nobody |= own
+        yield
+        self.nobody -= own
+        self.alive = [t for t in self.alive if storage_of(t) in stay]
+        self.once &= stay
 
     def keep(self, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,21 +144,33 @@ def recorded_sizes(
                 again = chain.forward(inputs, targets, around)
                 chain.backward(again, around, keep=False)
                 del again
-    sizes = [
+    peaks = [_peaks(recorder, part) for part in range(count + 1)]
+    return _joined(samples, saved, output_bytes, peaks, flop), values
+
+
+def _joined(
+    samples: int, saved: _Saved, output_bytes: list[int], peaks: list[tuple[int, int, int]], flop: dict[int, int]
+) -> list[LayerSizes]:
+    return [
         LayerSizes(
             samples=samples,
             saved_bytes=saved.bytes(part),
             output_bytes=output_bytes[part],
             output_saved=saved.output_saved(part),
             saves_output=saved.saves_output(part),
-            forward_peak_bytes=recorder.span(f"forward1.{part}")[0],
-            backward_first_peak_bytes=_peak(recorder, f"backward0.{part}"),
-            backward_peak_bytes=_peak(recorder, f"backward1.{part}"),
+            forward_peak_bytes=peaks[part][0],
+            backward_first_peak_bytes=peaks[part][1],
+            backward_peak_bytes=peaks[part][2],
             flop=flop.get(part, 0),
         )
-        for part in range(count + 1)
+        for part in range(len(output_bytes))
     ]
-    return sizes, values
+
+
+def _peaks(recorder: Recorder, part: int) -> tuple[int, int, int]:
+    """Of a part's forward, its first backward and those that follow."""
+    backwards = _peak(recorder, f"backward0.{part}"), _peak(recorder, f"backward1.{part}")
+    return recorder.span(f"forward1.{part}")[0], *backwards
 
 
 def _peak(recorder: Recorder, name: str) -> int:
@@ -167,14 +189,69 @@ def _saved_pass(
     def around(part: int, kind: str) -> Iterator[None]:
         if part > 0:
             saved.made(part - 1, done.outputs[part - 1])
-        counter = FlopCounterMode(display=False)
-        with saved_tensors_hooks(saved.keep(part), lambda tensor: tensor), counter:
+        with _kept(part, saved, flop):
             yield
-        flop[part] = counter.get_total_flops()
 
     done = Pass()
     chain.forward(inputs, targets, around, done)
     return done
+
+
+@contextmanager
+def _kept(part: int, saved: _Saved, flop: dict[int, int]) -> Iterator[None]:
+    """Note what autograd keeps of a part's forward, and its FLOP."""
+    counter = FlopCounterMode(display=False)
+    with saved_tensors_hooks(saved.keep(part), lambda tensor: tensor), counter:
+        yield
+    flop[part] = counter.get_total_flops()
+
+
+class PartCounter:
+    """Counts the bytes of one micro-batch size part by part, where only one layer at a time has data.
+
+    It finds what `measure_sizes` finds, for layers of whose outputs every one that has a gradient gets one.
+    """
+
+    def __init__(self, chain: Chain, backend: Backend, flow: Flow) -> None:
+        self.chain, self.backend, self.flow = chain, backend, flow
+        self.saved = _Saved(chain)
+        self.saved.nobody = {storage_of(t) for t in (*flow.inputs, *tensors(flow.targets))}
+        self.values = {name: (t.nbytes, t.requires_grad) for name, t in flow.values.items()}
+        self.flop: dict[int, int] = {}
+        self.output_bytes: list[int] = []
+        self.peaks: list[tuple[int, int, int]] = []
+        self.outputs: list[Tensors] = []
+
+    def count(self, part: int) -> None:
+        """Count one layer, the last with the loss; its inputs are in the flow, and it has data and no gradients."""
+        chain, flow = self.chain, self.flow
+        layer = chain.layers[part]
+        ambient = {storage_of(t) for t in flow.surroundings.values() if isinstance(t, torch.Tensor)}
+        with self.saved.held(layer.module, ambient):
+            ran = flow.forward(part, lambda at, kind: _kept(at, self.saved, self.flop), self.saved.made)
+            passed = flow.next
+            for _, _, made in ran:
+                self.output_bytes.append(sum(t.nbytes for t in made))
+            self.values |= {n: (t.nbytes, t.requires_grad) for n, t in zip(layer.outputs, ran[0][2], strict=False)}
+            # so that nothing else gets the identity of one of these
+            self.outputs += [tuple(t.detach() for t in made) for _, _, made in ran]
+            del ran, made
+            with AllocationRecorder(self.backend) as recorder:
+                for number in range(2):  # the first allocates the gradients, the second adds to them
+
+                    def around(at: int, kind: str, number: int = number) -> AbstractContextManager[Any]:
+                        return recorder.marked(f"{kind}{number}.{at}")
+
+                    again = flow.forward(part, around)
+                    flow.backward(part, again, around, keep=False)
+                    del again
+            flow.next = passed
+            last = part == len(chain.layers) - 1
+            self.peaks += [_peaks(recorder, at) for at in range(part, part + 1 + last)]
+
+    def sizes(self) -> list[LayerSizes]:
+        """Return every part's bytes, the loss last, when all have been counted."""
+        return _joined(self.flow.samples, self.saved, self.output_bytes, self.peaks, self.flop)
 
 
 @contextmanager
@@ -183,41 +260,27 @@ def _plain(part: int, kind: str) -> Iterator[None]:
 
 
 def measure_static(chain: Chain, backend: Backend) -> list[Static]:
-    """Return every layer's static bytes. Needs gradients in place; runs the optimizer (with learning rate 0)."""
-    found = []
-    for layer, optimizer in zip(chain.layers, chain.optimizers, strict=True):
-        parameters = list(layer.module.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
+    """Return every layer's static bytes. Runs the optimizer (with learning rate 0)."""
+    pairs = zip(chain.layers, chain.optimizers, strict=True)
+    return [static_of(layer.module, optimizer, backend) for layer, optimizer in pairs]
+
+
+def static_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer | None, backend: Backend) -> Static:
+    """Return one layer's static bytes, after a step of its optimizer, and leave it without gradients."""
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    update(optimizer, trained)
+    with AllocationRecorder(backend) as recorder, recorder.marked("optimizer"):
         update(optimizer, trained)
-        with AllocationRecorder(backend) as recorder, recorder.marked("optimizer"):
-            update(optimizer, trained)
-        state = optimizer.state.values() if optimizer else ()
-        found.append(
-            Static(
-                parameter_bytes=sum(p.nbytes for p in parameters),
-                buffer_bytes=sum(b.nbytes for b in layer.module.buffers()),
-                gradient_bytes=sum(p.nbytes for p in trained),
-                optimizer_bytes=sum(t.nbytes for e in state for t in e.values() if isinstance(t, torch.Tensor)),
-                optimizer_peak_bytes=recorder.span("optimizer")[0],
-            )
-        )
-        for parameter in trained:
-            parameter.grad = None
-    return found
-
-
-def values_of(chain: Chain, by_size: dict[int, dict[str, tuple[int, bool]]]) -> tuple[Value, ...]:
-    """Join what every size says of the values between the layers."""
-    return tuple(
-        Value(
-            name=wire.name,
-            source=wire.source,
-            targets=wire.targets,
-            bytes_at=tuple((n, values[wire.name][0]) for n, values in sorted(by_size.items())),
-            gradient=next(iter(by_size.values()))[wire.name][1],
-        )
-        for wire in chain.layered.wires
-        if wire.targets
+    state = optimizer.state.values() if optimizer else ()
+    for parameter in trained:
+        parameter.grad = None
+    return Static(
+        parameter_bytes=sum(p.nbytes for p in parameters),
+        buffer_bytes=sum(b.nbytes for b in module.buffers()),
+        gradient_bytes=sum(p.nbytes for p in trained),
+        optimizer_bytes=sum(t.nbytes for e in state for t in e.values() if isinstance(t, torch.Tensor)),
+        optimizer_peak_bytes=recorder.span("optimizer")[0],
     )

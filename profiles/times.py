@@ -1,254 +1,354 @@
-"""Time every layer at several micro-batch sizes and numbers of threads, interleaved so that drift hits all alike."""
+"""Time every layer at several micro-batch sizes and numbers of threads, for as long as a budget says.
+
+First a look at the smallest size, then at the next one, at the largest for which there is time, and between them where
+times bend: where a line between two sizes misses what lies in the middle. Then round over all of them, interleaved so
+that drift hits all alike, until the budget is spent. What is never run is never guessed from other layers: it is
+interpolated between sizes by who reads the profile, or follows from other times as `derived` says.
+"""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
-from torch import nn
 
-from executor.devices import Backend
-from executor.layers import unchanged_buffers
-from executor.norm import norm_of
-from executor.precision import SCALED
-from executor.scaling import Scaling
-from executor.user_code import explained
-from planner.values.profile import LayerTimes, Timing, WholeStep
-from profiles.chain import Chain, update
+from planner.values.profile import LayerTimes, Timing, WholeStep, interpolate
+from profiles.passes import Passes
+from profiles.watch import WHOLE, Budget, Setting
 
 MAX_ROUNDS = 40
 EXTRA_ROUNDS = 3
 """Rounds of the measurements that only some plans need: halves of the backward, recomputes."""
-LEAST_SIZES = 3
-"""Micro-batch sizes that are measured in any case, the smallest: time is not linear in the size."""
+WANTED_ROUNDS = 5
+"""Rounds that one wants of every size, before more sizes are measured than curves need."""
 FIRST_SHARE = 0.5
-"""Of the budget, for the first look at every size; the rest is for repeating it."""
-
-Setting = tuple[int, int]
-"""(threads, samples)"""
-
-
-class Stopwatch:
-    """Collects seconds by setting, part and kind."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.seconds: dict[tuple[Setting, int, str], list[float]] = defaultdict(list)
-        self.setting: Setting = (1, 1)
-        self.on = True
-
-    @contextmanager
-    def around(self, part: int, kind: str) -> Iterator[None]:
-        """Time what is done inside."""
-        self.backend.synchronize()
-        begin = self.backend.stamp()
-        yield
-        end = self.backend.stamp()
-        self.backend.synchronize()
-        self.note(part, kind, begin, end)
-
-    def note(self, part: int, kind: str, begin: Any, end: Any) -> None:
-        """Add the seconds between two stamps."""
-        if self.on:
-            self.seconds[self.setting, part, kind].append(self.backend.seconds(end) - self.backend.seconds(begin))
-
-    def timing(self, setting: Setting, part: int, kind: str) -> Timing:
-        """The quantiles of what was collected; zero for what was never run."""
-        return Timing.of(setting[1], self.seconds.get((setting, part, kind), []))
-
-
-WHOLE = -1
-"""The part that is the unsplit model, loss included."""
+"""Of the budget, for the first looks at sizes; the rest is for repeating them."""
+BEND = 0.05
+"""A curve bends where a line misses it by more than this share; that much is noise on most machines."""
+EXTRA_COST = 3.0
+"""How much longer a pass takes with its extras, before that has been seen: two backwards, two forwards more."""
+APART = 1.6
+"""Both halves of a backward over the whole one, of a transformer's blocks (DESIGN.md); used where neither was run."""
 
 
 class LayerTimer:
-    """Measures a chain. `progress` is told after every pass how much of the budget is spent, in per cent.
+    """Measures what some passes run. `progress` is told after every pass how much of the budget is spent, in per cent.
 
-    `settings` are those that are to be measured, and after `run` those that were.
+    `sizes` are candidates, all of them to be measured if `every`; `measured` says how often each setting was. What is
+    `left_out` is larger than all that were measured, `between` lies between them.
     """
 
     def __init__(
-        self, chain: Chain, backend: Backend, settings: list[Setting], progress: Callable[[int, int], None]
+        self,
+        passes: Passes,
+        threads: Sequence[int],
+        sizes: Sequence[int],
+        progress: Callable[[int, int], None],
+        *,
+        every: bool = False,
     ) -> None:
-        self.chain, self.settings, self.progress = chain, settings, progress
-        self.watch = Stopwatch(backend)
-        self.scaling = Scaling(backend.device) if chain.file.precision == SCALED else None
-        if self.scaling is not None:
-            self.scaling.scale.fill_(1.0)
-        self.batches = {samples: chain.draw(samples) for _, samples in settings}
+        self.passes, self.watch, self.progress = passes, passes.watch, progress
+        self.threads, self.sizes, self.every = sorted(threads, reverse=True), sorted(sizes), every
+        self.measured: dict[Setting, int] = {}
+        self.extras: set[Setting] = set()
         self.cost: dict[tuple[Setting, bool], float] = {}
-        """Seconds of the last pass of each setting, without and with what only some plans need."""
-        self.begun = self.budget_s = 0.0
+        """Seconds of the last pass of each setting, without and with extras."""
+        self.looks: dict[int, float] = {}
+        """Seconds of the first look at each size."""
+        self.interrupted = False
+        self.budget, self.limit_s = Budget(0.0), 0.0
 
-    def run(self, budget_s: float) -> None:
-        """Look at every size once, the smallest first, then go round over all for `budget_s` seconds at most.
+    def run(self, budget: Budget, limit_s: float) -> None:
+        """Measure until so many seconds of a budget are spent; one pass of the smallest size whatever it takes.
 
-        A size whose first look would take more than its share of the budget is left out, with all larger ones; the
-        smallest are measured whatever they take. What is measured is measured twice at least.
+        A Ctrl-C behind that pass ends the measuring, as the end of the budget does.
         """
         before = torch.get_num_threads()
-        self.begun, self.budget_s = time.monotonic(), budget_s
+        self.budget, self.limit_s = budget, limit_s
         try:
-            with unchanged_buffers(self.chain.layered.model):
-                self._first_look()
-                for setting in self.settings:  # a second time in any case: one alone has no spread
-                    self._timed(setting, extra=False)
-                for done in range(1, MAX_ROUNDS):
-                    if not self._round(extra=done < EXTRA_ROUNDS):
-                        break
+            self._look_around()
+            self._go_round()
+        except KeyboardInterrupt:
+            if not self.measured:
+                raise
+            self.interrupted = True
         finally:
             torch.set_num_threads(before)
-            for parameter in self.chain.whole.parameters():
+            for parameter in self.passes.chain.whole.parameters():
                 parameter.grad = None
 
-    def _first_look(self) -> None:
-        sizes = sorted({samples for _, samples in self.settings})
-        took, kept = 0.0, list[int]()
-        for samples in sizes:
-            expected = took * samples / kept[-1] if kept else 0.0
-            if len(kept) >= LEAST_SIZES and self.spent + expected > FIRST_SHARE * self.budget_s:
-                break
-            begin = time.monotonic()
-            for setting in (own for own in self.settings if own[1] == samples):
-                self.watch.on = False
-                self._timed(setting, extra=False)
-                self.watch.on = True
-                self._timed(setting, extra=True)
-            took = time.monotonic() - begin
-            kept.append(samples)
-        self.settings = [setting for setting in self.settings if setting[1] in kept]
-
-    def _round(self, *, extra: bool) -> bool:
-        """Measure every setting once more for which there is time; return whether there was for any."""
-        fitting = False
-        for setting in self.settings:
-            if self.spent + self.cost[setting, extra] <= self.budget_s:
-                self._timed(setting, extra=extra)
-                fitting = True
-        return fitting
+    @property
+    def looked_at(self) -> list[int]:
+        """The sizes of which there are times."""
+        return sorted({samples for _, samples in self.measured})
 
     @property
-    def spent(self) -> float:
-        """Seconds since the measuring began."""
-        return time.monotonic() - self.begun
+    def left_out(self) -> tuple[int, ...]:
+        """Sizes beyond those that were measured."""
+        return tuple(n for n in self.sizes if n > self.looked_at[-1])
+
+    @property
+    def between(self) -> tuple[int, ...]:
+        """Sizes that were left out among those that were measured."""
+        return tuple(n for n in self.sizes if n < self.looked_at[-1] and n not in self.looked_at)
+
+    @property
+    def rounds(self) -> int:
+        """How often everything was measured at least."""
+        return min(self.measured.values())
+
+    def step_s(self, samples: int) -> float:
+        """Seconds of one micro-batch's forward and backward with one thread, or the fewest."""
+        return self._seconds(min(setting for setting in self.measured if setting[1] == samples))
+
+    # Which sizes
+
+    def _look_around(self) -> None:
+        self._look(self.sizes[0])
+        if self.every:
+            for samples in self.sizes[1:]:
+                if not self._affordable(samples):
+                    return
+                self._look(samples)
+            return
+        if len(self.sizes) > 1 and self._affordable(self.sizes[1]):
+            self._look(self.sizes[1])
+            largest = max(n for n in self.sizes if n in self.looks or self._affordable(n))
+            if largest not in self.looks:
+                self._look(largest)
+            self._bisect(self.sizes[1], largest)
+            for samples in self.between:
+                if self._affordable(samples, rounds=WANTED_ROUNDS):
+                    self._look(samples)
+
+    def _bisect(self, low: int, high: int) -> None:
+        """Look at the size in the middle of two, and further on both sides of it where a line misses it."""
+        inside = [n for n in self.sizes if low < n < high]
+        if not inside:
+            return
+        middle = inside[len(inside) // 2]
+        if middle not in self.looks:
+            if not self._affordable(middle):
+                return
+            self._look(middle)
+        if self._misses(low, middle, high):
+            self._bisect(low, middle)
+            self._bisect(middle, high)
+
+    def _misses(self, low: int, middle: int, high: int) -> bool:
+        """Whether a line between two sizes misses a third one, with any number of threads."""
+        for threads in self.threads:
+            seconds = {n: self._seconds((threads, n)) for n in (low, middle, high) if (threads, n) in self.measured}
+            if len(seconds) == 3:
+                line = interpolate([(low, seconds[low]), (high, seconds[high])], middle)
+                if abs(line - seconds[middle]) > BEND * seconds[middle]:
+                    return True
+        return False
+
+    def _seconds(self, setting: Setting) -> float:
+        """The whole step's forward and backward, as the sum of its parts."""
+        return self._total(setting, "forward") + self._total(setting, "backward")
+
+    def _affordable(self, samples: int, rounds: int = 0) -> bool:
+        """Whether a look at a size would end in its share of the budget, with so many rounds over all behind it."""
+        near = max((n for n in self.looks if n < samples), default=self.sizes[0])
+        expected = self.looks[near] * self._growth(near, samples)
+        if not rounds:
+            return self.budget.spent + expected <= FIRST_SHARE * self.limit_s
+        again = sum(self._expected(setting, extra=False) for setting in [*self.measured, (self.threads[-1], samples)])
+        return self._fits(expected + rounds * again)
+
+    def _growth(self, near: int, samples: int) -> float:
+        """How much longer a pass takes than at a size that was looked at: on the line through those that were."""
+        threads = self.threads[0]
+        costs = [
+            (float(n), self.cost[(threads, n), False]) for n in sorted(self.looks) if (threads, n) in self.measured
+        ]
+        at = interpolate(costs, near)
+        return min(samples / near, max(1.0, interpolate(costs, samples) / at)) if at > 0 else samples / near
+
+    def _look(self, samples: int) -> None:
+        begun = self.budget.spent
+        self.passes.count(samples)  # also warms up
+        for extra in (False, True):
+            for threads in self.threads:
+                setting = threads, samples
+                least = not self.measured
+                if least or (
+                    (setting in self.measured or not extra) and self._fits(self._expected(setting, extra=extra))
+                ):
+                    self._timed(setting, extra=extra)
+        self.looks[samples] = self.budget.spent - begun
+
+    # Round and round
+
+    def _go_round(self) -> None:
+        for done in range(1, MAX_ROUNDS):
+            fitting = False
+            for setting in self.measured:
+                extra = done < EXTRA_ROUNDS and self._fits(self._expected(setting, extra=True))
+                if self._fits(self._expected(setting, extra=extra)):
+                    self._timed(setting, extra=extra)
+                    fitting = True
+            if not fitting:
+                return
+
+    def _fits(self, seconds: float) -> bool:
+        return self.budget.spent + seconds <= self.limit_s
+
+    def _expected(self, setting: Setting, *, extra: bool) -> float:
+        """Seconds of a pass: as it took, or in proportion to the nearest that was run."""
+        if (setting, extra) in self.cost:
+            return self.cost[setting, extra]
+        if extra:
+            return EXTRA_COST * self._expected(setting, extra=False)
+        threads, samples = setting
+        plain = [known for known, more in self.cost if not more]
+        near = min(plain, key=lambda known: (known[0] != threads, abs(known[1] - samples)))
+        return self.cost[near, False] * samples / near[1] * near[0] / threads
 
     def _timed(self, setting: Setting, *, extra: bool) -> None:
         """Do a pass, and note what it costs."""
-        begin = time.monotonic()
-        self._pass(setting, extra=extra)
+        begun = self.budget.spent
+        self.passes.timed(setting, extra=extra)
         self.watch.backend.synchronize()
-        self.cost[setting, extra] = time.monotonic() - begin
-        self.progress(min(100, int(100 * self.spent / max(self.budget_s, 1e-9))), 100)
-
-    def _pass(self, setting: Setting, *, extra: bool = False) -> None:
-        threads, samples = setting
-        self.watch.setting = setting
-        torch.set_num_threads(threads)
-        chain, around = self.chain, self.watch.around
-        inputs, targets = self.batches[samples]
-        self._whole(inputs, targets)
-        done = chain.forward(inputs, targets, around)
-        chain.backward(done, around)
-        for i, optimizer in enumerate(chain.optimizers):
-            self._update(i, optimizer, chain.layers[i].module)
+        self.cost[setting, extra] = self.budget.spent - begun
+        self.measured[setting] = self.measured.get(setting, 0) + 1
         if extra:
-            gradients = done.gradients
-            done = chain.forward(inputs, targets, _unwatched)
-            done.gradients = gradients
-            chain.halves(done, around)
-            for i, stamps in enumerate(chain.repeats(done, self.watch.backend.stamp)):
-                self.watch.backend.synchronize()
-                if len(stamps) == 2:
-                    self.watch.note(i, "recompute", *stamps)
+            self.extras.add(setting)
+        self.progress(min(100, int(100 * self.budget.spent / max(self.limit_s, 1e-9))), 100)
 
-    def _whole(self, inputs: tuple[torch.Tensor, ...], targets: Any) -> None:
-        chain, around = self.chain, self.watch.around
-        with explained(chain.file.path, "the model's forward"), around(WHOLE, "forward"):
-            loss = chain.loss(chain.whole(*inputs), targets)
-        with around(WHOLE, "backward"):
-            loss.backward()
-        self._update(WHOLE, chain.whole_optimizer, chain.whole)
+    # What was found
+
+    def _total(self, setting: Setting, kind: str) -> float:
+        parts = range(len(self.passes.chain.layers) + 1)
+        return sum(self.watch.timing(setting, part, kind).median_s for part in parts)
 
     @property
-    def joined(self) -> bool:
-        """Whether an update needs to know of all gradients."""
-        return self.scaling is not None or self.chain.file.clip > 0
-
-    def _update(self, part: int, optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
-        """Do the end of a step for one part, all of it that a step does."""
-        file, norm = self.chain.file, None
-        if self.joined:
-            with self.watch.around(part, "norm"):
-                if self.scaling is not None:
-                    self.scaling.unscale(module.parameters())
-                if file.clip:
-                    norm = norm_of(module.parameters())
-        with self.watch.around(part, "optimizer"):
-            update(optimizer, module.parameters(), norm)
-
-    def evict(self) -> None:
-        """Run the largest batch once, unwatched, to leave the caches as training does."""
-        self.watch.on = False
-        self._whole(*self.batches[max(samples for _, samples in self.settings)])
-        self.watch.on = True
+    def derived(self) -> tuple[str, ...]:
+        """What was not run, for want of time, in words."""
+        known = {threads for threads, _ in self.measured}
+        missing = [str(threads) for threads in self.threads if threads not in known]
+        found = []
+        if missing:
+            found.append(f"times with {', '.join(missing)} threads follow from those with {min(known)}, in proportion")
+        if not self.extras:
+            found.append("halves of a backward and recomputes were not run: they follow from the whole passes")
+        return tuple(found)
 
     def layer(self, part: int) -> tuple[LayerTimes, ...]:
         """The times of one part: a layer, or the loss."""
-        by_threads: dict[int, list[Setting]] = defaultdict(list)
-        for setting in self.settings:
-            by_threads[setting[0]].append(setting)
+        known = {threads for threads, _ in self.measured}
+        found = {threads: self._times(part, threads) for threads in known}
+        for threads in self.threads:
+            if threads not in known:
+                near = min(known, key=lambda own: abs(own - threads))
+                found[threads] = _slower(found[near], threads, near / threads)
+        return tuple(found[threads] for threads in self.threads)
 
-        def timings(settings: list[Setting], kind: str) -> tuple[Timing, ...]:
+    def _times(self, part: int, threads: int) -> LayerTimes:
+        settings = sorted(setting for setting in self.measured if setting[0] == threads)
+        middle = settings[len(settings) // 2]
+
+        def timings(kind: str) -> tuple[Timing, ...]:
             return tuple(self.watch.timing(s, part, kind) for s in settings)
 
-        return tuple(
-            LayerTimes(
-                threads=threads,
-                forward=timings(settings, "forward"),
-                backward=timings(settings, "backward"),
-                backward_input=timings(settings, "backward_input"),
-                backward_weight=timings(settings, "backward_weight"),
-                recompute=timings(settings, "recompute"),
-                optimizer=self.watch.timing(settings[len(settings) // 2], part, "optimizer"),
-                norm=self.watch.timing(settings[len(settings) // 2], part, "norm") if self.joined else None,
-            )
-            for threads, settings in by_threads.items()
+        def extras(kind: str, of: str, share: float) -> tuple[Timing, ...]:
+            """As they were run with these threads, else in the proportion with others, else with a share of a pass."""
+            own = [s for s in settings if s in self.extras]
+            if own:
+                return tuple(self.watch.timing(s, part, kind) for s in own)
+            for other in sorted(self.extras):
+                whole = self.watch.timing(other, part, of).median_s
+                share = self.watch.timing(other, part, kind).median_s / whole if whole > 0 else 0.0
+                break
+            return tuple(_scaled(timing, share) for timing in timings(of))
+
+        return LayerTimes(
+            threads=threads,
+            forward=timings("forward"),
+            backward=timings("backward"),
+            backward_input=extras("backward_input", "backward", APART / 2),
+            backward_weight=extras("backward_weight", "backward", APART / 2),
+            recompute=extras("recompute", "forward", 1.0),
+            optimizer=self.watch.timing(middle, part, "optimizer"),
+            norm=self.watch.timing(middle, part, "norm") if self.passes.chain.file.clip else None,
         )
 
-    def whole(self) -> tuple[WholeStep, ...]:
-        """The unsplit model beside the sums over its layers, both as medians."""
-        parts = range(len(self.chain.layers) + 1)
+    def whole(self, standing: Sequence[int]) -> tuple[WholeStep, ...]:
+        """The unsplit model beside the sums over its layers, both as medians; nothing where it was never run whole.
 
-        def total(setting: Setting, kind: str) -> float:
-            return sum(self.watch.timing(setting, part, kind).median_s for part in parts)
+        Of a model with one layer of each kind both are said of all layers that these are `standing` for: what differs
+        is what seams between layers cost, and there are as many more of them.
+        """
+        parts, kinds = (*standing, len(self.passes.chain.layers)), len(self.passes.chain.layers)
+        found = []
+        for setting in self.measured:
+            if not self.watch.seconds.get((setting, WHOLE, "forward")):
+                continue
+            seconds: dict[str, float] = {}
+            for kind in ("forward", "backward", "optimizer", "norm"):
+                whole, few = self.watch.timing(setting, WHOLE, kind).median_s, self._total(setting, kind)
+                every = sum(self.watch.timing(setting, part, kind).median_s for part in parts)
+                seconds[f"layers_{kind}_s"] = every
+                seams = (few - whole) * len(standing) / kinds
+                per_parameter = kind in ("optimizer", "norm") and few > 0
+                seconds[f"{kind}_s"] = every * whole / few if per_parameter else max(0.0, every - seams)
+            found.append(WholeStep(threads=setting[0], samples=setting[1], **seconds))
+        return tuple(found)
 
-        return tuple(
-            WholeStep(
-                threads=setting[0],
-                samples=setting[1],
-                forward_s=self.watch.timing(setting, WHOLE, "forward").median_s,
-                backward_s=self.watch.timing(setting, WHOLE, "backward").median_s,
-                optimizer_s=self.watch.timing(setting, WHOLE, "optimizer").median_s,
-                layers_forward_s=total(setting, "forward"),
-                layers_backward_s=total(setting, "backward"),
-                layers_optimizer_s=total(setting, "optimizer"),
-                norm_s=self.watch.timing(setting, WHOLE, "norm").median_s,
-                layers_norm_s=total(setting, "norm"),
-            )
-            for setting in self.settings
-        )
+    def unlike(self, groups: Sequence[Sequence[int]]) -> float:
+        """How much layers of one kind differ: the largest share by which one is above the median of its group."""
+        worst = 0.0
+        for setting in self.measured:
+            for group in groups:
+                seconds = [
+                    sum(self.watch.timing(setting, part, kind).median_s for kind in ("forward", "backward"))
+                    for part in group
+                ]
+                middle = statistics.median(seconds)
+                if middle > 0:
+                    worst = max(worst, *(abs(own - middle) / middle for own in seconds))
+        return worst
 
     def noise(self) -> float:
-        """Half the 10th-to-90th-percentile spread of the whole model's passes over their median; the median setting."""
-        timings = [self.watch.timing(s, WHOLE, kind) for s in self.settings for kind in ("forward", "backward")]
-        return statistics.median((t.high_s - t.low_s) / 2 / t.median_s for t in timings if t.median_s > 0)
+        """Half the 10th-to-90th-percentile spread of passes over their median; of the median setting.
+
+        Of the whole model's passes, or of the sums over its layers where it was never run whole.
+        """
+        spreads = []
+        for setting in self.measured:
+            for kind in ("forward", "backward"):
+                timings = [self.watch.timing(setting, WHOLE, kind)]
+                if timings[0].median_s <= 0:
+                    timings = [self.watch.timing(setting, i, kind) for i in range(len(self.passes.chain.layers) + 1)]
+                median = sum(t.median_s for t in timings)
+                if median > 0:
+                    spreads.append(sum(t.high_s - t.low_s for t in timings) / 2 / median)
+        return statistics.median(spreads) if spreads else 0.0
 
 
-@contextmanager
-def _unwatched(part: int, kind: str) -> Iterator[None]:
-    yield
+def _scaled(timing: Timing, factor: float) -> Timing:
+    return Timing(
+        samples=timing.samples,
+        low_s=timing.low_s * factor,
+        lower_s=timing.lower_s * factor,
+        median_s=timing.median_s * factor,
+        upper_s=timing.upper_s * factor,
+        high_s=timing.high_s * factor,
+    )
+
+
+def _slower(times: LayerTimes, threads: int, factor: float) -> LayerTimes:
+    """The times of fewer threads, so many times longer."""
+    rows = ("forward", "backward", "backward_input", "backward_weight", "recompute")
+    changed = {row: tuple(_scaled(timing, factor) for timing in getattr(times, row)) for row in rows}
+    return msgspec.structs.replace(
+        times,
+        threads=threads,
+        optimizer=_scaled(times.optimizer, factor),
+        norm=_scaled(times.norm, factor) if times.norm else None,
+        **changed,
+    )

@@ -23,7 +23,7 @@ from planner.search import ranking
 from planner.simulate.predict import simulate
 from planner.store import Store
 from planner.values.cluster import Cluster, Host
-from planner.values.profile import Profile
+from planner.values.profile import Profile, decode
 from tests import factory
 
 ROOT = Path(__file__).parent.parent
@@ -109,10 +109,6 @@ def test_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
             "--k 4 makes it possible",
         ),
         (("--k", "0"), "--k must be positive", "--k 1"),
-        (("--k", "1000000000"), "--k 1000000000 is too large", "--k 8"),
-        (("--k", "2", "--m", "9" * 20, "--batch", "9" * 20), "is too large", "--m 8"),
-        (("--k", "2", "--batch", "8" + "0" * 19), "is too large", "--batch 8"),
-        (("--k", "2", "--seed", "-1"), "seed", "--help"),
         (("--m", "-4"), "--m must be positive", "--m 1"),
         (("--batch", "0"), "--batch must be positive", "--batch 1"),
         (("--strategy", "gpip"), "unknown strategy", "choose"),
@@ -481,15 +477,20 @@ def test_a_rank_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ctrl_c_while_profiling(measured: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    """Interrupted before the end: exit 130, and what was measured before is still there."""
+    """Interrupted before the end: exit 130; the profile is as it was, or as far as it had come, which is said."""
     before = {p: p.read_bytes() for p in (measured / ".plan" / "profiles").glob("*")}
     process = start(measured, "profile", "model.py", "--budget", "60")
-    time.sleep(4)
+    time.sleep(8)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, out + err
     assert "interrupted" in err
-    assert {p: p.read_bytes() for p in (measured / ".plan" / "profiles").glob("*")} == before
+    for path, data in before.items():
+        found = decode(path.read_bytes(), str(path))
+        saved = found.measuring is not None and found.measuring.interrupted
+        assert saved is ("the profile is saved" in err)
+        assert saved or path.read_bytes() == data
+        path.write_bytes(data)
 
 
 def test_ctrl_c_while_simulating(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,14 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from planner.basis.errors import PlanError
 from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output
+from planner.cli.measured import interrupted, notes, timed
 from planner.cli.options import JsonOption
-from planner.cli.progress import shown
 from planner.store import Store
 from planner.values.profile import Profile
 
@@ -26,14 +27,15 @@ def profile(
     model: Annotated[str, typer.Argument(help="The model file, or file.py:name for another function than model().")],
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA when there is any.", metavar="KIND")] = "auto",
     sizes: Annotated[
-        str | None, typer.Option(help="Micro-batch sizes to measure, for example 1,4,16. Default: powers of two.")
+        str | None,
+        typer.Option(help="Micro-batch sizes to measure, such as 1,4,16. Default: powers of two, as curves need them."),
     ] = None,
     sequence: Annotated[
         list[int] | None,
         typer.Option(help="Tokens per sample; may be repeated: a profile of each. Default: the model file's.", min=1),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Seconds for which the model is run to be timed, for all lengths together.", min=1.0)
+        float, typer.Option(help="Seconds that measuring the model may take, for all lengths together.", min=1.0)
     ] = 30,
     estimate: Annotated[
         str | None, typer.Option(help="Measure nothing: compute the times on this hardware.", metavar="HARDWARE")
@@ -43,6 +45,9 @@ def profile(
     ] = None,
     remeasure_machine: Annotated[
         bool, typer.Option("--remeasure-machine", help="Measure links and overheads again, which are kept otherwise.")
+    ] = False,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Hold one layer at a time, as is done where the model does not fit.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -81,8 +86,11 @@ def profile(
                     budget_s=budget / len(lengths),
                     progress=told,
                     remeasure_machine=remeasure_machine and tokens == lengths[0],
+                    one_by_one=True if one_by_one else None,
                 )
         made.append((store.save_profile(found), found))
+        if found.measuring and found.measuring.interrupted:
+            break
     noise = max(measured.noise for _, measured in made)
     if noise > NOISE_LIMIT:
         output.progress.print(
@@ -91,8 +99,12 @@ def profile(
         )
     for note in _notes(made[0][1]):
         output.progress.print(f"note: {note}", markup=False, soft_wrap=True)
-    for note in filter(None, (_left_out(measured, budget) for _, measured in made)):
-        output.progress.print(note, soft_wrap=True)
+    for _, measured in made:
+        for note in notes(measured, budget / len(lengths)):
+            output.progress.print(f"note: {note}", markup=False, soft_wrap=True)
+    for path, measured in made:
+        if measured.measuring and measured.measuring.interrupted:
+            raise interrupted(measured, str(path))
     if json:
         documents = [{"path": str(path), **summary(measured)} for path, measured in made]
         output.document("profile", documents[0] if len(made) == 1 else {"profiles": documents})
@@ -108,10 +120,10 @@ def profile(
 @contextmanager
 def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
     """Show on stderr how much of what is done; of one of several sequence lengths, which."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with shown(*columns) as bar:
+    with Progress(*columns, console=output.progress, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def told(what: str, done: int, of: int) -> None:
@@ -153,24 +165,6 @@ def _loading(measured: Profile) -> str:
     )
 
 
-def _left_out(measured: Profile, budget: float) -> str:
-    """Say which micro-batch sizes have no times, as the budget was too short for them; nothing where all have."""
-    timed, every = _timed(measured), [s.samples for s in measured.layers[0].sizes]
-    missing = [samples for samples in every if samples not in timed]
-    if not missing:
-        return ""
-    enough = 2 * budget * max(missing) / max(timed)
-    return (
-        f"note: {budget:g} s are too short for times of {samples_words(missing, [measured.sequence])}: they continue "
-        f"those of fewer (bytes are counted of all); --budget {enough:.0f} measures them, or choose among --sizes"
-    )
-
-
-def _timed(measured: Profile) -> list[int]:
-    """The micro-batch sizes whose times were measured."""
-    return [timing.samples for timing in measured.layers[0].times[0].forward]
-
-
 def _sizes(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -190,7 +184,6 @@ def summary(measured: Profile) -> dict[str, Any]:
         "device": measured.key.device,
         "estimated": measured.estimated,
         "dtype": measured.key.dtype,
-        "precision": measured.key.precision,
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,
@@ -209,6 +202,7 @@ def summary(measured: Profile) -> dict[str, Any]:
             for layer in (*measured.layers, measured.loss)
         ],
         "machine_created": measured.machine_created,
+        "measuring": msgspec.to_builtins(measured.measuring),
         "loading": _loading_data(measured),
         "links": [
             {"latency_s": link.latency_s, "bandwidth_bytes_per_s": link.bandwidth_bytes_per_s}
@@ -232,7 +226,7 @@ def _loading_data(measured: Profile) -> dict[str, Any] | None:
 
 
 def _representative(measured: Profile) -> tuple[int, int]:
-    sizes = _timed(measured)
+    sizes = timed(measured)
     return sizes[len(sizes) // 2], measured.layers[0].times[-1].threads
 
 

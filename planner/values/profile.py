@@ -123,6 +123,8 @@ class LayerProfile(msgspec.Struct, frozen=True, kw_only=True):
     times: tuple[LayerTimes, ...]
     sizes: tuple[LayerSizes, ...]
     split: Split | None = None
+    like: str = ""
+    """The layer of the same kind that was measured for it; "" where it was measured itself."""
 
     @property
     def output_saved(self) -> bool:
@@ -189,8 +191,7 @@ SCHEMA = 3
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a profile is valid for. A difference in any field makes it stale.
 
-    `sequence` is the number of tokens of a sample; 0 where samples are no sequences. `dtype` is that of the parameters;
-    with a `precision` ("bf16" or "fp16") much of the model runs in fewer bits (autocast).
+    `sequence` is the number of tokens of a sample; 0 where samples are no sequences.
     """
 
     model: str
@@ -201,13 +202,7 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
     python: str
     sequence: int = 0
-    precision: str = ""
     schema: int = SCHEMA
-
-    @property
-    def computing(self) -> str:
-        """The dtype in which most is computed."""
-        return {"bf16": "bfloat16", "fp16": "float16"}.get(self.precision, self.dtype)
 
     def differences(self, other: ProfileKey) -> list[str]:
         """List the fields that differ, as `name: mine -> theirs`."""
@@ -216,6 +211,24 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
             for field in self.__struct_fields__
             if getattr(self, field) != getattr(other, field)
         ]
+
+
+class Measuring(msgspec.Struct, frozen=True, kw_only=True):
+    """How a profile was measured: what its budget left out, and what follows from other times.
+
+    Everything was measured in `rounds` at least. Sizes `between` those that were measured are interpolated, those
+    `beyond` continue the line of the last. Layers of one kind differ by the share `unlike` at most. `derived` says in
+    words what else was not run. `one_by_one` if no more than one layer was in memory, so that the cut model was not
+    compared with the whole one; `interrupted` if somebody ended it.
+    """
+
+    rounds: int
+    between: tuple[int, ...] = ()
+    beyond: tuple[int, ...] = ()
+    unlike: float = 0.0
+    derived: tuple[str, ...] = ()
+    one_by_one: bool = False
+    interrupted: bool = False
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -230,6 +243,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
     parameters that no layer holds, as nothing reads them. `clip` is the norm to which the model clips all its gradients
     together, 0 where it does not; `rate_s` the seconds of setting the next step's learning rate behind an update.
+    `measuring` says how it was measured, where it was.
     """
 
     key: ProfileKey
@@ -256,6 +270,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     clip: float = 0.0
     loading: Loading | None = None
     rate_s: float = 0.0
+    measuring: Measuring | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -307,7 +322,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def norm(self) -> bool:
         """Whether an update needs the norm of all gradients."""
-        return self.clip > 0 or self.key.precision == "fp16"
+        return self.clip > 0
 
     @property
     def device_kind(self) -> str:

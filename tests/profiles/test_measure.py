@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.torch_adapter import halves
 from executor.user_code import default_loss, default_optimizer
+from planner.values.profile import LayerSizes
 from profiles.chain import Chain
-from profiles.sizes import measure_sizes, measure_static, values_of
-from profiles.times import LayerTimer
+from profiles.kinds import every
+from profiles.passes import InPlace
+from profiles.sizes import Static, measure_sizes, measure_static
+from profiles.times import EXTRA_COST, LayerTimer
+from profiles.watch import WHOLE, Budget, Setting, Stopwatch
 
 MODELS = Path(__file__).parent.parent / "executor" / "small_models.py"
 FLOAT = 4
@@ -70,7 +75,7 @@ def test_skips_are_values_with_bytes() -> None:
     file = load(f"{MODELS}:skips")
     chain = Chain(file, cut(file, file.build(0)), torch.device("cpu"))
     by_size = {n: measure_sizes(chain, devices.Cpu(), n)[1] for n in (2, 4)}
-    values = values_of(chain, by_size)
+    values = every(chain.layered).values(chain.layered, by_size)
     skip = next(v for v in values if v.source == 0)
     assert skip.targets == (1, 2)
     assert skip.bytes_at == ((2, 2 * 8 * FLOAT), (4, 4 * 8 * FLOAT))
@@ -84,8 +89,8 @@ def test_measuring_changes_nothing() -> None:
     chain = chain_of(model, 8)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     measure_sizes(chain, devices.Cpu(), 4)
-    timer = LayerTimer(chain, devices.Cpu(), [(1, 2), (1, 4)], lambda done, of: None)
-    timer.run(0.0)
+    timer = LayerTimer(InPlace(chain, devices.Cpu(), Stopwatch(devices.Cpu())), [1], [2, 4], ignored, every=True)
+    timer.run(Budget(1e6), 1e6)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     (times,) = timer.layer(0)
@@ -93,40 +98,121 @@ def test_measuring_changes_nothing() -> None:
     assert all(t.median_s > 0 for timings in kinds for t in timings)
     assert all(t.low_s <= t.lower_s <= t.median_s <= t.upper_s <= t.high_s for ts in kinds for t in ts)
     assert times.optimizer.median_s > 0
-    assert {w.samples for w in timer.whole()} == {2, 4}
+    assert {w.samples for w in timer.whole(range(3))} == {2, 4}
     assert timer.noise() >= 0
+    assert timer.derived == ()
 
 
-@pytest.mark.parametrize(
-    ("budget_s", "sizes"), [(0.0, 3), (1.0, 3), (2.0, 3), (4.0, 4), (10.0, 5), (20.0, 6), (200.0, 6)]
-)
-def test_a_budget_is_kept(monkeypatch: pytest.MonkeyPatch, budget_s: float, sizes: int) -> None:
-    """On a clock by hand: a pass takes 0.02 s per sample, and 0.1 s with what only some plans need.
+def ignored(done: int, of: int) -> None:
+    """Progress that nobody sees."""
 
-    The first looks at 1, 2 and 4 samples, 0.12 s each per sample, are taken in any case: 0.84 s. That at 8 ends at 1.8,
-    at 16 at 3.72, at 32 at 7.56 s: each within half of the budget, or not taken. A second pass of each takes a sixth.
-    """
-    now, measured = 0.0, tuple(2**i for i in range(sizes))
-    passes: list[tuple[int, bool]] = []
 
-    def passed(self: LayerTimer, setting: tuple[int, int], *, extra: bool = False) -> None:
-        nonlocal now
-        now += setting[1] * (0.1 if extra else 0.02)
-        passes.append((setting[1], extra))
+class ByHand:
+    """Passes on a clock by hand: a pass takes `seconds(samples)` with 2 threads and twice that with one."""
 
-    monkeypatch.setattr(LayerTimer, "_pass", passed)
-    monkeypatch.setattr("profiles.times.time.monotonic", lambda: now)
-    settings = [(1, 2**i) for i in range(6)]
-    told: list[int] = []
-    timer = LayerTimer(
-        chain_of(nn.Sequential(nn.Linear(2, 2)), 2), devices.Cpu(), settings, lambda done, of: told.append(done)
+    def __init__(self, seconds: Callable[[int], float], interrupt_at: float = float("inf")) -> None:
+        self.chain = chain_of(nn.Sequential(nn.Linear(2, 2)), 2)
+        self.watch = Stopwatch(devices.Cpu())
+        self.sizes: dict[int, list[LayerSizes]] = {}
+        self.values: dict[int, dict[str, tuple[int, bool]]] = {}
+        self.now, self.seconds, self.interrupt_at = 0.0, seconds, interrupt_at
+        self.longest, self.passes = 0.0, list[tuple[Setting, bool]]()
+
+    def static(self) -> list[Static]:
+        return []
+
+    def _take(self, seconds: float) -> None:
+        self.now, self.longest = self.now + seconds, max(self.longest, seconds)
+        if self.now > self.interrupt_at:
+            raise KeyboardInterrupt
+
+    def count(self, samples: int) -> None:
+        self._take(2 * self.seconds(samples))
+        self.sizes[samples], self.values[samples] = [], {}
+
+    def timed(self, setting: Setting, *, extra: bool) -> None:
+        threads, samples = setting
+        took = self.seconds(samples) * 2 / threads
+        self._take(took * (EXTRA_COST if extra else 1))
+        self.watch.setting = setting
+        kinds = ["forward", "backward", *(["backward_input", "backward_weight", "recompute"] if extra else [])]
+        for part in (WHOLE, 0):
+            for kind in kinds:
+                self.watch.note(part, kind, 0, int(took / 2 * 1e9))
+        self.passes.append((setting, extra))
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LayerTimer, ByHand]]:
+    """Runs a timer over 1 to 64 samples, with 2 threads and 1."""
+
+    def run(seconds: Callable[[int], float], budget_s: float, **more: float) -> tuple[LayerTimer, ByHand]:
+        passes = ByHand(seconds, **more)
+        monkeypatch.setattr("profiles.watch.time.monotonic", lambda: passes.now)
+        told: list[int] = []
+        timer = LayerTimer(passes, [2, 1], [2**i for i in range(7)], lambda done, of: told.append(done))
+        timer.run(Budget(budget_s), budget_s)
+        assert told == sorted(told)
+        return timer, passes
+
+    return run
+
+
+Timed = Callable[..., tuple[LayerTimer, ByHand]]
+
+
+@pytest.mark.parametrize("budget_s", [0.0, 0.5, 1.0, 2.0, 5.0, 20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("bent", [False, True])
+def test_a_budget_is_a_bound(by_hand: Timed, budget_s: float, bent: bool) -> None:
+    """It is overdrawn by one pass at most; one pass at the smallest size is done whatever it takes."""
+    timer, passes = by_hand(lambda n: 0.02 * n**1.5 if bent else 0.1 + 0.02 * n, budget_s)
+    least = 3 * passes.seconds(1)
+    assert passes.now <= max(budget_s, least) + passes.longest
+    assert timer.rounds >= 1
+    assert timer.looked_at[0] == 1
+    assert sorted((*timer.looked_at, *timer.between, *timer.left_out)) == timer.sizes
+    (two, one) = timer.layer(0)
+    assert (two.threads, one.threads) == (2, 1)
+    assert one.forward[0].median_s == pytest.approx(2 * two.forward[0].median_s)
+    assert all(t.median_s > 0 for times in (one, two) for t in (*times.backward_input, *times.recompute))
+
+
+def test_a_longer_budget_looks_at_more_sizes(by_hand: Timed) -> None:
+    largest = [by_hand(lambda n: 0.02 * n, budget_s)[0].looked_at[-1] for budget_s in (0.1, 1.0, 5.0, 20.0, 1000.0)]
+    assert largest == sorted(largest)
+    assert (largest[0], largest[-1]) == (1, 64)
+
+
+def test_sizes_are_chosen_where_curves_bend(by_hand: Timed) -> None:
+    """A line needs its ends and its middle; a kink is looked for by halving."""
+    timer, _ = by_hand(lambda n: 0.1 + 0.02 * n, 60.0)
+    assert timer.looked_at == [1, 2, 16, 64]
+    assert timer.between == (4, 8, 32)
+    timer, _ = by_hand(lambda n: 0.1 + 0.02 * n + (0.2 * (n - 16) if n > 16 else 0.0), 450.0)
+    assert timer.looked_at == [1, 2, 8, 16, 32, 64]
+    timer, _ = by_hand(lambda n: 0.1 + 0.02 * n, 1000.0)
+    assert timer.looked_at == timer.sizes, "where there is time, none is left out"
+
+
+def test_what_was_not_run_is_said(by_hand: Timed) -> None:
+    timer, passes = by_hand(lambda n: 1.0, 0.0)
+    assert passes.passes == [((2, 1), False)]
+    threads, halves_ = timer.derived
+    assert "1 threads follow from those with 2" in threads
+    assert "halves" in halves_
+    two = timer.layer(0)[0]
+    assert two.backward_input[0].median_s == pytest.approx(0.8 * two.backward[0].median_s)
+    assert timer.left_out == (2, 4, 8, 16, 32, 64)
+
+
+def test_an_interrupted_timer_has_what_it_measured(by_hand: Timed) -> None:
+    timer, passes = by_hand(lambda n: 0.02 * n, 1000.0, interrupt_at=30.0)
+    assert timer.interrupted
+    assert timer.rounds == min(
+        sum(setting == other for other, _ in passes.passes) for setting in {setting for setting, _ in passes.passes}
     )
-    timer.run(budget_s)
-    assert tuple(samples for _, samples in timer.settings) == measured
-    assert now <= max(budget_s, 0.84 * 7 / 6) + 1e-9
-    assert all(passes.count((n, True)) >= 1 and passes.count((n, False)) >= 2 for n in measured), "one warms up"
-    assert told == sorted(told)
-    assert not {samples for samples, _ in passes} - set(measured), "nothing is spent on what is left out"
+    with pytest.raises(KeyboardInterrupt):
+        by_hand(lambda n: 1.0, 1000.0, interrupt_at=1.0)
 
 
 def test_chain_computes_the_gradients_of_the_model() -> None:

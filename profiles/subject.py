@@ -1,0 +1,84 @@
+"""What is to be profiled: a model file's model, cut and checked, in memory or too large for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from executor import averaging, devices
+from executor.agreement import SAMPLES, agree
+from executor.evaluated import agree_evaluated
+from executor.hollow import build, built_within, held_bytes, hollow
+from executor.layers import LayeredModel, cut
+from executor.model_file import ModelFile
+from profiles.kinds import Kinds, every, find
+
+STATES = 6
+"""Times the parameters' bytes that profiling a model in memory takes: themselves, gradients, and two moments for the
+layers and for the unsplit model."""
+SHARE = 0.8
+"""Of the free memory, for that; the rest is for activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that has been cut; `resident` if its parameters are in memory, and it was compared with its cut.
+
+    `sample_s` are the seconds of forward and backward per sample, roughly, as that comparison took; 0 without.
+    `build_s` is what a process takes to get as far.
+    """
+
+    file: ModelFile
+    layered: LayeredModel
+    resident: bool
+    sample_s: float
+    build_s: float
+
+    def kinds(self, *, fold: bool) -> Kinds:
+        """Return its kinds of layers; unless they are to be folded, each layer is one."""
+        if not fold:
+            return every(self.layered)
+        inputs, _ = self.layered.parted(*self.file.draw(2, seed=0))
+        return find(self.layered, inputs)
+
+
+def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None) -> Subject:
+    """Build the model, cut it, and compare it with its cut, if it fits into memory.
+
+    `one_by_one` says whether it is to be treated as if it did not; None decides. Raises `PlanError` when it fails.
+    """
+    begun = time.monotonic()
+    model = build(file, seed=0) if one_by_one else file.build(0) if one_by_one is False else _fitting(file, kind)
+    layered = cut(file, model)
+    build_s, sample_s = time.monotonic() - begun, 0.0
+    resident = not hollow(model)
+    if resident:
+        begun = time.monotonic()
+        agree(file, layered)
+        sample_s = (time.monotonic() - begun) / SAMPLES / 2
+        if file.evaluate is not None:
+            agree_evaluated(file, layered)
+        averaging.check(file, layered.model)
+    return Subject(file=file, layered=layered, resident=resident, sample_s=sample_s, build_s=build_s)
+
+
+def _fitting(file: ModelFile, kind: str) -> nn.Module:
+    """The model, without storage where profiling it whole would need more memory than there is."""
+    return built_within(file, 0, SHARE * min(devices.free_bytes("cpu"), devices.free_bytes(kind)) / STATES)
+
+
+def crowds(subject: Subject, processes: int) -> bool:
+    """Whether so many processes can hold the model and its gradients at once."""
+    return processes * 3 * held_bytes(subject.layered.model) <= SHARE * devices.free_bytes("cpu")
+
+
+def dtype_of(model: torch.nn.Module) -> str:
+    """The dtype of most of a model's parameters."""
+    counts: dict[torch.dtype, int] = {torch.get_default_dtype(): 0}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
