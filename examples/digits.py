@@ -11,6 +11,7 @@ from torch import nn
 
 WIDTH = 64
 batch_size = 256
+TRAINING = 1500
 
 
 def block(width: int) -> nn.Module:
@@ -43,10 +44,21 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """n random images and their classes."""
+    """n random images of the first 1,500, and their classes."""
     images, classes = digits()
-    chosen = torch.randint(0, len(images), (n,))
+    chosen = torch.randint(0, TRAINING, (n,))
     return images[chosen], classes[chosen]
+
+
+def evaluate() -> torch.utils.data.Dataset:
+    """The images that are never trained on."""
+    images, classes = digits()
+    return torch.utils.data.TensorDataset(images[TRAINING:], classes[TRAINING:])
+
+
+def metrics(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """The share of images whose class is found."""
+    return {"accuracy": float((outputs.argmax(1) == targets).float().mean())}
 
 
 def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

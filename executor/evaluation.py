@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -41,7 +40,7 @@ from executor.validation import Validation
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders.operations import FORWARD, RECV_FORWARD, SEND_FORWARD
 from planner.programs.lowering import lower
-from planner.values.evaluation import Evaluation
+from planner.values.evaluation import Evaluation, forward_only
 from planner.values.plan import Plan
 
 SEED = 0
@@ -54,13 +53,6 @@ SAMPLES, WEIGHT, LOSS = " samples", " weight", " loss"  # no metric is called so
 
 Key = tuple[tuple[int, ...], ...]
 """The shapes of a micro-batch's inputs. Of two with the same, all values have the same."""
-
-
-def forward_only(plan: Plan) -> Plan:
-    """Return the plan that evaluates what a plan trains: the same stages, and forwards alone."""
-    return msgspec.structs.replace(
-        plan, strategy="forward-only", schedule="forward-only", tied=(), recompute=False, bucket_bytes=0
-    )
 
 
 def prepare(file: ModelFile, layered: LayeredModel, plan: Plan) -> Callable[[Rank], Evaluator]:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from executor.evaluations import evaluated
 from executor.steps import Extent, announced, joined
+from planner.values.evaluation import Evaluation
 from planner.values.step import Step
 
-Watch = Callable[[Extent, Sequence[Step]], None]
-"""Is told how many steps a run has, and those that have been finished since the last time."""
+Watch = Callable[[Extent, Sequence[Step], Sequence[Evaluation]], None]
+"""Is told how many steps a run has, those that have been finished since the last time, and what was evaluated."""
 
 EVERY_S = 0.5
 """Ranks write about once a second."""
@@ -19,22 +21,25 @@ EVERY_S = 0.5
 
 @contextmanager
 def following(folder: Path, ranks: int, watches: Sequence[Watch]) -> Iterator[None]:
-    """Tell all `watches`, in a thread of its own, the steps that all ranks have finished since the last time.
+    """Tell all `watches`, in a thread of its own, the steps that all ranks have finished since the last time,
+    and what the model was found to be behind them.
 
     They are told once more when the run has ended, in whatever way, and not after that.
     """
     over = threading.Event()
 
     def follow() -> None:
-        seen = 0
+        seen = judged = 0
         while True:
             last = over.wait(EVERY_S)
             extent = announced(folder)
             if extent is not None:
                 steps = joined(folder, ranks, skip=seen)
+                found = [e for e in evaluated(folder, skip=judged) if e.step <= seen + len(steps)]
                 for watch in watches:
-                    watch(extent, steps)
+                    watch(extent, steps, found)
                 seen += len(steps)
+                judged += len(found)
             if last:
                 return
 

@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from executor.ending import ask
+from executor.evaluations import evaluated
 from executor.following import Watch, following
 from executor.initial import FILE as INITIAL
 from executor.launch import launch
@@ -23,6 +24,7 @@ from executor.worker import PATIENCE_S, Job, main
 from planner.basis.errors import INTERRUPTED, PlanError
 from planner.orders.action import parse
 from planner.orders.operations import AGREEMENTS, REDUCE_TIED
+from planner.values.evaluation import Evaluation
 from planner.values.outcome import Outcome
 from planner.values.plan import Plan
 from planner.values.step import Step
@@ -42,6 +44,7 @@ def run(
     expected_step_s: float = 0.0,
     watches: Sequence[Watch] = (),
     workers: int | None = None,
+    evaluate_every: int | None = None,
 ) -> Outcome:
     """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
 
@@ -53,6 +56,13 @@ def run(
     Raises `PlanError` for epochs without data (exit 2), when a rank fails (6), or when the run ended before a step was
     recorded (130), and `KeyboardInterrupt` at the second Ctrl-C or before the first step.
     """
+    if evaluate_every and load(model, plan.sequence).evaluate is None:
+        raise PlanError(
+            what="--evaluate-every needs evaluate()",
+            where=model,
+            why="the model file does not say with which data",
+            fix="define evaluate() -> Dataset or DataLoader in it, or how many samples batch(n) is to draw",
+        )
     if epochs and load(model, plan.sequence).data is None:
         raise PlanError(
             what="--epochs needs data()",
@@ -68,6 +78,7 @@ def run(
         steps=steps,
         epochs=epochs,
         seed=seed,
+        evaluate_every=evaluate_every,
         folder=str(folder.resolve()),
         patience_s=max(PATIENCE_S, 10 * expected_step_s),
         workers=workers,
@@ -112,7 +123,8 @@ def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outc
     if not count:
         return None
     extent = announced(folder)
-    outcome = gather(plan, [steps_of[:count] for steps_of in recorded], steps, capacity_bytes)
+    found = evaluated(folder)
+    outcome = gather(plan, [steps_of[:count] for steps_of in recorded], steps, capacity_bytes, found)
     return msgspec.structs.replace(outcome, asked_steps=extent.steps if extent else len(steps))
 
 
@@ -123,15 +135,24 @@ def _recorded(file: Path, finished: int) -> list[RankStep]:
     return [step for step in found if step.step < finished]
 
 
-def gather(plan: Plan, recorded: list[list[RankStep]], steps: list[Step], capacity_bytes: tuple[float, ...]) -> Outcome:
+def gather(
+    plan: Plan,
+    recorded: list[list[RankStep]],
+    steps: list[Step],
+    capacity_bytes: tuple[float, ...],
+    evaluations: Sequence[Evaluation] = (),
+) -> Outcome:
     """Join what the ranks recorded into one trace per step, and add the times of all steps behind these.
 
     A step begins when the step before it ended, so the times of the steps add up to the time of the run. A device
-    that is done early may load its next batch before that: at a negative time.
+    that is done early may load its next batch before that: at a negative time. Behind an evaluation it begins when the
+    last device goes on with it, and no step's time has the evaluation in it.
     """
+    paused = [e.step for e in evaluations if e.step < len(steps)]
     rows = list(zip(*recorded, strict=True))
     ends = [max(e.end for of_rank in row for e in of_rank.events) for row in rows]
     begins = [min(e.start for of_rank in rows[0] for e in of_rank.events), *ends[:-1]]
+    begins = [steps[row[0].step].begin if row[0].step in paused else b for row, b in zip(rows, begins, strict=True)]
     traces = tuple(
         _trace(plan, [of_rank.events for of_rank in row], begin) for row, begin in zip(rows, begins, strict=True)
     )
@@ -148,7 +169,8 @@ def gather(plan: Plan, recorded: list[list[RankStep]], steps: list[Step], capaci
         step_times_s=times,
         losses=tuple(step.loss for step in steps),
         rates=() if any(map(math.isnan, rates)) else rates,
-        training_s=steps[-1].end - steps[0].begin,
+        training_s=steps[-1].end - steps[0].begin - sum(steps[i].begin - steps[i - 1].end for i in paused),
+        evaluations=tuple(evaluations),
     )
 
 

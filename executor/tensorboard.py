@@ -10,6 +10,7 @@ from typing import Any
 
 from executor.steps import Extent
 from planner.basis.errors import PlanError
+from planner.values.evaluation import Evaluation
 from planner.values.step import Step
 
 POINTS = 50
@@ -17,7 +18,7 @@ POINTS = 50
 
 
 class Curves:
-    """The scalars of a run of so many samples per step: loss, learning_rate, samples_per_s, over its steps.
+    """The scalars of a run of so many samples per step: loss, learning_rate, samples_per_s, validation/… over steps.
 
     Raises `PlanError` where the package is not installed. A disk that is full ends the curves, not the run: `lost`
     then says why.
@@ -36,8 +37,8 @@ class Curves:
         self.batch, self.done, self.lost = batch, 0, ""
         self.writer: Any = self._careful(SummaryWriter, str(folder))
 
-    def __call__(self, extent: Extent, steps: Sequence[Step]) -> None:
-        """Write the steps that have been finished since the last time."""
+    def __call__(self, extent: Extent, steps: Sequence[Step], evaluations: Sequence[Evaluation] = ()) -> None:
+        """Write the steps that have been finished since the last time, and what was evaluated."""
         each = max(1, math.ceil(len(steps) / POINTS))
         for start in range(0, len(steps), each):
             some = steps[start : start + each]
@@ -49,7 +50,10 @@ class Curves:
             if took > 0:
                 self.scalar("samples_per_s", len(some) * self.batch / took, number)
         self.done += len(steps)
-        if steps and self.writer is not None:
+        for found in evaluations:
+            for name, value in {"loss": found.loss, **found.metrics}.items():
+                self.scalar(f"validation/{name}", value, found.step)
+        if (steps or evaluations) and self.writer is not None:
             self._careful(self.writer.flush)
 
     def scalar(self, name: str, value: float, step: int) -> None:

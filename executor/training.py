@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from executor.devices import Backend
 from executor.ending import Ending
+from executor.evaluations import Evaluations
 from executor.rank import Rank, Stamped, nothing
 from executor.rates import Rates
 from executor.recording import RankStep, events, recording_of
@@ -74,8 +75,10 @@ class Training:
         self.pending: list[_Done] = []
         self.written = 0
 
-    def run(self, steps: int) -> int:
+    def run(self, steps: int, evaluations: Evaluations | None = None) -> int:
         """Train for so many steps, or until somebody asks for the end, and return how many there were.
+
+        The model is evaluated in between where `evaluations` are due; no step's time has that in it.
 
         Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
         """
@@ -93,6 +96,10 @@ class Training:
                 flushed = time.monotonic()
             if self.ending.here(done):
                 break
+            if evaluations is not None and evaluations.due(done):
+                self.flush()
+                evaluations.behind(done)
+                begin, flushed = self.backend.stamp(), time.monotonic()
         self.me.updated = nothing
         self.flush()
         return done

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from executor.devices import Backend, open_device
+from executor.evaluation import prepare
+from executor.evaluations import Evaluations
 from executor.feed import Feed
 from executor.initial import FILE as INITIAL
 from executor.initial import cut_hollow
@@ -37,6 +39,7 @@ PATIENCE_S = 60.0
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What the ranks of a run are told: to train for `steps`, or for `epochs` where there are such.
+    They evaluate the model every so many steps, 0 being never, and None at the end of each epoch and of the run.
 
     `folder` receives their results; a peer is waited for `patience_s` at most.
 
@@ -50,6 +53,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     epochs: int = 0
     seed: int
+    evaluate_every: int | None = None
     folder: str
     patience_s: float
     workers: int | None = None
@@ -65,10 +69,13 @@ def main(path: str) -> None:
     folder = Path(job.folder)
     layered, weights = cut_hollow(file, job.seed, folder, first=rank == 0)
     check_batches(file)
+    wanted = file.evaluate is not None and job.evaluate_every != 0
+    evaluating = prepare(file, layered, job.plan) if wanted else None
     me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers, weights=weights)
+    evaluator = evaluating(me) if evaluating is not None else None
     if weights is not None:  # whatever reads them (the rank, what evaluates) has been made
         weights.close()
-    del layered, weights
+    del layered, weights, evaluating
     gc.collect()
     offset = clock_offset(backend)
     if rank == 0:
@@ -78,7 +85,11 @@ def main(path: str) -> None:
     if rank == 0:
         announce(folder, extent)
     training = Training(me, rates, backend, folder, offset=offset, where=f"{job.model}, plan {job.plan}")
-    done = training.run(extent.steps)
+    evaluations = None
+    if evaluator is not None:
+        told = folder if rank == 0 else None
+        evaluations = Evaluations(evaluator, rates, extent, every=job.evaluate_every or 0, folder=told)
+    done = training.run(extent.steps, evaluations)
     save(me.state(), folder / f"rank{rank}.pt")
     if done == extent.steps:
         found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept

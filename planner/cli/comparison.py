@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from planner.basis.units import percent, rate, seconds, size
 from planner.cli import output
 from planner.cli.figures import figures
+from planner.cli.training import told
 from planner.simulate.predict import replay
 from planner.store import Run
 from planner.values.outcome import Comparison, Error, compare
@@ -41,6 +43,17 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
         "predicted": figures(result.predicted),
         "measured": figures(result.measured),
         "losses": list(result.measured.losses),
+        "evaluations": [
+            {
+                "step": e.step,
+                "loss": e.loss,
+                "metrics": e.metrics,
+                "samples": e.samples,
+                "predicted_s": e.samples / result.predicted.evaluation_rate,
+                "measured_s": e.seconds,
+            }
+            for e in result.measured.evaluations
+        ],
         "learning_rates": list(result.measured.rates),
         "errors": {
             "total": error(comparison.total, "s"),
@@ -76,6 +89,11 @@ def show(result: Run, comparison: Comparison) -> None:
     row("synchronising", percent(predicted.synchronising), percent(measured.synchronising), None)
     training = Error(name="training", predicted=count * predicted.step_s, measured=measured.training_s)
     row(f"all {count} steps", seconds(training.predicted), seconds(training.measured), training.relative)
+    if measured.evaluations:
+        took = statistics.median(e.seconds for e in measured.evaluations)
+        wanted = measured.evaluations[-1].samples / predicted.evaluation_rate
+        evaluating = Error(name="evaluating", predicted=wanted, measured=took)
+        row("an evaluation", seconds(evaluating.predicted), seconds(evaluating.measured), evaluating.relative)
     if comparison.replay:
         row(
             "step, replayed",
@@ -92,3 +110,5 @@ def show(result: Run, comparison: Comparison) -> None:
     output.results.print(f"noise of the steps {percent(comparison.noise)}; {inside}")
     if measured.losses:
         output.results.print(f"loss {measured.losses[0]:.4g} at first, {measured.losses[-1]:.4g} at last")
+    if measured.evaluations:
+        output.results.print(told(measured.evaluations[-1]))

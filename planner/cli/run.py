@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from planner.basis.errors import ARTEFACT, INTERRUPTED, TOLERANCE, PlanError
@@ -18,6 +19,7 @@ from planner.cli.report import write_page
 from planner.cli.training import Progress
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
+from planner.values.evaluation import forward_only
 from planner.values.outcome import Comparison, Outcome
 from planner.values.plan import Plan
 
@@ -44,6 +46,13 @@ def run(
     tensorboard: Annotated[
         Path | None, typer.Option(help="A folder for loss, learning rate and speed, as TensorBoard reads them.")
     ] = None,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Evaluate with the model file's evaluate() every so many steps; 0 is never. Default: at the end of "
+            "each epoch and of the run."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Train with a plan, by real processes, and compare with the prediction.
@@ -54,6 +63,9 @@ def run(
     for name, given in (("--steps", steps), ("--epochs", epochs)):
         if given is not None and given < 1:
             raise PlanError(what=f"{name} must be positive", where=name, why=f"it is {given}", fix="--steps 20")
+    if evaluate_every is not None and evaluate_every < 0:
+        why, fix = f"it is {evaluate_every}", "--evaluate-every 100, or 0 for never"
+        raise PlanError(what="--evaluate-every is a number of steps", where="--evaluate-every", why=why, fix=fix)
     if steps is not None and epochs is not None:
         raise PlanError(
             what="a run has steps or epochs",
@@ -110,6 +122,7 @@ def run(
             folder=folder,
             capacity_bytes=predicted.capacity_bytes,
             expected_step_s=predicted.step_s,
+            evaluate_every=evaluate_every,
             watches=(Progress(predicted),) if curves is None else (Progress(predicted), curves),
             workers=measured_profile.loading.workers if measured_profile.loading else 0,
         )
@@ -126,6 +139,9 @@ def run(
             curves.close()
             if curves.lost:
                 output.progress.print(f"the curves in {tensorboard} are not whole: {curves.lost}")
+    if measured.evaluations:
+        evaluating = predict(measured_profile, forward_only(chosen), measured_profile.machine)
+        predicted = msgspec.structs.replace(predicted, evaluation_rate=evaluating.throughput)
     result = Run(profile=str(path), predicted=predicted, measured=measured, partial=measured.stopped, asked=asked)
     store.save_run(folder, result)
     comparison = compared(result, measured_profile)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from planner.basis.units import duration, rate
+from planner.basis.units import duration, rate, seconds
 from planner.cli import output
+from planner.values.evaluation import Evaluation
 from planner.values.outcome import Outcome
 from planner.values.step import Step
 
@@ -31,6 +32,17 @@ class Extent(Protocol):
         """Of an epoch."""
 
 
+def told(found: Evaluation) -> str:
+    """Say what an evaluation has found.
+
+    >>> told(Evaluation(step=200, loss=0.25, metrics={"accuracy": 0.9375}, samples=297, seconds=0.5))
+    'step 200: validation loss 0.25, accuracy 0.9375 (297 samples in 500 ms)'
+    """
+    metrics = "".join(f", {name} {value:.4g}" for name, value in found.metrics.items())
+    of = f"{found.samples} samples in {seconds(found.seconds)}"
+    return f"step {found.step}: validation loss {found.loss:.4g}{metrics} ({of})"
+
+
 class Progress:
     """The line that is shown of a run. `predicted` is what it is held against."""
 
@@ -41,8 +53,13 @@ class Progress:
         self.live = output.progress.is_terminal
         self.shown = time.monotonic()
 
-    def __call__(self, extent: Extent, steps: Sequence[Step]) -> None:
-        """Show how far the run is, with the steps that have been finished since the last time."""
+    def __call__(self, extent: Extent, steps: Sequence[Step], evaluations: Sequence[Evaluation] = ()) -> None:
+        """Show how far the run is, with the steps that have been finished since the last time; evaluations stay."""
+        self._show(extent, steps)
+        for found in evaluations:
+            self._print(told(found), end="\n")
+
+    def _show(self, extent: Extent, steps: Sequence[Step]) -> None:
         self.done += len(steps)
         self.latest = [*self.latest, *steps][-LATEST:]
         over = self.done == extent.steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from planner.values.plan import Plan
+
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """A model's mean loss and metrics over `samples` of validation data, behind `step` training steps; `seconds` long.
@@ -16,3 +18,20 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = {}
     samples: int
     seconds: float
+
+
+def forward_only(plan: Plan) -> Plan:
+    """Return the plan that evaluates what a plan trains: the same stages, and forwards alone."""
+    return msgspec.structs.replace(
+        plan,
+        strategy="forward-only",
+        schedule="forward-only",
+        tied=(),
+        norm=False,
+        recompute=False,
+        recompute_layers=(),
+        recompute_blocks=(),
+        offload=False,
+        host_optimizer=False,
+        bucket_bytes=0,
+    )

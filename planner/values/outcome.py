@@ -15,6 +15,7 @@ import msgspec
 
 from planner.orders.action import parse
 from planner.orders.operations import OPERATIONS
+from planner.values.evaluation import Evaluation
 from planner.values.plan import Plan, full, windows
 from planner.values.trace import COMPUTE, KINDS, Event, MemoryPoint, Trace
 
@@ -53,7 +54,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     Of a measured run `steps` are those that were recorded, `step_times_s` have those behind them, too, and `losses` and
     `rates` are the mean loss and the learning rate of every step from the first on: the warm-up trains as all others.
-    It took `training_s`, and was to have `asked_steps`.
+    It took `training_s`, and was to have `asked_steps`; `evaluations` were made in between, and are in no time. Of a
+    prediction for such a run `evaluation_rate` is with how many samples per second the plan's stages evaluate.
     """
 
     plan: Plan
@@ -73,6 +75,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     rates: tuple[float, ...] = ()
     training_s: float = 0.0
     asked_steps: int = 0
+    evaluations: tuple[Evaluation, ...] = ()
+    evaluation_rate: float = 0.0
 
     @property
     def stopped(self) -> bool:

@@ -7,6 +7,7 @@ import math
 from planner.basis.units import percent, seconds, size
 from planner.orders.action import parse
 from planner.orders.operations import NUMBER, OPERATIONS
+from planner.values.evaluation import Evaluation
 from planner.values.outcome import Comparison, Error
 from planner.values.plan import Plan
 from planner.values.trace import KINDS
@@ -29,7 +30,9 @@ def accuracy(report: Report) -> str:
     if report.comparison is not None:
         parts += [_times(report.comparison, report.predicted.plan), _memory(report.comparison)]
     if report.measured is not None and report.measured.losses:
-        parts.append(_losses(report.measured.losses))
+        parts.append(_losses(report.measured.losses, report.measured.evaluations))
+    if report.measured is not None and report.measured.evaluations:
+        parts.append(_evaluations(report.measured.evaluations, report.predicted.evaluation_rate))
     return join(*parts)
 
 
@@ -187,7 +190,7 @@ def _thinned(losses: tuple[float, ...]) -> tuple[list[int], list[float], int]:
     return ends, [sum(part) / len(part) for part in parts], each
 
 
-def _losses(losses: tuple[float, ...]) -> Html:
+def _losses(losses: tuple[float, ...], evaluations: tuple[Evaluation, ...] = ()) -> Html:
     finite = [loss for loss in losses if math.isfinite(loss)]
     count = f"{len(losses)} step{'' if len(losses) == 1 else 's'}"
     if len(finite) < len(losses):
@@ -202,6 +205,11 @@ def _losses(losses: tuple[float, ...]) -> Html:
     traces = [line("loss", steps, means, "--accent", hovertemplate="%{y:.5g}")]
     if len(means) <= 60:
         traces[0] |= {"mode": "lines+markers", "marker": {"size": 5, "color": "--accent"}}
+    if evaluations:
+        at, found = [e.step for e in evaluations], [e.loss for e in evaluations]
+        traces[0] |= {"name": "training"}
+        traces.append(line("validation", at, found, "--ink", hovertemplate="%{y:.5g}"))
+        traces[1] |= {"mode": "lines+markers", "marker": {"size": 6, "color": "--ink"}}
     layout: dict[str, object] = {
         "xaxis": {
             "title": {"text": "step"},
@@ -209,7 +217,7 @@ def _losses(losses: tuple[float, ...]) -> Html:
             "dtick": max(1, round(len(losses) / 10)),
             "unifiedhovertitle": {"text": "step %{x}"},
         },
-        "yaxis": {"title": {"text": "mean loss of the step"}},
+        "yaxis": {"title": {"text": "mean loss" if evaluations else "mean loss of the step"}},
         "hovermode": "x unified",
     }
     of_each = "each step" if each == 1 else f"{each} steps, the last of which is named"
@@ -222,3 +230,24 @@ def _losses(losses: tuple[float, ...]) -> Html:
     if each > 1:
         caption = f"Every point is the mean of {of_each}."
     return figure(title=title, caption=caption, body=chart, twin=twin, id="losses")
+
+
+def _evaluations(evaluations: tuple[Evaluation, ...], predicted_rate: float) -> Html:
+    last, names = evaluations[-1], list(dict.fromkeys(name for e in evaluations for name in e.metrics))
+    rows: list[list[Cell]] = [
+        [
+            Number(str(e.step), e.step),
+            *(Number(f"{value:.6g}", value) for value in (e.loss, *(e.metrics.get(name, math.nan) for name in names))),
+            Number(str(e.samples), e.samples),
+            Number(seconds(e.seconds), e.seconds),
+            Number(seconds(e.samples / predicted_rate), e.samples / predicted_rate) if predicted_rate else "",
+        ]
+        for e in evaluations
+    ]
+    best = min(evaluations, key=lambda e: e.loss)
+    least = "" if best is last or len(evaluations) == 1 else f", and was least ({best.loss:.4g}) at step {best.step}"
+    title = f"The validation loss is {last.loss:.4g} at step {last.step}{least}"
+    headings = ["Step", "Loss", *names, "Samples", "Took", "Predicted"]
+    caption = "In evaluation mode, over all validation data, by the stages that train; no step's time has it in it."
+    body = table(headings, rows, caption="Every evaluation of the run.", limit=_ROWS)
+    return figure(title=title, caption=caption, body=body, twin=None, id="evaluations")

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 from executor.following import following
 from executor.steps import Extent, announce, append, encode, file_of
 from executor.tensorboard import POINTS, Curves
 from planner.basis.errors import PlanError
+from planner.values.evaluation import Evaluation
 from planner.values.step import Step
 
 
@@ -56,6 +58,7 @@ def test_every_step_is_a_point(remembering: type[Remembering]) -> None:
     curves = Curves(Path("there"), batch=8)
     curves(Extent(steps=5), steps_of(2))
     curves(Extent(steps=5), [])
+    curves(Extent(steps=5), [], [Evaluation(step=2, loss=0.5, metrics={"accuracy": 0.75}, samples=8, seconds=0.1)])
     curves(Extent(steps=5), steps_of(3, first=2))
     curves.close()
     assert curves.writer.folder == "there"
@@ -64,6 +67,8 @@ def test_every_step_is_a_point(remembering: type[Remembering]) -> None:
         "loss": [(i + 1, float(i)) for i in range(5)],
         "learning_rate": [(i + 1, 0.1) for i in range(5)],
         "samples_per_s": [(i + 1, 16.0) for i in range(5)],
+        "validation/loss": [(2, 0.5)],
+        "validation/accuracy": [(2, 0.75)],
     }
 
 
@@ -105,10 +110,19 @@ def test_torchs_own_writer(tmp_path: Path) -> None:
 def test_watches_are_told_every_step_once(tmp_path: Path) -> None:
     """Also the last ones, which were written just before the run ended, and nothing before training begins."""
     told: list[tuple[int, Sequence[Any]]] = []
-    with following(tmp_path, 2, [lambda extent, steps: told.append((extent.steps, steps))]):
+    judged: list[Evaluation] = []
+
+    def watch(extent: Extent, steps: Sequence[Any], evaluations: Sequence[Evaluation]) -> None:
+        told.append((extent.steps, steps))
+        judged.extend(evaluations)
+
+    found = [Evaluation(step=step, loss=1 / step, samples=8, seconds=0.1) for step in (2, 3, 4)]
+    append(tmp_path / "evaluations.jsonl", b"".join(msgspec.json.encode(e) + b"\n" for e in found) + b"half")
+    with following(tmp_path, 2, [watch]):
         append(file_of(tmp_path, 0), encode(steps_of(3, rate=math.nan)))
         announce(tmp_path, Extent(steps=7))
         append(file_of(tmp_path, 1), encode([step._replace(loss=0.0) for step in steps_of(4)]))
     append(file_of(tmp_path, 0), encode(steps_of(4, first=3)))
     assert {steps for steps, _ in told} == {7}
     assert [step for _, some in told for step in some] == steps_of(3)
+    assert judged == found[:2], "of steps that all ranks have finished"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from executor.evaluated import metrics_of
 from executor.layers import cut
 from executor.model_file import load
+from executor.modes import evaluating
 from executor.run import run
 from executor.training import recorded
 from planner.basis.errors import PlanError
@@ -54,7 +56,12 @@ def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) ->
         for s, r in enumerate(partition.equal(len(names), 2))
     )
     plan = Plan(strategy="1f1b", schedule="1f1b", stages=stages, microbatches=4, batch=batch)
-    outcome = run(path, plan, device="cpu", steps=steps, seed=0, folder=tmp_path, capacity_bytes=(1e9, 1e9))
+    every = 7 if example == "digits" else None
+    outcome = run(
+        path, plan, device="cpu", steps=steps, seed=0, folder=tmp_path, capacity_bytes=(1e9, 1e9), evaluate_every=every
+    )
+    judged = [e.step for e in outcome.evaluations]
+    assert judged == {"gpt": [], "digits": [7, 14, 21, 24], "loader": [24]}[example]
     quarter = steps // 4
     first, last = outcome.losses[:quarter], outcome.losses[-quarter:]
     assert sum(last) < sum(first)
@@ -69,6 +76,15 @@ def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) ->
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     trained = file.build(1)
     trained.load_state_dict(weights)
+    if file.evaluate is not None:  # the last evaluation is of the weights that are kept
+        count = outcome.evaluations[-1].samples
+        assert count == file.evaluate.source.samples
+        drawn = file.evaluate.source.first(count, seed=0)
+        with evaluating(trained), torch.no_grad():
+            outputs = trained(*drawn.inputs)
+        assert outcome.evaluations[-1].loss == pytest.approx(float(file.loss(outputs, drawn.targets)), rel=1e-5)
+        accuracy = metrics_of(file, outputs, drawn)["accuracy"]
+        assert outcome.evaluations[-1].metrics == {"accuracy": pytest.approx(accuracy, rel=1e-6)}
     inputs, targets = file.draw(batch, seed=10_000)
     untrained = file.build(0)
     with torch.no_grad():
