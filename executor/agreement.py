@@ -10,6 +10,7 @@ from torch import nn
 from executor.batch import Drawn
 from executor.layers import LayeredModel, unchanged_buffers
 from executor.model_file import ModelFile
+from executor.precision import DTYPES, autocast
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 
@@ -17,6 +18,8 @@ SAMPLES, SEED = 2, 0
 
 ROUNDING = 2.0**10
 """Differences of so many units in the last place of the largest gradient are rounding: kernels sum in other orders."""
+COARSE = 4.0
+"""The same where a precision has few bits: there both run the same kernels, and sums of several gradients differ."""
 
 
 def agree(file: ModelFile, layered: LayeredModel) -> None:
@@ -38,9 +41,10 @@ def agree(file: ModelFile, layered: LayeredModel) -> None:
     added = sorted(name for name in names if name in parts and name not in whole)
     if added:
         raise _refused(file, f"the layers train {_some(added)}, which the model's own step does not")
-    if not close(loss, whole_loss, whole_loss):
+    least = room(file)
+    if not close(loss, whole_loss, whole_loss, least):
         raise _refused(file, f"the loss of a batch is {float(loss):.6g}, the model's {float(whole_loss):.6g}")
-    other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name])]
+    other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name], least)]
     if other:
         raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
 
@@ -102,7 +106,8 @@ def _check_trains(file: ModelFile, model: nn.Module, loss: torch.Tensor) -> None
 
 def _whole_loss(file: ModelFile, model: nn.Module, drawn: Drawn) -> torch.Tensor:
     args, keywords = drawn.arguments()
-    return file.loss(model(*args, **keywords), drawn.targets)
+    with autocast(file.precision, drawn.given):
+        return file.loss(model(*args, **keywords), drawn.targets)
 
 
 def _cut_loss(layered: LayeredModel, inputs: tuple[torch.Tensor, ...], targets: Any) -> torch.Tensor:
@@ -110,12 +115,21 @@ def _cut_loss(layered: LayeredModel, inputs: tuple[torch.Tensor, ...], targets: 
     return layered.loss(layered.stage(range(len(layered.layers)))(*inputs), targets)
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Return whether two results are equal but for rounding, of numbers up to the size of those in `scale`."""
+def room(file: ModelFile) -> float:
+    """Return the relative difference that is rounding in a precision; 0 where the dtypes themselves say it."""
+    return COARSE * torch.finfo(DTYPES[file.precision]).eps if file.precision else 0.0
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, least: float = 0.0) -> bool:
+    """Return whether two results are equal but for rounding, of numbers up to the size of those in `scale`.
+
+    A relative difference up to `least` is rounding in any case.
+    """
     if found.shape != expected.shape:
         return False
-    room = ROUNDING * torch.finfo(expected.dtype).eps * max(1e-30, float(scale.detach().abs().max()))
-    return bool(torch.allclose(found, expected, rtol=0.0, atol=room, equal_nan=True))
+    relative = max(least, ROUNDING * torch.finfo(expected.dtype).eps)
+    most = relative * max(1e-30, float(scale.detach().abs().max()))
+    return bool(torch.allclose(found, expected, rtol=0.0, atol=most, equal_nan=True))
 
 
 def _some(names: list[str]) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from executor.batch import Drawn, tensors
 from executor.model_file import ModelFile
 from executor.modes import evaluating
+from executor.precision import DTYPES, autocast
 from executor.user_code import IGNORED, explained
 from planner.basis.errors import RUN_FAILED, PlanError
 
@@ -90,7 +91,7 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
         loss, losses = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
     found, parts = float(loss), [float(part) for part in losses]
-    room = max(ROUNDING, 4 * torch.finfo(loss.dtype).eps)
+    room = max(ROUNDING, 4 * torch.finfo(DTYPES.get(file.precision, loss.dtype)).eps)
     weights = [weight_of(file, half) for half in halves]
     expected = sum(w * p for w, p in zip(weights, parts, strict=True) if w) / (sum(weights) or 1.0)
     if abs(found - expected) > room * max(abs(found), abs(expected), 1e-6):
@@ -108,7 +109,8 @@ def _loss(file: ModelFile, model: torch.nn.Module, drawn: Drawn) -> torch.Tensor
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
     drawn = drawn.clone().on(where)
     args, keywords = drawn.arguments()
-    return file.loss(model(*args, **keywords), drawn.targets)
+    with autocast(file.precision, drawn.given):
+        return file.loss(model(*args, **keywords), drawn.targets)
 
 
 def zero(result: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.agreement import close
+from executor.agreement import close, room
 from executor.batch import Drawn
 from executor.capture import EXAMPLE
 from executor.hollow import harmless, is_hollow
@@ -23,6 +23,7 @@ from executor.layers import CapturedLoss, LayeredModel, cut_graph, unchanged_buf
 from executor.model_file import ModelFile
 from executor.modes import evaluating
 from executor.outputs import Outputs, changed, read_by
+from executor.precision import autocast
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 from planner.values.plan import Plan
@@ -76,7 +77,7 @@ def _looked_at(file: ModelFile, model: nn.Module, drawn: Drawn) -> Outputs:
     """Return which tensors of the model's outputs metrics look at. Whatever has no data gets some: any will do."""
     args, keywords = drawn.arguments()
     make = harmless(torch.device("cpu"))
-    with torch.no_grad():
+    with torch.no_grad(), autocast(file.precision, drawn.given):
         outputs = changed(model(*args, **keywords), lambda tensor: make(tensor) if is_hollow(tensor) else tensor)
         return read_by(outputs, lambda given: metrics_of(file, given, drawn))
 
@@ -151,7 +152,7 @@ def agree_evaluated(file: ModelFile, layered: LayeredModel) -> None:
     with evaluating(model), evaluating(stage), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         args, keywords = drawn.arguments()
-        with explained(file.path, "the model's forward in evaluation mode"):
+        with explained(file.path, "the model's forward in evaluation mode"), autocast(file.precision, drawn.given):
             outputs = model(*args, **keywords)
             loss = float(file.loss(outputs, drawn.targets))
         expected = {"loss": loss} | metrics_of(file, outputs, drawn)
@@ -159,7 +160,7 @@ def agree_evaluated(file: ModelFile, layered: LayeredModel) -> None:
         loss, metrics = evaluated.judged(evaluated.layered.loss, stage(*inputs), drawn, where)
     found = {"loss": loss} | metrics
     for name, value in expected.items():
-        if not close(torch.tensor(found[name]), torch.tensor(value), torch.tensor(value)):
+        if not close(torch.tensor(found[name]), torch.tensor(value), torch.tensor(value), room(file)):
             raise PlanError(
                 what="the layers do not compute in evaluation mode what the model computes",
                 where=file.path,

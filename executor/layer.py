@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+
+from executor.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +15,7 @@ class Layer:
     """One layer: called with the tensors named `inputs`, it returns those named `outputs`.
 
     Behind the inputs it takes what is `ambient`, which no layer makes (`LayeredModel.ambient`). Into the inputs that it
-    `changes` it writes: they must be nobody else's.
+    `changes` it writes: they must be nobody else's. It runs in a `precision` of `executor.precision`, "" for its own.
     """
 
     name: str
@@ -21,3 +24,9 @@ class Layer:
     outputs: tuple[str, ...]
     ambient: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    precision: str = ""
+
+    def __call__(self, *values: Any) -> Any:
+        """Run the layer alone, in its precision."""
+        with autocast(self.precision, *values):
+            return self.module(*values)

@@ -21,6 +21,7 @@ from executor.graph_layers import SAMPLES, Cutter
 from executor.layer import Layer
 from executor.model_file import ModelFile
 from executor.outputs import Outputs
+from executor.precision import autocast, under
 from executor.torch_adapter import replace_tensors
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
@@ -149,6 +150,7 @@ class StageModule(nn.Module):
         self.layers, self.inputs, self.outputs, self.recompute = tuple(layers), inputs, outputs, recompute
         self.on_repeat: Callable[[], None] | None = None
         self.surroundings = surroundings
+        self.precision = layers[0].precision if layers else ""
         self.ambient = tuple(dict.fromkeys(name for layer in layers for name in layer.ambient))
         self.changed = frozenset(name for layer in layers for name in layer.changes) & set(inputs)
         needed: set[str] = set(outputs)
@@ -160,13 +162,17 @@ class StageModule(nn.Module):
 
     def surrounded(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return what the layers take of nobody, for a micro-batch of which some values are."""
-        return self.surroundings.around(self.ambient, values) if self.surroundings is not None else {}
+        if self.surroundings is None:
+            return {}
+        with autocast(self.precision, values):
+            return self.surroundings.around(self.ambient, values)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Take the values named `inputs`, return those named `outputs`, or on the last stage the model's output."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, *tensors, use_reentrant=False)
-        return self._run(*tensors)
+        with autocast(self.precision, tensors):
+            if self.recompute and torch.is_grad_enabled():
+                return checkpoint(self._run, *tensors, use_reentrant=False)
+            return self._run(*tensors)
 
     def _run(self, *tensors: torch.Tensor) -> Any:
         if self.on_repeat is None:
@@ -238,6 +244,14 @@ def _tensors_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def on(module: nn.Module, device: torch.device) -> nn.Module:
     """Return a module on a device, also the tensors that it makes where it has been captured on another one."""
+    aim(module, device)
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
+    replace_tensors(module, lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
+    return module
+
+
+def aim(module: nn.Module, device: torch.device) -> None:
+    """Let a module make its tensors on a device, wherever it has been captured."""
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
@@ -246,9 +260,6 @@ def on(module: nn.Module, device: torch.device) -> nn.Module:
                     for given in (node.args, node.kwargs)
                 )
             part.recompile()
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
-    replace_tensors(module, lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
-    return module
 
 
 def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
@@ -268,9 +279,11 @@ def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
 
 def cut_graph(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | None = None) -> LayeredModel:
     """Cut the graph of a model and its loss as they run on a batch, in the mode that the model is in."""
-    captured = capture(file, model, drawn, wanted)
+    with autocast(file.precision, drawn.given):
+        captured = capture(file, model, drawn, wanted)
     cutter = Cutter(captured, model)
     layers = cutter.layers()
+    layers = [replace(layer, precision=file.precision) for layer in layers]
     layers[-1] = replace(layers[-1], outputs=())
     every = {node.name: cutter.batched(node) for node in (*captured.inputs, *captured.targets, *captured.steps)}
     batched = {name: found for name, found in every.items() if found is not None}
@@ -279,7 +292,7 @@ def cut_graph(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs |
         model=model,
         inputs=tuple(node.name for node in captured.inputs if node not in cutter.late),
         layers=tuple(layers),
-        loss=CapturedLoss(cutter.loss(), surroundings),
+        loss=CapturedLoss(replace(cutter.loss(), precision=file.precision), surroundings),
         late=tuple(i for i, node in enumerate(captured.inputs) if node in cutter.late),
         opaque=tuple(captured.opaque.why.items()),
         surroundings=surroundings,
@@ -301,8 +314,9 @@ class CapturedLoss(nn.Module):
     def judged(self, result: Any, targets: Any) -> tuple[torch.Tensor, ...]:
         """Return the loss, and then the outputs that were wanted of the graph."""
         values = dict(zip(self.layer.inputs, (*as_tuple(result), *tensors(targets)), strict=True))
-        around = self.surroundings.around(self.ambient, values)
-        return as_tuple(self.module(*values.values(), *(around[name] for name in self.ambient)))
+        with autocast(self.layer.precision, values):
+            around = self.surroundings.around(self.ambient, values)
+            return as_tuple(self.module(*values.values(), *(around[name] for name in self.ambient)))
 
 
 def _named(listed: Any, model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -333,11 +347,12 @@ def _chain(
     with _tried_out(model):
         for i, (name, module) in enumerate(named):
             with explained(file.path, f"the forward of layer '{name}'"):
-                values = as_tuple(module(*values))
+                values = as_tuple(under(file.precision, module)(*values))
             made = tuple(f"v{i}" if len(values) == 1 else f"v{i}.{j}" for j in range(len(values)))
-            layers.append(Layer(name=name, module=module, inputs=taken, outputs=made if i < len(named) - 1 else ()))
+            outputs = made if i < len(named) - 1 else ()
+            layers.append(Layer(name=name, module=module, inputs=taken, outputs=outputs, precision=file.precision))
             taken = made
-    return LayeredModel(model=model, inputs=inputs, layers=tuple(layers), loss=file.loss)
+    return LayeredModel(model=model, inputs=inputs, layers=tuple(layers), loss=under(file.precision, file.loss))
 
 
 @contextmanager

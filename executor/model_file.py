@@ -17,6 +17,7 @@ from torch import nn
 from executor.batch import Drawn, checked_batch
 from executor.data import Given
 from executor.faults import IMPORTING, as_script, check_default_device, explained
+from executor.precision import SCALED, checked_precision
 from executor.seeding import seeded
 from executor.user_code import (
     Loss,
@@ -45,7 +46,8 @@ class ModelFile:
     `sequence` is how many tokens a sample has, where the file or its caller says so; 0 where nobody does. `batch` makes
     samples of that length where it `takes_sequence`. `data` is what a run trains on, where `batch` does not draw
     it, and `evaluate` what it is judged by. Measuring, checking and capturing is done with `batch`, or else with the
-    first samples of `data`. `clip` is the norm to which all gradients together are clipped, 0 where they are not.
+    first samples of `data`. `clip` is the norm to which all gradients together are clipped, 0 where they are not. The
+    model runs in a `precision` of `executor.precision`, "" for its own dtypes.
     """
 
     path: str
@@ -62,6 +64,7 @@ class ModelFile:
     evaluate: Given | None = None
     clip: float = 0.0
     metrics: Callable[[Any, Any], dict[str, Any]] | None = None
+    precision: str = ""
     sequence: int = 0
     takes_sequence: bool = False
 
@@ -76,6 +79,13 @@ class ModelFile:
                 where=self.path,
                 why=f"it returns {type(model).__name__}",
                 fix="return an nn.Module from model()",
+            )
+        if self.precision == SCALED and any(p.dtype == torch.float16 for p in model.parameters()):
+            raise PlanError(
+                what="a model in float16 cannot be trained with a scaled loss",
+                where=self.path,
+                why="its updates would be too small for its numbers; torch's GradScaler refuses such gradients, too",
+                fix="keep the model in float32: precision runs it in float16",
             )
         return model
 
@@ -222,6 +232,7 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         evaluate=evaluate if callable(find("evaluate")) else None,
         clip=limit(file, "clip", find("clip")),
         metrics=find("metrics"),
+        precision=checked_precision(file, find("precision")),
         sequence=length,
         takes_sequence=own is not None,
     )

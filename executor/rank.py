@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from executor.devices import Backend
 from executor.feed import open_feed
 from executor.hollow import places
 from executor.initial import Weights
-from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
+from executor.layers import LayeredModel, StageModule, aim, as_tuple, on, unchanged_buffers
 from executor.messages import Messages
 from executor.model_file import ModelFile
-from executor.norm import Clipping
+from executor.norm import AllGradients
+from executor.precision import SCALED
 from executor.reduction import Buckets, Shared, start_alike
+from executor.scaling import Scaling
 from executor.torch_adapter import PipeStage, pytree, tensors_without_data
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
@@ -72,7 +75,7 @@ class Rank:
         pipelines = [dist.new_group([rows[r] for rows in plan.holders]) for r in range(plan.replicas)]
         self.pipeline = pipelines[self.replica]
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
-        inputs, outputs = _boundaries(file, layered, layers, plan.samples)
+        inputs, outputs = _boundaries(file, layered, layers, plan.samples, backend.device)
         self.module = layered.stage(layers, recompute=plan.recompute)
         self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
@@ -94,7 +97,10 @@ class Rank:
             self.buckets = Buckets(trained, group, plan.bucket_bytes, where)
         self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
         before = (p for first, own in self.shared.items() if first != self.stage_index for p in own.parameters)
-        self.clipping = Clipping(file.clip, trained, before, len(mine), backend.device) if plan.norm else None
+        self.scaling = Scaling(backend.device) if plan.norm and file.precision == SCALED else None
+        self.all_gradients = None
+        if plan.norm:
+            self.all_gradients = AllGradients(file.clip, self.scaling, trained, before, len(mine), backend.device)
         self.stage = PipeStage(
             self.module,
             self.stage_index,
@@ -209,6 +215,8 @@ class Rank:
         if self.plan.recompute:
             self.module.on_repeat = lambda: self.repeats.append(self._stamp())
         loss = self.losses[m] if self.is_last else None
+        if loss is not None and self.scaling is not None:
+            loss = loss * self.scaling.scale
         self.stage.backward_one_chunk(m, loss=loss, full_backward=True, last_backward=last)
         self.module.on_repeat = None
         self.stage.release(m)
@@ -241,24 +249,24 @@ class Rank:
         self.shared[action.stage].add_up()
 
     def measure_norm(self, action: Action) -> None:
-        """Take the norm of the stage's gradients."""
-        assert self.clipping is not None, action
-        self.clipping.measure()
+        """Take the norm of the stage's gradients, and look whether they overflow."""
+        assert self.all_gradients is not None, action
+        self.all_gradients.measure()
 
     def agree_on_norm(self, action: Action) -> None:
         """Make the norms of all ranks' gradients into one."""
-        assert self.clipping is not None, action
-        self.clipping.agree()
+        assert self.all_gradients is not None, action
+        self.all_gradients.agree()
 
     def optimize(self, action: Action) -> None:
         """Clip the gradients where the model does, update the parameters and clear the gradients.
 
-        Those that are reduced stay in their buckets, as zeros.
+        What overflows is left out. Gradients that are reduced stay in their buckets, as zeros.
         """
-        if self.clipping is not None:
-            self.clipping.apply()
+        usable = self.all_gradients is None or self.all_gradients.ready()
         if self.optimizer is not None:
-            self.optimizer.step()
+            if usable:
+                self.optimizer.step()
             if self.buckets is None:
                 self.optimizer.zero_grad()
             else:
@@ -339,21 +347,27 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _boundaries(
-    file: ModelFile, layered: LayeredModel, layers: range, samples: int
+    file: ModelFile, layered: LayeredModel, layers: range, samples: int, device: torch.device
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return empty tensors with the shapes, dtypes and gradient flags of a stage's inputs and outputs.
 
-    One micro-batch goes through the whole model as far as the stage's end, without data unless the model needs some.
+    One micro-batch goes through the whole model as far as the stage's end, without data unless the model needs some. In
+    a lower precision each kind of device chooses dtypes of its own: there it goes through copies of the layers on it.
     """
     values, _ = layered.parted(*file.draw(samples, seed=0))
-    before = [layered.stage(range(layers.start))] if layers.start else []
-    modules = [*before, layered.stage(layers)]
+    there = bool(file.precision) and device.type != "cpu"
+    runs = [own for own in (range(layers.start), layers) if own]
+
+    def passed() -> list[list[_Described]]:
+        modules = [_copied(layered, own, device) if there else layered.stage(own) for own in runs]
+        return _passed(modules, tuple(_to(value, device) for value in values) if there else values)
+
     try:
         with unchanged_buffers(layered.model), tensors_without_data(layered.model.parameters()):
-            found = _passed(modules, values)
+            found = passed()
     except Exception:  # a layer looks at values: those that there are will do, as they did when it was cut
         with unchanged_buffers(layered.model):
-            found = _passed(modules, values)
+            found = passed()
     finally:
         if layered.surroundings is not None:
             layered.surroundings.made.clear()  # what they hold may be without data, too
@@ -382,3 +396,17 @@ def _passed(modules: list[StageModule], values: tuple[torch.Tensor, ...]) -> lis
         [(v.shape, v.stride(), v.dtype, v.requires_grad) for v in side if isinstance(v, torch.Tensor)]
         for side in passing[-2:]
     ]
+
+
+def _copied(layered: LayeredModel, run: range, device: torch.device) -> StageModule:
+    """Return a run of layers as a module on a device, of copies; without data where tensors are made without."""
+    layers = list(layered.layers)
+    for i in run:
+        module = copy.deepcopy(layers[i].module)
+        aim(module, device)
+        for part, name, tensor in places([module]):
+            there = tensor.detach().to(device)
+            whole = isinstance(tensor, torch.nn.Parameter)
+            setattr(part, name, torch.nn.Parameter(there, requires_grad=tensor.requires_grad) if whole else there)
+        layers[i] = replace(layers[i], module=module)
+    return replace(layered, layers=tuple(layers)).stage(run)

@@ -47,12 +47,15 @@ class PipeStage(PipelineStage):
 
     def prepare(self, microbatches: int) -> None:
         """Set up the tables of receives and sends from the static shapes given to the constructor."""
-        self.has_backward = True
+        self.has_backward = _INFERENCE_MODE is not None
         if _INFERENCE_MODE is not None:
             self._inference_mode = _INFERENCE_MODE.STATIC
         options = {"has_backward": True} if _FORWARD_TAKES_BACKWARD else {}
         self._prepare_forward_infra(microbatches, (), {}, **options)
+        self.has_backward = True
         self._prepare_backward_infra(microbatches)
+        if _INFERENCE_MODE is None:
+            self._tell_what_has_gradients()
         self._shapes: dict[int, tuple[torch.Size, torch.dtype, bool]] = {}
         self._in_flight: dict[tuple[int, bool], int] = {}
         for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
@@ -61,6 +64,25 @@ class PipeStage(PipelineStage):
                 if like is not None:
                     self._shapes[id(info)] = (torch.Size(like.shape), like.dtype, like.requires_grad)
                     info.buffer = None
+
+    def _tell_what_has_gradients(self) -> None:
+        """Correct the tables of torch 2.11, which takes every message for one with gradients, also of integers."""
+        metas: Any = (self.inputs_meta, self.get_outputs_meta())  # type: ignore[attr-defined]
+        taken, made = ([meta.requires_grad for meta in side] for side in metas)
+        arriving: dict[int, Any] = {} if self.is_first else self.args_recv_info
+        for infos in arriving.values():
+            for info, trained in zip(infos, taken, strict=True):
+                info.buffer.requires_grad_(trained)
+        returning: Any = self.grad_recv_info
+        for infos in returning.values():
+            for info, trained in zip(infos, made if infos else (), strict=True):
+                info.buffer = info.buffer if trained else None
+        if not self.is_first:
+            sent = zip(self.args_recv_info[0], taken, strict=True)
+            self.grad_send_info = [info.source if trained else None for info, trained in sent]
+
+    def _get_recv_ops(self, recv_infos: tuple[Any, ...]) -> list[dist.P2POp]:
+        return super()._get_recv_ops(tuple(info for info in recv_infos if id(info) in self._shapes))
 
     def _buffer(self, info: Any) -> torch.Tensor:
         shape, dtype, requires_grad = self._shapes[id(info)]
@@ -364,3 +386,20 @@ def parameters_without_data() -> Iterator[None]:
         torch.nn.Module._apply = before  # type: ignore[method-assign]
         init._no_grad_trunc_normal_ = drawing
         handle.remove()
+
+
+def unscaled(gradients: list[torch.Tensor], inverse: torch.Tensor) -> torch.Tensor:
+    """Multiply gradients by `inverse`; return 1 if any is infinite or no number, else 0, as GradScaler finds it."""
+    found = torch.zeros((), device=inverse.device)
+    kinds = dict.fromkeys((tensor.device, tensor.dtype) for tensor in gradients)
+    for kind in kinds:
+        own = [tensor for tensor in gradients if (tensor.device, tensor.dtype) == kind]
+        torch._amp_foreach_non_finite_check_and_unscale_(own, found, inverse)
+    return found
+
+
+def next_scale(
+    scale: torch.Tensor, updates: torch.Tensor, overflown: torch.Tensor, growth: float, backoff: float, interval: int
+) -> None:
+    """Change a scale of the loss and the number of updates since it last grew in place, as GradScaler does."""
+    torch._amp_update_scale_(scale, updates, overflown, growth, backoff, interval)

@@ -23,6 +23,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "torch.distributed.pipelining.stage": (
         "PipelineStage._prepare_forward_infra",
         "PipelineStage._prepare_backward_infra",
+        "PipelineStage._get_recv_ops",
         "PipelineStage.get_fwd_recv_ops",
         "PipelineStage.get_bwd_recv_ops",
         "PipelineStage.get_fwd_send_ops",
@@ -31,6 +32,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "PipelineStage.backward_one_chunk",
         "PipelineStage().args_recv_info",
         "PipelineStage().grad_recv_info",
+        "PipelineStage().grad_send_info",
         "PipelineStage().bwd_cache",
         "PipelineStage().output_chunks",
         "PipelineStage().fwd_cache|PipelineStage()._forward_chunk_states",

@@ -20,6 +20,8 @@ from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, as_tuple, on
 from executor.model_file import ModelFile
 from executor.norm import scale
+from executor.precision import SCALED
+from executor.scaling import Scaling
 from executor.torch_adapter import halves, pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
@@ -50,6 +52,9 @@ class Chain:
         self.file, self.layered, self.device, self.resident = file, layered, device, resident
         self.layers: Sequence[Layer] = layered.layers
         self.names = layered.parameter_names()
+        self.scaling = Scaling(device) if file.precision == SCALED else None
+        if self.scaling is not None:
+            self.scaling.scale.fill_(1.0)
         self.loss = on(layered.loss, device) if isinstance(layered.loss, nn.Module) else layered.loss
         self.whole = layered.stage(range(len(self.layers)))
         self.optimizers: list[torch.optim.Optimizer | None] = []
@@ -67,6 +72,11 @@ class Chain:
                 why="it picks none of the model's parameters",
                 fix="give it the parameters that are to be trained, or groups of them",
             )
+
+    @property
+    def joined(self) -> bool:
+        """Whether an update needs to know of all gradients."""
+        return self.scaling is not None or self.file.clip > 0
 
     def optimizer(self, part: int, names: dict[int, str] | None = None) -> torch.optim.Optimizer | None:
         """The user's optimizer over one layer's parameters; `names` are theirs where they are not the model's own."""
@@ -93,7 +103,7 @@ class Chain:
         given = [t.clone() if name in layer.changes else t for name, t in zip(layer.inputs, taken, strict=True)]
         given += [surroundings[name] for name in layer.ambient]
         with explained(self.file.path, f"the forward of layer '{layer.name}'"), around(part, "forward"):
-            result = layer.module(*given)
+            result = layer(*given)
         return taken, tuple(t for t in as_tuple(result) if isinstance(t, torch.Tensor)), result
 
     def forward_loss(self, result: Any, targets: Any, around: Around) -> tuple[Tensors, torch.Tensor]:

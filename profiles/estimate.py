@@ -29,6 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from executor.batch import tensors
 from executor.layers import cut, unchanged_buffers
 from executor.model_file import ModelFile, lengths, load, sha256
+from executor.precision import SCALED
 from executor.torch_adapter import pytree, tensors_without_data
 from executor.user_code import Loss, default_loss, default_optimizer, explained
 from planner.basis.errors import PlanError
@@ -108,6 +109,8 @@ def estimate(
     """
     devices.get(hardware)
     file = load(path, sequence)
+    if dtype is not None:
+        file = dataclasses.replace(file, precision="")  # another precision is asked for
     counted = count(file, sizes, dtype, progress)
     name = path.replace("\\", "/").rpartition("/")[2]
     return _profile(counted, file, hardware, name=name, source=sha256(path), fused=False)
@@ -412,7 +415,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
                     {n: work[part] for n, work in counted.work.items()},
                     static,
                     fused=fused,
-                    clips=file.clip > 0,
+                    joined=file.clip > 0 or file.precision == SCALED,
                 ),
             ),
             sizes=tuple(counted.sizes[n][part] for n in counted.sizes),
@@ -430,6 +433,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
             torch=str(torch.__version__),
             python=platform.python_version(),
             sequence=counted.sequence,
+            precision=file.precision,
         ),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=file.path,
@@ -449,7 +453,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
     )
 
 
-def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bool, clips: bool) -> LayerTimes:
+def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bool, joined: bool) -> LayerTimes:
     def timings(seconds: Callable[[Work], float]) -> tuple[Timing, ...]:
         return tuple(Timing.of(n, [seconds(of)]) for n, of in work.items())
 
@@ -461,7 +465,7 @@ def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bo
             return backward(of)
         return min(backward(of), device.total_seconds(of.backward_input))
 
-    moved = 2 * (static.parameter_bytes + static.optimizer_bytes) + (3 if clips else 1) * static.gradient_bytes
+    moved = 2 * (static.parameter_bytes + static.optimizer_bytes) + (3 if joined else 1) * static.gradient_bytes
     update = [Operation("memory", "float32", 0.0, moved)] if static.gradient_bytes else []
     read = [Operation("memory", "float32", 0.0, static.gradient_bytes)] if static.gradient_bytes else []
     return LayerTimes(
@@ -472,5 +476,5 @@ def _times(device: Hardware, work: dict[int, Work], static: Static, *, fused: bo
         backward_weight=timings(lambda of: backward(of) - inputs(of)),
         recompute=timings(lambda of: device.total_seconds(of.recompute)),
         optimizer=Timing.of(next(iter(work)), [device.total_seconds(update)]),
-        norm=Timing.of(next(iter(work)), [device.total_seconds(read)]) if clips else None,
+        norm=Timing.of(next(iter(work)), [device.total_seconds(read)]) if joined else None,
     )

@@ -124,7 +124,7 @@ def _shapes(layered: LayeredModel, inputs: tuple[torch.Tensor, ...]) -> list[Any
         for layer in layered.layers:
             given = [values[name].clone() if name in layer.changes else values[name] for name in layer.inputs]
             ambient = [around[name] for name in layer.ambient]
-            made = as_tuple(layer.module(*given, *ambient))
+            made = as_tuple(layer(*given, *ambient))
             gradient = any(p.requires_grad for p in layer.module.parameters())
             gradient = gradient or any(trained[name] for name in layer.inputs)
             found.append(

@@ -115,7 +115,7 @@ def measure(
     files, dtype = imported(path), subject.dtype_of(model.layered.model)
     unheld = model.layered.unheld().items()
     return Profile(
-        key=key_of(path, device, tokens, files, dtype),
+        key=key_of(path, device, tokens, files, dtype, file.precision),
         sources=files,
         opaque=model.layered.opaque,
         unused=tuple(name for name, tensor in unheld if isinstance(tensor, torch.nn.Parameter)),
@@ -205,10 +205,11 @@ def _displace() -> None:
     torch.relu_(torch.ones(_DISPLACING))
 
 
-def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str) -> ProfileKey:
+def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str, precision: str) -> ProfileKey:
     """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for.
 
-    `files` are what it imports from its folder, `dtype` the model's own: neither is known without running it.
+    `files` are what it imports from its folder, `dtype` and `precision` the model's own: none is known without
+    running it.
     """
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
@@ -219,6 +220,7 @@ def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: s
         torch=str(torch.__version__),
         python=platform.python_version(),
         sequence=sequence,
+        precision=precision,
     )
 
 

@@ -177,9 +177,12 @@ def _update(
 ) -> None:
     """Do the end of a step for one part, all of it that a step does."""
     norm = None
-    if chain.file.clip:
+    if chain.joined:
         with watch.around(part, "norm"):
-            norm = norm_of(module.parameters())
+            if chain.scaling is not None:
+                chain.scaling.unscale(module.parameters())
+            if chain.file.clip:
+                norm = norm_of(module.parameters())
     with watch.around(part, "optimizer"):
         update(optimizer, module.parameters(), norm)
 

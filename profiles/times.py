@@ -274,7 +274,7 @@ class LayerTimer:
             backward_weight=extras("backward_weight", "backward", APART / 2),
             recompute=extras("recompute", "forward", 1.0),
             optimizer=self.watch.timing(middle, part, "optimizer"),
-            norm=self.watch.timing(middle, part, "norm") if self.passes.chain.file.clip else None,
+            norm=self.watch.timing(middle, part, "norm") if self.passes.chain.joined else None,
         )
 
     def whole(self, standing: Sequence[int]) -> tuple[WholeStep, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from planner.basis import files
 from planner.basis.errors import ARTEFACT, OK, USAGE, PlanError
+from planner.cli import progress
 from planner.cli.main import invoke
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +96,13 @@ def test_the_old_file_stays_where_the_new_one_cannot_be_written(
     assert raised.value.why == "No space left on device"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "old"
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_S", 0.01)
+    with progress.shown() as bar:
+        bar.update(bar.add_task("simulating gpipe", total=8), completed=3)
+        time.sleep(0.1)
+    assert "simulating gpipe: 3 of 8, " in capsys.readouterr().err

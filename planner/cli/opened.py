@@ -97,9 +97,9 @@ def of_plan(store: Store, path: Path, profile: Profile, plan: Plan, given: str |
             code=ARTEFACT,
         )
     if plan.norm != profile.norm:
-        clips = "clips its gradients" if profile.norm else "does not clip its gradients"
+        clips = "clips or scales all gradients together" if profile.norm else "neither clips nor scales its gradients"
         raise PlanError(
-            what="the plan is for a model that clips otherwise",
+            what="the plan is for a model that treats its gradients otherwise",
             where=f"plan {plan}, norm",
             why=f"it says {str(plan.norm).lower()}, and by the profile the model {clips}",
             fix=f"norm = {str(profile.norm).lower()}",
@@ -142,7 +142,7 @@ def compared_with(cluster: Cluster, profile: Profile) -> tuple[Cluster, list[str
     """
     from profiles.hardware import relative_speed
 
-    own, dtype = profile.device_kind, profile.key.dtype
+    own, dtype = profile.device_kind, profile.key.computing
     devices, unsure = [], dict[str, None]()
     for device in cluster.devices:
         kinds = relative_speed(device.kind, own, dtype)

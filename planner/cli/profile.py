@@ -17,6 +17,7 @@ from planner.basis.units import percent, samples_words, seconds, size
 from planner.cli import output
 from planner.cli.measured import interrupted, notes, timed
 from planner.cli.options import JsonOption
+from planner.cli.progress import shown
 from planner.store import Store
 from planner.values.profile import Profile
 
@@ -120,10 +121,10 @@ def profile(
 @contextmanager
 def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
     """Show on stderr how much of what is done; of one of several sequence lengths, which."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output.progress, transient=True) as bar:
+    with shown(*columns) as bar:
         tasks: dict[str, Any] = {}
 
         def told(what: str, done: int, of: int) -> None:
@@ -184,6 +185,7 @@ def summary(measured: Profile) -> dict[str, Any]:
         "device": measured.key.device,
         "estimated": measured.estimated,
         "dtype": measured.key.dtype,
+        "precision": measured.key.precision,
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,

@@ -102,7 +102,7 @@ def run(
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
     of = measured_profile
-    now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype)
+    now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype, of.key.precision)
     require_same(measured_profile, now, path)
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)

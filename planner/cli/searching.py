@@ -15,6 +15,7 @@ from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
 from planner.cli.line import LINE, again
 from planner.cli.opened import opened
+from planner.cli.progress import shown
 from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
@@ -178,13 +179,13 @@ def asking(
 
 def _searched(store: Store, searching: Search, profile: str, budget: float, others: tuple[int, float]) -> Answer:
     """Run a search with its progress shown, then for so many `others` and seconds; save it however it ends."""
-    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn  # isort: skip
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     expected = outlook(searching)
     if expected is not None and expected.long:
         output.progress.print(str(expected))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=output.progress, transient=True) as bar:
+    with shown(*columns) as bar:
         task = bar.add_task("searching", total=None)
 
         def told(progress: Progress) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -35,6 +36,7 @@ from planner.cli.options import (
     TensorOption,
     axes,
 )
+from planner.cli.progress import shown
 from planner.cli.searching import Question, run
 from planner.placement import strategies
 from planner.placement.devices import choose
@@ -79,7 +81,7 @@ def simulate(
     profile: ProfileOption = None,
     cluster: ClusterOption = None,
     samples: Annotated[int, typer.Option(help="Steps drawn from the measured spread, per plan.", min=1)] = SAMPLES,
-    seed: Annotated[int, typer.Option(help="Seed of these draws.")] = SEED,
+    seed: Annotated[int, typer.Option(help="Seed of these draws.", min=0)] = SEED,
     stale: Annotated[bool, typer.Option(help="Let plans with stale gradients be the best.")] = False,
     slow_device: Annotated[list[str] | None, typer.Option(help="A device that is slower: d3=2 is twice.")] = None,
     slow_link: Annotated[list[str] | None, typer.Option(help="A link that is slower: d0:d1=4.")] = None,
@@ -227,23 +229,39 @@ def _ranked(
         asked["synchronisations"] or ("",),
         asked["mappings"] or ("",),
     )
-    ranking = rank(
-        measured,
-        faulty,
-        k=k,
-        m=m,
-        batch=batch,
-        name=store.name_of(path),
-        strategies=[strategies.get(name) for name in asked["strategies"]],
-        shapes=[Shape(*shape) for shape in shapes],
-        savings=asked["savings"] or DEFAULT_SAVINGS,
-        samples=draws.samples,
-        seed=draws.seed,
-        stale=stale,
-        failures=failures,
-        able=able,
-    )
+    with _progress() as told:
+        ranking = rank(
+            measured,
+            faulty,
+            k=k,
+            m=m,
+            batch=batch,
+            name=store.name_of(path),
+            strategies=[strategies.get(name) for name in asked["strategies"]],
+            shapes=[Shape(*shape) for shape in shapes],
+            savings=asked["savings"] or DEFAULT_SAVINGS,
+            samples=draws.samples,
+            seed=draws.seed,
+            stale=stale,
+            failures=failures,
+            able=able,
+            progress=told,
+        )
     return store, path, measured, ranking
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr which of how many strategies is simulated."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+    with shown(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task("simulating", total=None)
+
+        def told(what: str, done: int, of: int) -> None:
+            bar.update(task, description=what, completed=done, total=of)
+
+        yield told
 
 
 def as_data(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: Path) -> dict[str, Any]:

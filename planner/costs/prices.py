@@ -42,8 +42,8 @@ BY_DEVICE = tuple(op for op, operation in OPERATIONS.items() if operation.group 
 replica of the pipeline its own devices."""
 
 
-NORM_BYTES = 8.0
-"""Of the square of a norm, in float64 (`executor.norm`)."""
+NORM_BYTES = 16.0
+"""Of the square of a norm, and of whether anything overflows, in float64 (`executor.norm`)."""
 
 MANY = 4096
 """Pairs of workers and servers whose flows are added up; beyond, only what links carry is known of them."""
@@ -197,7 +197,7 @@ class PriceList:
         return TransferKind(REDUCE_TIED, stage, source, source, size, seconds, 0.0, choice.flows(size), lane, seconds)
 
     def _agreed_norm(self) -> TransferKind:
-        """An all-reduce of one number among all devices: it takes latencies, and loads no link."""
+        """An all-reduce of two numbers among all devices: it takes latencies, and loads no link."""
         every = tuple(name for group in self.groups for name in group)
         seconds = collectives.over(self.cluster, (every,), collectives.ALL_REDUCE).seconds(NORM_BYTES)
         return TransferKind(REDUCE_NORM, 0, -1, -1, NORM_BYTES, seconds, 0.0, ())

@@ -75,14 +75,14 @@ def pipeline(q: Question, strategy: str, schedule: str, *, cut: str = "balanced"
 
 
 def check_norm(plan: Plan) -> None:
-    """Raise `PlanError` (exit 2) for a plan whose stages update apart, of a model that clips all gradients together."""
+    """Raise `PlanError` (exit 2) when stages update apart, of a model that clips or scales all gradients."""
     alone = norm_without_flush(plan)
     if alone is not None:
         raise PlanError(
-            what="a model that clips its gradients cannot update each stage by itself",
+            what="a model that clips or scales its gradients cannot update each stage by itself",
             where=f"strategy {plan.strategy}, K={len(plan.device_names)}",
             why=alone,
-            fix="choose a schedule that flushes (1f1b) and replicas that reduce (all-reduce), or leave clip out",
+            fix="choose a schedule that flushes (1f1b) and replicas that reduce (all-reduce), or no clip and fp16",
         )
 
 

@@ -14,6 +14,10 @@ TRIALS = 24
 """Other numbers of micro-batches, or of devices, that are tried."""
 
 
+NUMBERS = 2**16
+"""Up to so many micro-batches are thought of."""
+
+
 class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     """Strategies that give no plan here, why, and what would make the first of them possible ("": nothing found)."""
 
@@ -68,7 +72,7 @@ def remedy(question: Question, entry: Strategy) -> str:
     """Return the nearest number of micro-batches, or else of replicas, tensor ways or devices, that gives a plan."""
     if _possible(question, entry):
         return ""  # it is something else that cannot be
-    divisors = [m for m in range(1, question.batch + 1) if question.batch % m == 0 and m != question.m]
+    divisors = [m for m in range(1, min(question.batch, NUMBERS) + 1) if question.batch % m == 0 and m != question.m]
     for m in sorted(divisors, key=lambda m: (abs(m - question.m), m))[:TRIALS]:
         if _possible(question._replace(m=m), entry):
             return f"--m {m} makes it possible"

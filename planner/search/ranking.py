@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import msgspec
 
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
 from planner.basis.units import size
+from planner.orders.codes import MICROBATCH, STAGES
 from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Axis, Strategy, all_strategies
 from planner.search.choice import Merit, choose, merit
@@ -23,6 +25,10 @@ from planner.values.profile import Profile
 
 DEFAULT_SAVINGS: tuple[tuple[str, ...], ...] = ((), ("recompute",))
 """With and without recompute; where there is nothing to recompute, without."""
+
+
+SAMPLES_AT_MOST = 2**53
+"""Samples of a step: whole numbers up to it are exact as seconds and bytes are reckoned."""
 
 
 class Shape(NamedTuple):
@@ -132,12 +138,13 @@ def rank(
     shapes: Sequence[Shape] = (Shape(),),
     savings: Sequence[tuple[str, ...]] = DEFAULT_SAVINGS,
     able: Callable[[Plan], bool] = lambda plan: True,
-    progress: Callable[[str], None] = lambda label: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Ranking:
     """Simulate every strategy with every set of savings, for K devices and M micro-batches.
 
     `shapes` say what else is asked: replicas, chunks, tensor splits, synchronisation. Strategies that decide about
     these themselves have no part in such a question.
+    `progress` is told what is simulated, and how many of how many plans are done.
     Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
     Raises `PlanError` (exit 2) when K, M or the batch are not positive, or M does not divide the batch.
     """
@@ -146,11 +153,10 @@ def rank(
     outcomes: list[Outcome] = []
     failed: list[tuple[Strategy, PlanError]] = []
     questions = [question._replace(**shape._asdict()) for shape in shapes]
-    for entry, plan in _plans(questions, strategies or all_strategies(), savings):
+    for entry, plan in _plans(questions, strategies or all_strategies(), savings, progress):
         if isinstance(plan, PlanError):
             failed.append((entry, plan))
             continue
-        progress(str(plan))
         try:
             outcomes.append(simulate(profile, plan, cluster, samples=samples, seed=seed, failures=failures))
         except PlanError as error:
@@ -180,6 +186,18 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
             raise PlanError(
                 what=f"{flag} must be positive", where=flag, why=f"it is {value}", fix=f"give a number from 1: {flag} 1"
             )
+    for flag, value, most, of in (
+        ("--k", k, STAGES + 1, "devices"),
+        ("--m", m, MICROBATCH, "micro-batches"),
+        ("--batch", batch, SAMPLES_AT_MOST, "samples"),
+    ):
+        if value > most:
+            raise PlanError(
+                what=f"{flag} {value} is too large",
+                where=flag,
+                why=f"a step has at most {most:,} {of}",
+                fix=f"{flag} 8",
+            )
     if batch % m:
         raise PlanError(
             what=f"M={m} micro-batches do not divide a batch of {batch} samples",
@@ -190,18 +208,22 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
 
 
 def _plans(
-    questions: Sequence[Question], strategies: Sequence[Strategy], savings: Sequence[tuple[str, ...]]
+    questions: Sequence[Question],
+    strategies: Sequence[Strategy],
+    savings: Sequence[tuple[str, ...]],
+    progress: Callable[[str, int, int], None],
 ) -> Iterator[tuple[Strategy, Plan | PlanError]]:
     """Yield every strategy's plans, or why there are none; a plan is cut with its savings in mind."""
-    for question in questions:
-        for entry in strategies:
-            for index, chosen in enumerate(savings):
-                try:
-                    _heeds(entry, question)
-                    yield entry, entry.spread(question._replace(savings=chosen))
-                except PlanError as error:
-                    if index == 0 or savings is not DEFAULT_SAVINGS:
-                        yield entry, error
+    every = [*itertools.product(questions, strategies, enumerate(savings))]
+    for done, (question, entry, (index, chosen)) in enumerate(every):
+        progress(f"simulating {'+'.join((entry.name, *chosen))}", done, len(every))
+        try:
+            _heeds(entry, question)
+            yield entry, entry.spread(question._replace(savings=chosen))
+        except PlanError as error:
+            if index == 0 or savings is not DEFAULT_SAVINGS:
+                yield entry, error
+    progress("looking for what would make the rest possible", len(every), len(every))
 
 
 def _heeds(entry: Strategy, question: Question) -> None:

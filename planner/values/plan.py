@@ -57,7 +57,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     split. `synchronisation` says how replicas agree on parameters (`planner.orders.synchronisation`); `servers` are the
     devices or hosts that keep the parameters where it needs them. Gradients are reduced in buckets of `bucket_bytes`
     as they become ready, 0 meaning all at once. `tied` are groups of stages that share a parameter. With `norm` all
-    agree on the norm of all gradients before they update: the model clips it.
+    agree on all gradients' norm before they update: the model clips it, or leaves out what overflows (float16).
 
     Memory savings: with `recompute` a stage keeps only its inputs and outputs between forward and backward,
     `recompute_layers` forgets single layers, `recompute_blocks` runs of layers, each given by its first and its last:
@@ -431,4 +431,4 @@ def norm_without_flush(plan: Plan) -> str | None:
         why = f"with {plan.synchronisation} servers update as gradients come in"
     else:
         return None
-    return f"the model clips the norm of all gradients together, and {why}"
+    return f"the model clips all gradients together, or looks whether any overflows, and {why}"

@@ -191,7 +191,8 @@ SCHEMA = 3
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a profile is valid for. A difference in any field makes it stale.
 
-    `sequence` is the number of tokens of a sample; 0 where samples are no sequences.
+    `sequence` is the number of tokens of a sample; 0 where samples are no sequences. `dtype` is that of the parameters;
+    with a `precision` ("bf16" or "fp16") much of the model runs in fewer bits (autocast).
     """
 
     model: str
@@ -202,7 +203,13 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
     python: str
     sequence: int = 0
+    precision: str = ""
     schema: int = SCHEMA
+
+    @property
+    def computing(self) -> str:
+        """The dtype in which most is computed."""
+        return {"bf16": "bfloat16", "fp16": "float16"}.get(self.precision, self.dtype)
 
     def differences(self, other: ProfileKey) -> list[str]:
         """List the fields that differ, as `name: mine -> theirs`."""
@@ -322,7 +329,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def norm(self) -> bool:
         """Whether an update needs the norm of all gradients."""
-        return self.clip > 0
+        return self.clip > 0 or self.key.precision == "fp16"
 
     @property
     def device_kind(self) -> str:

@@ -66,8 +66,9 @@ def main(path: str) -> None:
             losses.append(float(sum(me.losses.values())))
         me.feed.close()
         out = Path(job.folder) / f"{case.name}.{rank}.pt"
-        norm = me.clipping.norm if me.clipping is not None else None
-        kept = {"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm}
+        norm = me.all_gradients.norm if me.all_gradients is not None else None
+        scale = me.scaling.scale if me.scaling is not None else None
+        kept = {"gradients": found, "losses": me.losses, "state": me.state(), "norm": norm, "scale": scale}
         torch.save({**kept, "taken": taken, "history": losses}, out)
         if case.oracle:
             torch.save(_torch_gradients(case, rank), Path(job.folder) / f"{case.name}.torch.{rank}.pt")

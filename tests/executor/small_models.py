@@ -95,6 +95,31 @@ def clipped_tied() -> nn.Module:
 clipped_tied_optimizer = clipped_optimizer
 
 
+bf16_precision = bf16_skips_precision = "bf16"
+
+
+def bf16() -> nn.Module:
+    return model()
+
+
+def bf16_skips() -> nn.Module:
+    return Skips()
+
+
+class Amplified(nn.Module):
+    """Passes its input on, and 1,024 times the gradient back: in float16 that overflows in the layers before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (1023 * x - (1023 * x).detach())
+
+
+def fp16() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 24), Amplified(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+fp16_precision, fp16_clip = "fp16", 1.0
+
+
 class Twice(nn.Module):
     """Calls one module several times: a stage shares it with another; the first activation changes its input."""
 
@@ -160,6 +185,31 @@ def fields() -> nn.Module:
 def fields_batch(n: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, 12, (n, 5))
     return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
+
+
+class Padded(nn.Module):
+    """Sends beside what has a gradient what can have none: which tokens are padding, and how many are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(12, 12), nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        padding = tokens == 0
+        place = (~padding).cumsum(1)
+        x = self.table(tokens)
+        for block in self.blocks:
+            x = x + torch.relu(block(x)).masked_fill(padding[..., None], 0.0) * (place % 2)[..., None]
+        return x
+
+
+def padded() -> nn.Module:
+    return Padded()
+
+
+def padded_batch(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 12, (n, 5))
+    return tokens, tokens.roll(-1, 1)
 
 
 class Moody(nn.Module):

@@ -16,6 +16,7 @@ from executor.feed import open_feed
 from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import ModelFile, load
+from executor.precision import DTYPES
 from executor.rank import split
 from executor.torch_adapter import pytree
 from planner.placement import partition
@@ -52,15 +53,17 @@ def plan_of(
         recompute=recompute,
         bucket_bytes=bucket_bytes,
         tied=tuple(sorted(group for group in tied if len(group) > 1)),
-        norm=file.clip > 0,
+        norm=file.clip > 0 or file.precision == "fp16",
     )
 
 
-def drawn(model: str, replicas: int) -> tuple[tuple[torch.Tensor, ...], object]:
+def feeds_of(model: str, replicas: int) -> list[Any]:
+    """What the replicas draw their shares of each step's batch from."""
+    return [open_feed(load(model), BATCH // replicas, replicas=replicas, replica=r, seed=SEED) for r in range(replicas)]
+
+
+def drawn(feeds: list[Any]) -> tuple[tuple[torch.Tensor, ...], object]:
     """A step's batch: the shares that its replicas draw, one behind the other."""
-    feeds = [
-        open_feed(load(model), BATCH // replicas, replicas=replicas, replica=r, seed=SEED) for r in range(replicas)
-    ]
     inputs, targets = zip(*((share.inputs, share.targets) for share in (feed.take() for feed in feeds)), strict=True)
     return tuple(map(torch.cat, zip(*inputs, strict=True))), pytree.tree_map(
         lambda *parts: torch.cat(parts) if isinstance(parts[0], torch.Tensor) else None, *targets
@@ -76,33 +79,53 @@ def called(file: ModelFile, whole: nn.Module, tensors: tuple[torch.Tensor, ...])
 
 
 class Plain(NamedTuple):
-    """What a plain loop's step has: gradients, loss, the norm of all gradients where they are clipped, the weights."""
+    """What a plain loop's last step has: gradients, loss, the norm where they are clipped, the scale where the loss
+    is scaled; and how many of its steps were left out.
+    """
 
     gradients: dict[str, torch.Tensor]
     loss: float
     norm: torch.Tensor | None
     state: dict[str, torch.Tensor]
+    scale: float
+    skipped: int
 
 
-def reference(model: str, replicas: int) -> Plain:
-    """The whole model in this process, gradients accumulated over the micro-batches in ascending order."""
-    file = load(model)
+def reference(model: str, replicas: int, steps: int = 1) -> Plain:
+    """The whole model in this process, gradients accumulated over the micro-batches in ascending order.
+
+    Each replica's loss is the mean over its own micro-batches, and the gradients are the mean over replicas, as in DDP:
+    in float16 that decides what overflows.
+    """
+    file, feeds = load(model), feeds_of(model, replicas)
     whole = file.build(SEED)
-    inputs, targets = drawn(model, replicas)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    total, parts = 0.0, 1 if model.endswith(UNEVEN) else MICROBATCHES
-    for x, y in zip(zip(*(t.chunk(parts) for t in inputs), strict=True), split(targets, parts), strict=True):
-        loss = file.loss(called(file, whole, x), y) / parts
-        loss.backward()
-        total += float(loss.detach())
-    gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
-    norm = nn.utils.clip_grad_norm_(whole.parameters(), file.clip) if file.clip else None
     optimizer = file.optimizer_of((n, p) for n, p in whole.named_parameters() if p.requires_grad)
     assert optimizer is not None
-    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=file.precision == "fp16")
+    lower = torch.autocast("cpu", DTYPES.get(file.precision, torch.bfloat16), enabled=bool(file.precision))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts, skipped = 1 if model.endswith(UNEVEN) else MICROBATCHES, 0
+    for _ in range(steps):
+        optimizer.zero_grad()
+        total, (inputs, targets) = 0.0, drawn(feeds)
+        for x, y in zip(zip(*(t.chunk(parts) for t in inputs), strict=True), split(targets, parts), strict=True):
+            with lower:
+                loss = file.loss(called(file, whole, x), y) / parts
+            scaler.scale(loss * replicas).backward()
+            total += float(loss.detach())
+        for parameter in whole.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= replicas
+        scaler.unscale_(optimizer)
+        gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), file.clip) if file.clip else None
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < scale
     torch.set_num_threads(before)
-    return Plain(gradients, total, norm, whole.state_dict())
+    return Plain(gradients, total, norm, whole.state_dict(), scaler.get_scale(), skipped)
 
 
 def cases(k: int) -> list[Case]:
@@ -121,6 +144,14 @@ def cases(k: int) -> list[Case]:
                 continue
             plan = plan_of(f"{MODELS}:{name}", "1f1b", k // replicas, replicas=replicas)
             found.append(Case(name=f"{name}-{replicas}", model=f"{MODELS}:{name}", plan=plan))
+    if k < 4:
+        half = [f"{MODELS}:{name}" for name in ("bf16", "bf16_skips")]
+        for model, recompute in product(half, (False, True)):
+            plan = plan_of(model, "1f1b", k, recompute=recompute)
+            found.append(Case(name=f"{model.partition(':')[2]}-{recompute}", model=model, plan=plan, steps=2))
+        for replicas in range(1, k + 1):
+            plan = plan_of(f"{MODELS}:fp16", "1f1b", k // replicas, replicas=replicas)
+            found.append(Case(name=f"fp16-{replicas}", model=f"{MODELS}:fp16", plan=plan, steps=8))
     if k > 1:
         grouped = f"{MODELS}:grouped"
         found.append(Case(name="grouped", model=grouped, plan=plan_of(grouped, "gpipe", k)))
@@ -133,7 +164,7 @@ def cases(k: int) -> list[Case]:
             found.append(Case(name=f"{name[1:]}-{replicas}", model=MODELS + name, plan=plan))
         some = f"{MODELS}:sometimes"
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
-        for name in ("tied", "twice", "kept", "fields"):
+        for name in ("tied", "twice", "kept", "fields", "padded"):
             own = f"{MODELS}:{name}"
             found.append(Case(name=name, model=own, plan=plan_of(own, "1f1b", 2)))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
@@ -161,7 +192,9 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
     spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(todo))))
     launch(main, str(spec), k, tmp_path / "logs")
     for case in todo:
-        expected, total, norm, state = reference(case.model, case.plan.replicas)
+        expected, total, norm, state, scale, skipped = reference(case.model, case.plan.replicas, case.steps)
+        if case.name.startswith("fp16"):
+            assert 0 < skipped < case.steps
         ranks = [torch.load(tmp_path / f"{case.name}.{r}.pt", weights_only=True) for r in range(k)]
         # Sums of other orders differ in the last digits.
         exact = case.plan.replicas == 1 and not case.plan.tied and not case.model.endswith(UNEVEN)
@@ -179,6 +212,7 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                     assert torch.equal(tensor, state[name]), f"{case.name}, {name}"
                 elif norm is not None:
                     torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+            assert found["scale"] is None or float(found["scale"]) == scale
             if norm is not None:
                 torch.testing.assert_close(found["norm"], norm, rtol=1e-6, atol=0.0)
         measured = sum(float(loss) for found in ranks for loss in found["losses"].values()) / case.plan.replicas
