@@ -212,7 +212,7 @@ def source_of(
     `PlanError` when it fails, returns anything else, or returns a DataLoader that cannot be dealt to replicas.
     """
     call = f"{function}()"
-    with seeded(0), explained(path, call, f"correct it until {call} works in a Python shell"):
+    with seeded(0), explained(path, call):
         found = make()
     if draw is not None and isinstance(found, int) and not isinstance(found, bool) and found > 0:
         drawing = Drawing(draw, found)

@@ -119,6 +119,8 @@ def _fix(file: str, call: str, error: BaseException) -> str:
         return "import what lies beside the model file by its name: import blocks, not from . import blocks"
     if call == IMPORTING:
         return f"correct it until python {file} works"
-    if not call.startswith(("model()", "batch(", "the model's forward")):
+    tried = {"model()": "m.model()", "batch(": "m.batch(2)", "data()": "m.data()", "evaluate()": "m.evaluate()"}
+    what = next((code for begin, code in tried.items() if call.startswith(begin)), None)
+    if what is None:
         return f"correct it in {file}"
-    return f'correct it until python -c "import {Path(file).stem} as m; m.model()(m.batch(2)[0])" works'
+    return f'correct it until python -c "import {Path(file).stem} as m; {what}" works'
