@@ -90,7 +90,8 @@ def write(file: ModelFile, seed: int, path: Path) -> None:
     try:
         if _apart(model):
             tensors = {name: tensor.detach() for name, tensor in _named(model)}
-            torch.save({"tensors": tensors, "random": torch.get_rng_state(), "extra": extra_state(model)}, part)
+            extra = {name: module.get_extra_state() for name, module in extra_states(model).items()}
+            torch.save({"tensors": tensors, "random": torch.get_rng_state(), "extra": extra}, part)
         else:
             part.touch()
     except (OSError, RuntimeError) as error:  # a full disk: torch raises the latter
@@ -205,10 +206,10 @@ def _apart(model: nn.Module) -> bool:
     return not lazy and len(set(storages)) == len(storages)
 
 
-def extra_state(model: nn.Module) -> dict[str, Any]:
-    """Return what modules save beside tensors (`get_extra_state`), under the names in the model's `state_dict`."""
+def extra_states(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that save more than tensors (`get_extra_state`), by its name in the model's `state_dict`."""
     return {
-        f"{path}{'.' if path else ''}_extra_state": part.get_extra_state()
+        f"{path}{'.' if path else ''}_extra_state": part
         for path, part in model.named_modules(remove_duplicate=False)
         if type(part).get_extra_state is not nn.Module.get_extra_state
     }

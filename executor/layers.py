@@ -22,7 +22,7 @@ from executor.layer import Layer
 from executor.model_file import ModelFile
 from executor.outputs import Outputs
 from executor.precision import autocast, under
-from executor.torch_adapter import replace_tensors
+from executor.torch_adapter import registered_buffers, replace_tensors
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
 
@@ -44,7 +44,8 @@ class LayeredModel:
 
     Of the tensors of a batch's inputs, those numbered `late` are read by the loss alone: they go with the targets.
     `surroundings` make what layers take of nobody. Inside the modules `opaque` torch could not follow the
-    forward: their paths, and why.
+    forward: their paths, and why. `saved` are the names in the model's `state_dict` when it was made: running it may
+    have added some.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class LayeredModel:
     late: tuple[int, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     surroundings: Surroundings | None = None
+    saved: frozenset[str] = frozenset()
 
     def parted(self, inputs: tuple[Any, ...], targets: Any) -> tuple[tuple[Any, ...], Any]:
         """Return what the first stage and what the last needs of a batch."""
@@ -102,10 +104,18 @@ class LayeredModel:
         Several where it is shared, none where it is not saved (a buffer that is not persistent).
         """
         names: dict[int, tuple[str, ...]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, torch.Tensor):
-                names[id(tensor)] = (*names.get(id(tensor), ()), name)
+        for name, tensor in self._state():
+            names[id(tensor)] = (*names.get(id(tensor), ()), name)
         return names
+
+    def shared_names(self) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of names in the model's `state_dict` that are one tensor."""
+        return tuple(names for names in self.saved_names().values() if len(names) > 1)
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor) and name in self.saved:
+                yield name, tensor
 
     def parameter_names(self) -> dict[int, str]:
         """The name of every parameter in the whole model by its identity; of a shared one, the first."""
@@ -114,8 +124,7 @@ class LayeredModel:
     def unheld(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the model that no layer holds, under the names in its `state_dict`."""
         held = {id(t) for layer in self.layers for t in (*layer.module.parameters(), *layer.module.buffers())}
-        state = self.model.state_dict(keep_vars=True)
-        return {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and id(t) not in held}
+        return {name: tensor for name, tensor in self._state() if id(tensor) not in held}
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Groups of layers that share a parameter: the parameter's name, then the layers' names."""
@@ -267,6 +276,11 @@ def cut(file: ModelFile, model: nn.Module) -> LayeredModel:
 
     Raises `PlanError` when its forward cannot be followed or a layer fails, with the layer's name.
     """
+    saved = frozenset(model.state_dict())
+    return replace(_cut(file, model), saved=saved)
+
+
+def _cut(file: ModelFile, model: nn.Module) -> LayeredModel:
     drawn = file.drawn(EXAMPLE, seed=0)
     if file.layers is not None:
         with explained(file.path, "layers(model)"):
@@ -357,14 +371,22 @@ def _chain(
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Keep a model's buffers (batch-norm statistics) as they are while it is tried out."""
-    before = [buffer.clone() for buffer in model.buffers()]
+    """Keep a model's buffers (batch-norm statistics) as they are while it is tried out; those that it adds go again."""
+    before = [(part, registered_buffers(part)) for part in model.modules()]
+    values = {id(t): t.clone() for _, buffers in before for t in buffers.values() if t is not None}
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(model.buffers(), before, strict=True):
-                buffer.copy_(value)
+            for part, buffers in before:
+                now = registered_buffers(part)
+                for name in now.keys() - buffers.keys():
+                    delattr(part, name)
+                for name, buffer in buffers.items():
+                    if now.get(name) is not buffer:
+                        setattr(part, name, buffer)
+                    if buffer is not None:
+                        buffer.copy_(values[id(buffer)])
 
 
 @contextmanager

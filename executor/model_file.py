@@ -80,6 +80,14 @@ class ModelFile:
                 why=f"it returns {type(model).__name__}",
                 fix="return an nn.Module from model()",
             )
+        lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise PlanError(
+                what="model() returns parameters that have no shape yet",
+                where=self.path,
+                why=f"{lazy[0]} gets its shape from the first input that it sees",
+                fix="let the model see one in model(): made = Model(); made(batch(2)[0]); return made",
+            )
         if self.precision == SCALED and any(p.dtype == torch.float16 for p in model.parameters()):
             raise PlanError(
                 what="a model in float16 cannot be trained with a scaled loss",

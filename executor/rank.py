@@ -19,13 +19,14 @@ from executor.batch import tensors
 from executor.devices import Backend
 from executor.feed import open_feed
 from executor.hollow import places
-from executor.initial import Weights
+from executor.initial import Weights, extra_states
 from executor.layers import LayeredModel, StageModule, aim, as_tuple, on, unchanged_buffers
 from executor.messages import Messages
 from executor.model_file import ModelFile
 from executor.norm import AllGradients
 from executor.precision import SCALED
 from executor.reduction import Buckets, Shared, start_alike
+from executor.saving import SavedAs
 from executor.scaling import Scaling
 from executor.torch_adapter import PipeStage, pytree, tensors_without_data
 from planner.orders.action import Action, Row
@@ -80,6 +81,8 @@ class Rank:
         self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
         self.unheld, self.weights = layered.unheld() if rank == 0 else {}, weights
+        self.extra = _extra(layered, self.module, weights, first=rank == 0)
+        self.saved_as = SavedAs(shared=layered.shared_names(), pretrained=hasattr(layered.model, "save_pretrained"))
         if weights is not None:
             self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
             weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
@@ -289,10 +292,11 @@ class Rank:
             "input": sum(storages.values()),
         }
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Any]:
         """The stage's part of the whole model's `state_dict`; the first rank's with what no stage holds."""
         own = {name: getattr(*place) for name, place in self.saved.items()}
-        return {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
+        tensors = {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
+        return {**tensors, **{name: state() for name, state in self.extra.items()}}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients under the same names."""
@@ -335,6 +339,19 @@ def _places(module: torch.nn.Module, names: dict[int, tuple[str, ...]]) -> dict[
         for attribute, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         for name in names.get(id(tensor), ())
     }
+
+
+def _extra(
+    layered: LayeredModel, stage: torch.nn.Module, weights: Weights | None, *, first: bool
+) -> dict[str, Callable[[], Any]]:
+    """Return what gives the extra state of a stage's modules, by name; of the first rank also of those in no stage."""
+    held = set(stage.modules())
+    every = extra_states(layered.model)
+    own = {name: part.get_extra_state for name, part in every.items() if part in held}
+    if not first:
+        return own
+    made = weights.extra if weights is not None else {name: part.get_extra_state() for name, part in every.items()}
+    return {name: lambda name=name: made[name] for name in every} | own
 
 
 def _microbatch(action: Action) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import torch
 
+from executor import saving
 from executor.ending import ask
 from executor.evaluations import evaluated
 from executor.following import Watch, following
@@ -18,7 +18,6 @@ from executor.initial import FILE as INITIAL
 from executor.launch import launch
 from executor.model_file import load
 from executor.recording import RankMemory, RankStep, recording_of
-from executor.saving import save
 from executor.steps import announced, joined
 from executor.worker import PATIENCE_S, Job, main
 from planner.basis.errors import INTERRUPTED, PlanError
@@ -49,9 +48,9 @@ def run(
     """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
 
     `folder` receives each rank's results and log, and the trained weights as `weights.pt`, a state dict of the
-    unsplit model. `workers` processes make batches of `data()` ready for each rank that loads. `watch` is told the
-    steps, about twice a second, as they are finished. The first Ctrl-C ends the run behind a step that all ranks agree
-    on: the outcome then says that it was `stopped`.
+    unsplit model, and in the other forms of `executor.saving.gather`. `workers` processes make batches of `data()`
+    ready for each rank that loads. `watches` are told the steps, about twice a second, as they are finished. The first
+    Ctrl-C ends the run behind a step that all ranks agree on: the outcome then says that it was `stopped`.
 
     Raises `PlanError` for epochs without data (exit 2), when a rank fails (6), or when the run ended before a step was
     recorded (130), and `KeyboardInterrupt` at the second Ctrl-C or before the first step.
@@ -91,12 +90,8 @@ def run(
             launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
     finally:
         (folder / INITIAL).unlink(missing_ok=True)
-    weights: dict[str, torch.Tensor] = {}
-    for rank in sorted({holders[0] for holders in plan.holders}):
-        weights |= torch.load(folder / f"rank{rank}.pt", weights_only=True)
-    save(weights, folder / "weights.pt")
-    for rank in range(ranks):
-        (folder / f"rank{rank}.pt").unlink()
+    holders = tuple(sorted({rows[0] for rows in plan.holders}))
+    saving.gather(folder, ranks, holders, load(model, plan.sequence))
     outcome = partial(plan, folder, capacity_bytes)
     if outcome is None:
         raise PlanError(

@@ -296,6 +296,11 @@ def replace_tensors(module: torch.nn.Module, replaced: Callable[[torch.Tensor], 
     module._apply(replaced)
 
 
+def registered_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """Return a module's own buffers by name, those among them that are None."""
+    return dict(module._buffers)
+
+
 def without_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and a dtype but no data."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -91,6 +91,8 @@ def main(path: str) -> None:
         evaluations = Evaluations(evaluator, rates, extent, every=job.evaluate_every or 0, folder=told)
     done = training.run(extent.steps, evaluations)
     save(me.state(), folder / f"rank{rank}.pt")
+    if rank == 0:
+        me.saved_as.write(folder)
     if done == extent.steps:
         found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept
         (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))

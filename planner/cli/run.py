@@ -156,10 +156,16 @@ def run(
         output.document("run", data)
     elif not json:
         show(result, comparison)
-        output.results.print(f"weights {folder / 'weights.pt'} (a state dict of the unsplit model)")
+        output.results.print(f"weights {folder / 'weights.pt'} (a state dict of the unsplit model){_also(folder)}")
         output.results.print(f"report {page}: open it in a browser")
     if failed is not None:
         raise failed
+
+
+def _also(folder: Path) -> str:
+    """The other forms in which the weights were written."""
+    found = [name for name in ("weights.safetensors", "pretrained") if (folder / name).exists()]
+    return f", also {' and '.join(found)}" if found else ""
 
 
 def _stopped(measured: Outcome, data: dict[str, Any]) -> PlanError:

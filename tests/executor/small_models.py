@@ -509,3 +509,44 @@ def unscheduled() -> nn.Module:
 
 def unscheduled_scheduler(optimizer: torch.optim.Optimizer) -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, 10)
+
+
+class Odd(nn.Module):
+    """Saves more than tensors; has buffers that are None, or are there only when it has run, and a tied bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.two.bias = self.one.bias
+        self.register_buffer("missing", None)
+        self.register_buffer("table", None)
+        self.register_buffer("unsaved", torch.ones(12), persistent=False)
+        self.revision = 3
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"revision": self.revision}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.revision = state["revision"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.full((12,), 2.0)
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(12))
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x) * self.late)) * self.table * self.unsaved))
+
+
+def odd() -> nn.Module:
+    return Odd()
+
+
+def asleep() -> nn.Module:
+    """Nothing in its first half is trained."""
+    frozen = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).requires_grad_(False)
+    return nn.Sequential(*frozen, nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def bare() -> nn.Module:
+    """Nothing in its second half has parameters."""
+    return nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.Tanh(), nn.Flatten(), nn.Dropout(0.0))
