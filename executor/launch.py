@@ -31,10 +31,12 @@ def launch(
     logs: Path,
     *,
     stop: Callable[[], bool] = lambda: False,
+    kept: bool = True,
 ) -> None:
     """Run `entry(argument)` in `ranks` new processes on this host until all have ended.
 
-    What they print goes to `logs`. Raises `PlanError` (exit 6) with the first failing rank's traceback, and
+    What they print goes to `logs`, which errors name where they are `kept`.
+    Raises `PlanError` (exit 6) with the first failing rank's traceback, and
     `KeyboardInterrupt` when interrupted; no process is left either way. `stop` is called at the first interrupt and
     returns whether the ranks will end by themselves, so that they are waited for; the second one ends them at once.
     """
@@ -74,7 +76,7 @@ def launch(
         elastic_launch(config, entry)(argument)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise _failed(rank, failure, logs) from None
+        raise _failed(rank, failure, logs, kept=kept) from None
     except SignalException as error:
         raise KeyboardInterrupt from error
     finally:
@@ -83,25 +85,37 @@ def launch(
             signal.signal(number, handler)
 
 
-def _failed(rank: int, failure: object, logs: Path) -> PlanError:
+def _failed(rank: int, failure: object, logs: Path, *, kept: bool) -> PlanError:
     data = getattr(failure, "error_file_data", None) or {}
     message = data.get("message", {}) if isinstance(data, dict) else {}
+    printed = last_words(logs, rank)
     if isinstance(message, dict) and message.get("message"):
         why = str(message["message"])
         traceback = str(message.get("extraInfo", {}).get("py_callstack", "")).strip()
     else:
         why = f"it ended with exit code {getattr(failure, 'exitcode', '?')}, without an exception (killed?)"
         traceback = ""
-    details = {"rank": rank, "traceback": traceback}
+    details = {"rank": rank, "traceback": traceback, "printed": printed}
     known = said(why, code=RUN_FAILED, details=details)
     if known is not None:  # the rank's own, which says it better
         known.where = f"rank {rank}, {known.where}"
         return known
+    shown = traceback or printed
     return PlanError(
         what=f"rank {rank} failed and the run was stopped",
-        where=f"rank {rank}\n{traceback}" if traceback else f"rank {rank}",
+        where=f"rank {rank}\n{shown}" if shown else f"rank {rank}",
         why=why,
-        fix=f"correct the cause and run again; the ranks' output is in {logs}",
+        fix="correct the cause and run again" + (f"; the ranks' output is in {logs}" if kept else ""),
         code=RUN_FAILED,
         details=details,
     )
+
+
+def last_words(logs: Path, rank: int, lines: int = 12) -> str:
+    """Return the last lines that a rank has printed, to stderr or, where it was silent there, to stdout."""
+    for name in ("stderr.log", "stdout.log"):
+        for path in sorted(logs.rglob(f"{rank}/{name}"), key=lambda path: path.stat().st_mtime, reverse=True):
+            text = path.read_text(errors="replace").strip()
+            if text:
+                return "\n".join(text.splitlines()[-lines:])
+    return ""

@@ -198,7 +198,7 @@ class Store:
                 fix="plan simulate --k 2 --m 8",
                 code=ARTEFACT,
             )
-        return self._decode(path, Ranking, "plan simulate --k 2 --m 8")
+        return self._decode(path, Ranking, "simulation", "plan simulate --k 2 --m 8")
 
     def save_search(self, searched: Searched) -> None:
         """Save how far a search has come; it can be taken up again."""
@@ -215,7 +215,7 @@ class Store:
                 fix="plan search",
                 code=ARTEFACT,
             )
-        return self._decode(path, Searched, "plan search")
+        return self._decode(path, Searched, "search", "plan search")
 
     def plan(self, reference: str, able: Callable[[Plan], bool]) -> Plan:
         """Return the plan that is meant: `best`, a name of the last simulation, or the path of a plan file.
@@ -266,7 +266,7 @@ class Store:
         if chosen is None:
             names = [p.name for p in known]
             raise unknown("run", str(reference), names, where=str(folder), fix="plan run best", code=ARTEFACT)
-        return chosen, self._decode(chosen / "outcome.json", Run, "plan run best")
+        return chosen, self._decode(chosen / "outcome.json", Run, "run", "plan run best")
 
     def _read(self, path: Path) -> bytes:
         try:
@@ -280,12 +280,12 @@ class Store:
                 code=ARTEFACT,
             ) from error
 
-    def _decode(self, path: Path, kind: type[T], fix: str) -> T:
+    def _decode(self, path: Path, kind: type[T], name: str, fix: str) -> T:
         try:
             return msgspec.json.decode(self._read(path), type=kind)
         except (msgspec.DecodeError, ValueError) as error:
             raise PlanError(
-                what=f"the {kind.__name__.lower()} cannot be read",
+                what=f"the {name} cannot be read",
                 where=str(path),
                 why=str(error),
                 fix=fix,

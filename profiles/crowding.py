@@ -69,7 +69,7 @@ def measure(load: Load) -> Crowd:
     with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
         path = Path(folder) / "job.json"
         path.write_bytes(msgspec.json.encode(_Job(load=load, folder=folder)))
-        launch(main, str(path), processes(), Path(folder) / "logs")
+        launch(main, str(path), processes(), Path(folder) / "logs", kept=False)
         found = msgspec.json.decode((Path(folder) / "found.json").read_bytes(), type=_Found)
     return Crowd(slowdown=found.slowdown, launch_s=time.monotonic() - begin - found.seconds)
 

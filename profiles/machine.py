@@ -114,7 +114,7 @@ def measure(kind: str) -> Machine:
     with tempfile.TemporaryDirectory(prefix="foreplan-") as folder:
         path = Path(folder) / "probe.json"
         path.write_bytes(msgspec.json.encode(Probe(device=kind, folder=folder)))
-        launch(main, str(path), ranks, Path(folder) / "logs")
+        launch(main, str(path), ranks, Path(folder) / "logs", kept=False)
         found = msgspec.json.decode((Path(folder) / "found.json").read_bytes(), type=Found)
         if kind == "cpu":
             crowd = crowding.measure(crowding.Load(device=kind, budget_s=CROWD_S))

@@ -14,6 +14,7 @@ from planner.basis import files
 from planner.basis.errors import ARTEFACT, OK, USAGE, PlanError
 from planner.cli import progress
 from planner.cli.main import invoke
+from planner.values import cluster_file
 
 ROOT = Path(__file__).parent.parent
 PLAN = "from planner.cli.main import main; main()"
@@ -106,3 +107,50 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(
         bar.update(bar.add_task("simulating gpipe", total=8), completed=3)
         time.sleep(0.1)
     assert "simulating gpipe: 3 of 8, " in capsys.readouterr().err
+
+
+HARDWARE = (ROOT / "examples" / "eight_devices.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "why"),
+    [
+        ("count = 8", "count = 1000000000", "<= "),
+        ('name = "d"', 'name = "d\\nx"', r"'d\nx"),
+        ('name = "box"', 'name = " "', "no name"),
+    ],
+)
+def test_clusters_that_nobody_could_read(tmp_path: Path, was: str, now: str, why: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(HARDWARE.replace(was, now).replace('"box"', '" "' if now.endswith('" "') else '"box"'))
+    with pytest.raises(PlanError) as raised:
+        cluster_file.read(path)
+    assert why in raised.value.why
+
+
+def test_the_mark_that_editors_put_before_a_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("\ufeff" + HARDWARE.replace("\n", "\r\n"))
+    assert len(cluster_file.read(path).devices) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("show", "--csv", "--json"), "--csv and --json exclude each other"),
+        (("report", "0001-run", "--simulated"), "a page shows a run or a simulation"),
+        (("simulate", "--k", "2", "--sort", "size"), "unknown column 'size'"),
+        (("search", "--sort", "size"), "unknown column 'size'"),
+    ],
+)
+def test_options_that_contradict_each_other_or_do_not_exist_are_refused_at_once(
+    arguments: tuple[str, ...],
+    what: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # nothing was measured here: that would be the next error
+    assert invoke(list(arguments)) == USAGE
+    told = capsys.readouterr()
+    assert what in told.err + told.out

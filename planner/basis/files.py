@@ -1,7 +1,8 @@
-"""Files that are either there whole or not at all."""
+"""Files that are either there whole or not at all, and what people write by hand."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -10,6 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from planner.basis.errors import ARTEFACT, PlanError
+
+
+def toml(path: Path) -> bytes:
+    """Return what a TOML file says, without the mark that some editors put before UTF-8. Raises `OSError`."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8)
 
 
 def write(path: Path, data: bytes) -> None:

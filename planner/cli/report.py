@@ -41,6 +41,13 @@ def report(
     """Write one HTML page, which opens without a network: timelines, memory, plans, prediction beside measurement."""
     from profiles import shipped
 
+    if run is not None and (simulated or plan is not None):
+        raise PlanError(
+            what="a page shows a run or a simulation",
+            where="plan report",
+            why=f"the run '{run}' is named beside {'--simulated' if simulated else '--plan'}",
+            fix="leave one of them out",
+        )
     store = Store(catalogue=shipped)
     if simulated or plan is not None:
         question = meant(plan or "best", None, None)

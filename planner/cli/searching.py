@@ -90,12 +90,13 @@ def run(
     """Search, save, and print: the best of each family; with words those whose names have them, with `every` more."""
     from executor.abilities import able
 
+    tables.check_column(sort)
     store, path, measured, hardware, lengths = opened(question.profile, question.cluster, question.sequences)
     store.check_writable()
     priced = with_prices(hardware, device=question.price, host=question.host_price)
     batches = question.batches or (measured.batch,)
     for number, batch in itertools.product(question.axes.get("ks") or (1,), batches):
-        check(measured, k=min(number, len(measured.layers)) if number > 0 else number, m=1, batch=batch)
+        check(measured, k=number, m=1, batch=batch)
         hardware.take(number)
     for number in question.axes.get("ms") or ():
         whole = (batch for batch in batches if number > 0 and batch % number == 0)

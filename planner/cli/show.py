@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from planner.basis.errors import PlanError
 from planner.basis.units import samples_words, seconds, size
 from planner.cli import output
 from planner.cli.complete import clusters, plans, profiles
@@ -44,6 +45,13 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Print a plan's stages (layers, devices, seconds and bytes) and its schedule as a grid."""
+    if csv and json:
+        raise PlanError(
+            what="--csv and --json exclude each other",
+            where="plan show",
+            why="an answer is one document",
+            fix="leave one of them out",
+        )
     question = meant(plan, profile, cluster)
     placed = Placed(question.profile, question.plan, question.cluster)
     if csv:

@@ -106,6 +106,7 @@ def simulate(
         saving=saving,
         recompute=recompute,
     )
+    tables.check_column(sort)
     faults = Faults(tuple(slow_device or ()), tuple(slow_link or ()), tuple(fail or ()))
     draws = Draws(samples, seed)
     if plan is not None:

@@ -54,13 +54,18 @@ _ALWAYS = (
 NAMES = tuple(column.name for column in columns())
 
 
+def check_column(sort: str | None) -> None:
+    """Raise `PlanError` (exit 2) for an unknown column."""
+    if sort is not None and sort not in NAMES:
+        raise unknown("column", sort, NAMES, where="--sort", fix="choose one of the columns, for example --sort memory")
+
+
 def arranged(outcomes: Sequence[Outcome], sort: str | None, words: Sequence[str]) -> list[Outcome]:
     """Return the outcomes whose plan's name has all the words, in the order of a column, or as they come.
 
     Raises `PlanError` (exit 2) for an unknown column, and where no name has all the words.
     """
-    if sort is not None and sort not in NAMES:
-        raise unknown("column", sort, NAMES, where="--sort", fix="choose one of the columns, for example --sort memory")
+    check_column(sort)
     found = [outcome for outcome in outcomes if all(word in str(outcome.plan) for word in words)]
     if words and not found:
         raise PlanError(

@@ -266,6 +266,9 @@ def _check_nodes(cluster: Cluster) -> None:
     ):
         if len(set(names)) != len(names):
             raise ValueError(f"{kind}: two {kind} have the same name")
+        odd = next((name for name in names if not name.strip() or not name.isprintable()), None)
+        if odd is not None:
+            raise ValueError(f"{kind}: {odd!r} is no name that can be printed")
     for host in cluster.hosts:
         if host.cores < 1 or host.memory_bytes <= 0:
             raise ValueError(f"hosts '{host.name}': cores and memory_bytes must be positive")

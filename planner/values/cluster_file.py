@@ -10,12 +10,14 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from planner.basis import files
 from planner.basis.errors import PlanError, unknown
+from planner.orders.codes import STAGES
 from planner.values.cluster import Cluster, Communication
 from planner.values.hardware import Device, Host, Link
 
 T = TypeVar("T", Host, Device, Link)
-_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=STAGES + 1)]
 
 
 class _HostTable(Host, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,7 +118,7 @@ def read(path: Path) -> Cluster:
     Raises `PlanError` (exit 2) that names the field, also where two devices have no way to each other.
     """
     try:
-        cluster = msgspec.toml.decode(path.read_bytes(), type=_ClusterFile).cluster()
+        cluster = msgspec.toml.decode(files.toml(path), type=_ClusterFile).cluster()
     except OSError as error:
         raise PlanError(
             what="the cluster file cannot be read",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from planner.basis import files
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.orders import schedules
 from planner.values.plan import Plan, norm_without_flush, shares_without_flush
@@ -16,7 +17,7 @@ from planner.values.plan import Plan, norm_without_flush, shares_without_flush
 def read(path: Path) -> Plan:
     """Read a plan from TOML. Raises `PlanError` (exit 4) that names the field."""
     try:
-        plan = msgspec.toml.decode(path.read_bytes(), type=Plan)
+        plan = msgspec.toml.decode(files.toml(path), type=Plan)
         _check_fields(plan)
         _check_shape(plan)
         return plan

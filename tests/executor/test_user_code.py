@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from executor import averaging
+from executor import averaging, launch
 from executor.agreement import agree
 from executor.layers import cut
 from executor.model_file import ModelFile, load
@@ -257,3 +257,25 @@ def test_a_part_of_the_model_may_have_nothing_that_is_trained(tmp_path: Path) ->
     assert file.optimizer_of(named((2,))) is None
     assert file.optimizer_of([]) is None
     assert file.optimizer_of(named((2, 2))) is not None
+
+
+class Killed:
+    """What torchrun's agent says of a process that was killed."""
+
+    exitcode = -9
+    error_file_data = None
+
+
+def test_what_a_killed_rank_printed_last_is_said_and_its_log_where_it_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "logs" / "attempt_0" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").write_text("step 3\n")
+    (folder / "stderr.log").write_text("".join(f"line {i}\n" for i in range(40)) + "out of memory\n")
+    error = launch._failed(1, Killed(), tmp_path / "logs", kept=False)
+    assert error.where.splitlines()[0] == "rank 1"
+    assert error.where.splitlines()[-1] == "out of memory"
+    assert len(error.where.splitlines()) == 13
+    assert str(tmp_path) not in error.fix
+    assert str(tmp_path / "logs") in launch._failed(1, Killed(), tmp_path / "logs", kept=True).fix
+    (folder / "stderr.log").write_text("")
+    assert launch.last_words(tmp_path / "logs", 1) == "step 3"
