@@ -37,3 +37,15 @@ def making(placed: Placed, linked: Linked) -> dict[int, float]:
         place: loading.busy * at(loading.making, placed.plan.loaded(stage), "median")
         for place, stage in zip(places.tolist(), stages, strict=True)
     }
+
+
+def waiting(linked: Linked) -> list[int]:
+    """Return the places of the LOADs that wait for workers which do not keep up: those of inputs.
+
+    The last stage's workers have as much time for its targets, and it asks for them later: while inputs are waited for,
+    its own next batch is made, so its waiting is that for the first micro-batch.
+    """
+    places = np.flatnonzero(codes.has(linked.flat, LOAD))
+    inputs = np.diff(linked.edges.table.reaches) == 0
+    found: list[int] = places[inputs[codes.stages(linked.flat[places])]].tolist()
+    return found

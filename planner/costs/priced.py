@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from planner.basis.compiled import kernel
 from planner.costs.flows import Flow
-from planner.costs.loading import least_step, making
+from planner.costs.loading import least_step, making, waiting
 from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile, Spread
@@ -37,7 +37,7 @@ class Costs:
     the transfers' prices, `transfer_kind` which one each transfer has (-1 where there is none). `applying` is what a
     parameter server needs to update each stage, `updates` what actions that update on a host bring over links and
     through its memory. `making` is for how long the workers of a rank keep a core busy behind each LOAD, `least` how
-    long a step is at least on their account, at every quantile, and `late` for how long a LOAD waits for them.
+    long a step is at least on their account, at every quantile, and `late` for how long the inputs' LOADs wait.
     `contended` is off when the seconds were measured under contention.
     """
 
@@ -75,7 +75,9 @@ class Costs:
         """Median seconds of each operation per stage, as "1B"; the devices of a stage are alike."""
         first = np.unique(codes.kinds(self.linked.flat), return_index=True)[1]
         found = {f"{self.linked.actions[i].stage}{self.linked.actions[i].op}": float(self.seconds[i]) for i in first}
-        found |= {name: seconds + self.late for name, seconds in found.items() if self.late and name.endswith(LOAD)}
+        if self.late:
+            for name in {f"{self.linked.actions[i].stage}{LOAD}" for i in waiting(self.linked)}:
+                found[name] += self.late
         return found | {f"{k.stage}{k.op}": k.seconds for k in self.kinds if k.op in AGREEMENTS}
 
     @property

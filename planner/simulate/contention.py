@@ -16,6 +16,7 @@ import numpy as np
 import simpy
 
 from planner.costs.flows import latency
+from planner.costs.loading import waiting
 from planner.costs.placed import Placed
 from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
@@ -101,6 +102,7 @@ class Run:
         self.moved: list[tuple[int, float, float]] = []
         self.at = linked.offsets[:-1].tolist()
         self.left, self.made = linked.devices, 0.0
+        self.late = frozenset(waiting(linked)) if costs.late else frozenset()
         self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
         self.nothing = Alone(self.env)
@@ -179,7 +181,7 @@ class Run:
                 self.nothing.serve(max(0.0, failure.at_s + failure.down_s - now), resume)
                 yield
                 now = env.now
-            if late and i in making:  # nothing computes while a batch is waited for
+            if i in self.late:  # nothing computes while a batch is waited for
                 self.nothing.serve(late, resume)
                 yield
                 now = env.now
