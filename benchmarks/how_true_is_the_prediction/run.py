@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--m", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=23, help="the first three warm up")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per profile")
     parser.add_argument("--out", default=str(HERE / "results.json"), help="every round's figures go here")
     options = parser.parse_args()

@@ -22,9 +22,11 @@ from executor.launch import launch
 from executor.model_file import load
 from executor.rates import Rates
 from executor.recording import RankStep, recording_of
+from executor.run import run
 from executor.saving import save
 from executor.steps import Extent, announce, encode, file_of, joined
 from executor.training import recorded
+from executor.worker import Job, extent_of
 from planner.basis.errors import PlanError
 from planner.simulate.predict import simulate
 from planner.values.plan import Plan, Stage
@@ -193,6 +195,20 @@ def test_validation_moves_a_plateau() -> None:
     for _ in range(12):
         rates.judge(1.0)
     assert rates.current == pytest.approx(0.01)
+
+
+def test_epochs_need_data_and_its_length(tmp_path: Path) -> None:
+    plan = plan_of(MODELS, "1f1b", 1)
+    with pytest.raises(PlanError, match="--epochs needs data") as raised:
+        run(MODELS, plan, device="cpu", epochs=2, seed=0, folder=tmp_path, capacity_bytes=(1e9,))
+    assert "--steps 1000" in raised.value.fix
+    job = Job(model=MODELS, plan=plan, device="cpu", steps=0, epochs=2, seed=0, folder="", patience_s=1.0)
+    feed = open_feed(load(MODELS), 16)
+    with pytest.raises(PlanError, match="how long an epoch is"):
+        extent_of(job, feed)
+    feed.steps = 25
+    assert extent_of(job, feed) == Extent(steps=50, epoch=25)
+    assert extent_of(msgspec.structs.replace(job, epochs=0, steps=60), feed) == Extent(steps=60, epoch=25)
 
 
 def test_what_a_rank_has_not_written_is_not_known(tmp_path: Path) -> None:
