@@ -48,6 +48,13 @@ def test_a_step_is_as_long_as_its_computing_or_as_the_making_of_its_batch(
     assert found.profiled_s["0LOAD"] == pytest.approx(step_s - 15.0)
 
 
+def test_what_is_hidden_of_a_wait_is_waited_for_nonetheless() -> None:
+    """The targets take 12 s to be taken: until then the last stage could not compute in any case."""
+    costs = loaded(2, 40.0, take_s=12.0)
+    found = predicted(costs, 2, devices(2))
+    assert found.step_s == pytest.approx(40.0, rel=2e-3)
+
+
 def test_taking_a_batch_that_is_ready_takes_its_time() -> None:
     assert predicted(loaded(2, 10.0, take_s=1.0), 2, devices(2)).step_s == pytest.approx(16.0)
 
