@@ -125,7 +125,7 @@ def environment(profile: Profile) -> dict[str, str]:
         "model file": profile.key.model,
         "device": profile.key.device,
         **({"cores": str(profile.key.cores)} if profile.key.cores else {}),
-        "dtype": profile.key.dtype,
+        "dtype": profile.key.numbers,
         "torch": profile.key.torch,
         "Python": profile.key.python,
         "profiled": profile.created,

@@ -79,7 +79,7 @@ def check_norm(plan: Plan) -> None:
     alone = norm_without_flush(plan)
     if alone is not None:
         raise PlanError(
-            what="a model that clips or scales its gradients cannot update each stage by itself",
+            what="not for a model that clips or scales its gradients",
             where=f"strategy {plan.strategy}, K={len(plan.device_names)}",
             why=alone,
             fix="choose a schedule that flushes (1f1b) and replicas that reduce (all-reduce), or no clip and fp16",

@@ -426,9 +426,9 @@ def norm_without_flush(plan: Plan) -> str | None:
         return None
     served = synchronisation.get(plan.synchronisation).server
     if asynchronous(plan) or schedules.get(plan.schedule).updates == "microbatch":
-        why = f"without a flush ({plan.schedule}) each stage updates by itself, when no other has its gradients"
+        why = "without a flush each stage updates by itself"
     elif served:
-        why = f"with {plan.synchronisation} servers update as gradients come in"
+        why = "servers update as gradients come in"
     else:
         return None
-    return f"the model clips all gradients together, or looks whether any overflows, and {why}"
+    return f"all gradients are clipped together, or looked through for what overflows, and {why}"

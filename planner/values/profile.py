@@ -207,6 +207,11 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
 
     @property
+    def numbers(self) -> str:
+        """The dtype, and the precision where there is one, in words."""
+        return f"{self.dtype}, {self.precision} where autocast lowers it" if self.precision else self.dtype
+
+    @property
     def computing(self) -> str:
         """The dtype in which most is computed."""
         return {"bf16": "bfloat16", "fp16": "float16"}.get(self.precision, self.dtype)

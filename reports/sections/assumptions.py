@@ -29,7 +29,7 @@ def _profile(report: Report) -> Html:
         ["Parameters", size(parameters)],
         ["Measured", profile.created],
         ["Device", key.device],
-        ["Type of numbers", key.dtype],
+        ["Type of numbers", key.numbers],
         ["Torch", key.torch],
         ["Python", key.python],
         ["Noise of the profile", f"± {percent(profile.noise)}"],

@@ -106,16 +106,18 @@ def test_who_does_not_join_is_found() -> None:
 @pytest.mark.parametrize("strategy", ["pipedream", "pipedream-2bw", "pipedream-replicated", "parameter-server"])
 def test_stages_that_update_apart_have_no_common_norm(strategy: str) -> None:
     """Without a flush, or with servers; the same strategies give plans of a model that does not clip."""
-    with pytest.raises(PlanError, match="cannot update each stage by itself") as raised:
+    with pytest.raises(PlanError, match="not for a model that clips") as raised:
         spread(strategy, 2)
-    assert "clips all gradients together" in raised.value.why
+    assert "all gradients are clipped together" in raised.value.why
     assert not spread(strategy, 2, model=clipping(clip=0.0)).norm
 
 
 def test_a_comparison_says_why_they_are_left_out() -> None:
     ranking = rank(clipping(), devices(2), k=2, m=4, batch=4, name="p")
     why = next(one for one in ranking.rejected if "pipedream" in one.strategies).why
-    assert "looks whether any overflows, and without a flush" in why
+    assert "looked through for what overflows, and without a flush" in why
+    assert sum("pipedream" in name for one in ranking.rejected for name in one.strategies) > 2, "one reason for all"
+    assert sum("clipped" in one.why for one in ranking.rejected) <= 2
     assert all(outcome.plan.norm for outcome in ranking.outcomes)
 
 
