@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -31,9 +30,9 @@ from executor.layers import cut, unchanged_buffers
 from executor.model_file import ModelFile, lengths, load, sha256
 from executor.precision import SCALED
 from executor.torch_adapter import pytree, tensors_without_data
-from executor.user_code import Loss, default_loss, default_optimizer, explained
+from executor.user_code import Loss, default_loss, default_optimizer
 from planner.basis.errors import PlanError
-from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Timing, Value
+from planner.values.profile import LayerProfile, LayerSizes, LayerTimes, Profile, ProfileKey, Split, Tied, Timing, Value
 from profiles import hardware as devices
 from profiles.chain import Chain
 from profiles.counting import AsOnGpu, Counter
@@ -41,6 +40,7 @@ from profiles.hardware import Hardware, Operation
 from profiles.kinds import find
 from profiles.sizes import Static, recorded_sizes
 from profiles.splits import splits_of
+from profiles.states import static_of, tied_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,6 +88,7 @@ class Counted:
     values: tuple[Value, ...]
     splits: dict[int, Split]
     tied: tuple[tuple[str, ...], ...]
+    tied_bytes: tuple[Tied, ...]
     batch_bytes: tuple[tuple[int, int, int], ...]
     sequence: int
 
@@ -215,6 +216,7 @@ def _count(
             progress("operations of every layer", i, len(sizes))
             work[samples], found[samples], bytes_of[samples] = _counted(chain, samples)
         names, tied = [layer.name for layer in layered.layers], layered.tied()
+        shared = [(name, layered.model.get_parameter(name)) for name, *_ in tied]
         splits = splits_of(chain, sizes[0], list(zip(names, standing, strict=True)))
         name_of = layered.parameter_names()
         trained = [
@@ -225,7 +227,11 @@ def _count(
     progress("operations of every layer", len(sizes), len(sizes))
     mixed = own == torch.float32 and dtype != torch.float32
     main = torch.float32 if mixed and dtype in MAIN_GRADIENTS else dtype
-    static = [_static(file, bytes_, of, mixed=mixed, gradients=main) for bytes_, of in zip(held, trained, strict=True)]
+    static = [
+        static_of(file, bytes_, of, mixed=mixed, gradients=main) for bytes_, of in zip(held, trained, strict=True)
+    ]
+    each = [((p.nbytes, 0), {name: p} if p.requires_grad else {}) for name, p in shared]
+    once = [static_of(file, bytes_, of, mixed=mixed, gradients=main) for bytes_, of in each]
     parts = (*standing, len(shorter.layers))
     return Counted(
         names=(*names, "loss"),
@@ -236,6 +242,7 @@ def _count(
         values=kinds.values(layered, bytes_of),
         splits=splits,
         tied=tied,
+        tied_bytes=tuple(map(tied_of, once)),
         batch_bytes=tuple((n, _nbytes(batches[n][0]), _nbytes(batches[n][1])) for n in sizes),
         sequence=file.sequence or next(iter(lengths(drawn[2][0])), 0),
     )
@@ -350,54 +357,6 @@ def _held(module: nn.Module) -> tuple[int, int]:
     return sum(p.nbytes for p in module.parameters()), sum(b.nbytes for b in module.buffers())
 
 
-def _static(
-    file: ModelFile, held: tuple[int, int], trained: dict[str, nn.Parameter], *, mixed: bool, gradients: torch.dtype
-) -> Static:
-    """A layer's static bytes, gradients in their own dtype. The optimizer's state is that of small stand-ins, scaled.
-
-    Its peak is one more gradient: what the multi-tensor kernels of torch's optimizers keep in between, or the float32
-    copy of a half one that it works with.
-    """
-    numbers = sum(p.numel() for p in trained.values())
-    state = _state_bytes(file, trained, mixed=mixed) + (4 * numbers if mixed else 0)
-    return Static(
-        parameter_bytes=held[0],
-        buffer_bytes=held[1],
-        gradient_bytes=numbers * gradients.itemsize,
-        optimizer_bytes=state,
-        optimizer_peak_bytes=4 * numbers if mixed else numbers * gradients.itemsize,
-    )
-
-
-def _state_bytes(file: ModelFile, trained: dict[str, nn.Parameter], *, mixed: bool) -> int:
-    """Bytes of the state of the user's optimizer after a step.
-
-    A state with as many dimensions as its parameter is as long in each of them, or 1 long (factored moments).
-    """
-    small = {
-        name: nn.Parameter(torch.zeros(tuple(range(2, 2 + p.dim())), dtype=torch.float32 if mixed else p.dtype))
-        for name, p in trained.items()
-    }
-    optimizer = file.optimizer_of(small.items())
-    if optimizer is None:
-        return 0
-    with explained(file.path, "the optimizer's step()"):
-        for parameter in small.values():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    total = 0
-    for large, parameter in zip(trained.values(), small.values(), strict=True):
-        for tensor in optimizer.state.get(parameter, {}).values():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            numbers = tensor.numel()
-            if tensor.dim() == large.dim():
-                pairs = zip(tensor.shape, parameter.shape, large.shape, strict=True)
-                numbers = math.prod(long if has == of else has for has, of, long in pairs)
-            total += numbers * tensor.element_size()
-    return total
-
-
 def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, source: str, fused: bool) -> Profile:
     """Put seconds to the operations. Every percentile is the same: an estimate has no spread."""
     own_name, device = devices.get(hardware)
@@ -441,6 +400,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
         loss=layers[-1],
         values=counted.values,
         tied=counted.tied,
+        tied_bytes=counted.tied_bytes,
         whole=(),
         load=tuple(Timing.of(n, []) for n, _, _ in counted.batch_bytes),
         batch_bytes=counted.batch_bytes,

@@ -23,6 +23,7 @@ from profiles.passes import InPlace, OneByOne, Passes
 from profiles.rates import rate_s
 from profiles.sizes import Static
 from profiles.splits import splits_of
+from profiles.states import tied_bytes
 from profiles.subject import Subject
 from profiles.times import WANTED_ROUNDS, LayerTimer
 from profiles.watch import Budget, Stopwatch
@@ -125,6 +126,7 @@ def measure(
         loss=profiles[-1],
         values=kinds.values(model.layered, passes.values),
         tied=model.layered.tied(),
+        tied_bytes=tied_bytes(file, model.layered),
         whole=timer.whole(kinds.standing),
         load=loaded.load,
         batch_bytes=loaded.batch_bytes,

@@ -22,6 +22,7 @@ from planner.values.profile import (
     Profile,
     ProfileKey,
     Split,
+    Tied,
     Timing,
     Value,
     WholeStep,
@@ -110,12 +111,14 @@ def profile(
     half_s: Sequence[float] | None = None,
     split: Split | None = None,
     tied: tuple[tuple[str, ...], ...] = (),
+    tied_bytes: int = 0,
     whole: tuple[float, float] | None = None,
     machine: Cluster | None = None,
 ) -> Profile:
     """A chain of layers with the given seconds per sample; backward takes as long as forward unless given.
 
-    A layer has `gradients` bytes of gradients per byte of parameters: 2 where they are wider. Measured `whole`, the
+    A layer has `gradients` bytes of gradients per byte of parameters: 2 where they are wider; each `tied` parameter has
+    `tied_bytes`. Measured `whole`, the
     model's forward and backward take these shares of its layers' seconds.
     """
     backward_s = backward_s or forward_s
@@ -152,6 +155,14 @@ def profile(
             for i in range(len(layers) - 1)
         ),
         tied=tied,
+        tied_bytes=tuple(
+            Tied(
+                parameter_bytes=tied_bytes,
+                gradient_bytes=int(gradients * tied_bytes),
+                optimizer_bytes=2 * tied_bytes,
+            )
+            for _ in tied
+        ),
         whole=(_whole(sum(forward_s), sum(backward_s), *whole),) if whole else (),
         load=(
             Timing.of(1, []),

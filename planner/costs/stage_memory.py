@@ -61,14 +61,14 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
     """Add up a stage's layers, of which `checkpoints` are runs that are recomputed, each in one go."""
     own = [profile.layers[i] for i in layers]
     plain, forgetful = _Walk(profile, layers, samples, ()), _Walk(profile, layers, samples, checkpoints)
-    weights = [float(layer.parameter_bytes) for layer in own]
+    twice = profile.repeated(layers).values()
     gathered = [sum(profile.layers[i].parameter_bytes for i in block) for block in blocks(profile, layers)]
     reduced = [sum(profile.layers[i].gradient_bytes for i in block) for block in blocks(profile, layers)]
     return StageMemory(
-        parameters=sum(weights),
+        parameters=float(sum(o.parameter_bytes for o in own) - sum(t.parameter_bytes for t in twice)),
         buffers=sum(layer.buffer_bytes for layer in own),
-        gradients=sum(layer.gradient_bytes for layer in own),
-        optimizer=sum(layer.optimizer_bytes for layer in own),
+        gradients=sum(o.gradient_bytes for o in own) - sum(t.gradient_bytes for t in twice),
+        optimizer=sum(o.optimizer_bytes for o in own) - sum(t.optimizer_bytes for t in twice),
         optimizer_peak=max(layer.optimizer_peak_bytes for layer in own),
         received=profile.crossing_bytes(layers.start, samples) if layers.start else 0.0,
         received_gradient=plain.received,
@@ -98,6 +98,11 @@ class _Walk:
         self.received = profile.crossing_bytes(layers.stop, samples, gradients=True)
         self.run_of = {i - layers.start: run for run in checkpoints for i in run}
         self.first = layers.start
+        twice = profile.repeated(layers)  # the last of a stage that holds a parameter is the first to have a gradient
+        self.allocated = [
+            layer.gradient_bytes - (twice[i].gradient_bytes if i in twice else 0)
+            for i, layer in zip(layers, self.own, strict=True)
+        ]
         self.whole = [part.output if part.output_saved else 0.0 for part in self.parts]
         self.used, self.sent = self._staying(profile, layers, samples)
         self.outputs = [max(used, sent) for used, sent in zip(self.used, self.sent, strict=True)]
@@ -174,7 +179,7 @@ class _Walk:
             live += self.gradients[j] - arriving
             arriving = self.gradients[j]
             if first and j < len(self.own):
-                live += self.own[j].gradient_bytes
+                live += self.allocated[j]
         return peak
 
 

@@ -45,7 +45,7 @@ def split(profile: Profile, groups: collectives.Groups, cluster: Cluster, speed:
     def make() -> Profile:
         layers = tuple(_layer(layer, tensor, reduce, scale) for layer in profile.layers)
         # Whole steps were measured unsplit; what a seam costs is a share of times that have changed.
-        return msgspec.structs.replace(profile, layers=layers, whole=())
+        return msgspec.structs.replace(profile, layers=layers, whole=(), tied_bytes=())
 
     return memoised(profile, ("split", tensor, reduce.figures, scale), make)
 

@@ -177,7 +177,7 @@ class Bounds:
         if updates and not agreed.server:
             shards = holders if "optimizer" in agreed.shards else 1
             update = schedule.copies * self._updating(point, profile, threads, speed) / shards
-        of, sizes = layers_bytes(profile), sizes_of(profile, samples)
+        of, sizes = layers_bytes(profile.counted_once()), sizes_of(profile, samples)
         keeps = not point.repeats or savings.behind_cut(point.savings)
         saved = sizes.saved - sizes.output if keeps else np.zeros(len(again))
         swaps = point.swaps
@@ -271,7 +271,7 @@ class Bounds:
         profile = _split(self.profile, self.cluster, point.devices, tensor_count) if tensor_count > 1 else self.profile
 
         def make() -> tuple[float, float, float]:
-            layers = profile.layers
+            layers = profile.counted_once().layers
             fields = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
             one, two, three = (float(sum(getattr(layer, field) for layer in layers)) for field in fields)
             return one, two, three

@@ -48,7 +48,7 @@ def need(point: Candidate, profile: Profile, samples: int, room: float) -> Need:
     if shape.stages * shape.microbatches > ARRANGED:
         return nothing
     holders = point.replica_count * schedule.copies
-    of = layers_bytes(profile)
+    of = layers_bytes(profile.counted_once())
     static = held(of, point.agreed, holders, on_host=savings.states_on_host(point.savings))
     sizes = sizes_of(profile, samples)
     kept = sizes.saved - sizes.output if savings.keeps(point.savings) else np.zeros(len(static))

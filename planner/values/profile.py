@@ -146,6 +146,14 @@ class Value(msgspec.Struct, frozen=True, kw_only=True):
     gradient: bool
 
 
+class Tied(msgspec.Struct, frozen=True, kw_only=True):
+    """The bytes of one parameter that several layers hold: a stage that has more than one of them holds it once."""
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
 class WholeStep(msgspec.Struct, frozen=True, kw_only=True):
     """The unsplit model measured beside its layers, at one number of threads and one micro-batch size.
 
@@ -277,6 +285,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     sources: tuple[str, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
+    tied_bytes: tuple[Tied, ...] = ()
+    """Of each group of `tied`, in its order; older profiles do not know them."""
     machine_created: str = ""
     """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
     clip: float = 0.0
@@ -325,6 +335,40 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         home = {self.layers[i].name: s for s, layers in enumerate(ranges) for i in layers}
         groups = [tuple(sorted({home[layer] for layer in layers})) for _, *layers in self.tied]
         return tuple(sorted({group for group in groups if len(group) > 1}))
+
+    def repeated(self, layers: range) -> dict[int, Tied]:
+        """Return what layers of a run say too much: parameters that a later one of them holds as well, by layer."""
+        place = {self.layers[i].name: i for i in layers}
+        found: dict[int, Tied] = {}
+        for (_, *names), size in zip(self.tied, self.tied_bytes, strict=False):
+            for i in sorted(place[name] for name in names if name in place)[:-1]:
+                before = found.get(i, Tied(parameter_bytes=0, gradient_bytes=0, optimizer_bytes=0))
+                sums = ((field, getattr(before, field) + getattr(size, field)) for field in Tied.__struct_fields__)
+                found[i] = Tied(**dict(sums))
+        return found
+
+    def counted_once(self) -> Profile:
+        """Return the profile in which a parameter that several layers hold is the last one's alone.
+
+        Whatever the stages, none holds less than its layers then say: what a lower bound adds up.
+        """
+        repeated = self.repeated(range(len(self.layers)))
+        if not repeated:
+            return self
+        if "counted once" not in self.tables:
+            layers = tuple(
+                msgspec.structs.replace(
+                    layer,
+                    **{field: getattr(layer, field) - getattr(repeated[i], field) for field in Tied.__struct_fields__},
+                )
+                if i in repeated
+                else layer
+                for i, layer in enumerate(self.layers)
+            )
+            self.tables["counted once"] = msgspec.structs.replace(self, layers=layers)
+        found = self.tables["counted once"]
+        assert isinstance(found, Profile)
+        return found
 
     @property
     def sequence(self) -> int:

@@ -111,17 +111,18 @@ def profiles(draw: st.DrawFn, layers: int = 0) -> Profile:
     def each(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.lists(values, min_size=count, max_size=count))
 
-    forward, backward = each(COST), each(COST)
+    forward, backward, sizes = each(COST), each(COST), each(st.sampled_from([100, 500, 1000, 3000]))
     return profile(
         forward,
         backward,
-        bytes_=each(st.sampled_from([100, 500, 1000, 3000])),
+        bytes_=sizes,
         gradients=draw(st.sampled_from([0.5, 1.0, 2.0])),
         message_bytes=draw(st.sampled_from([0, 100, 2000])),
         optimizer_s=draw(st.sampled_from([0.0, 1.0])),
         half_s=[draw(st.sampled_from([0.3, 0.5, 0.8])) * b for b in backward],
         recompute_s=[draw(st.sampled_from([0.1, 1.0])) * f for f in forward],
         tied=(("w", "layer0", f"layer{count - 1}"),) if count > 1 and draw(st.booleans()) else (),
+        tied_bytes=int(draw(st.sampled_from([0.0, 0.5, 1.0])) * min(sizes[0], sizes[-1])),
         whole=draw(st.one_of(st.none(), st.tuples(*[st.sampled_from([0.7, 1.0, 1.05])] * 2))),
     )
 
