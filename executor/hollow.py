@@ -55,7 +55,8 @@ def built_within(file: ModelFile, seed: int, limit_bytes: float) -> nn.Module:
         with watching_parameters(count):
             return file.build(seed)
     except _TooLarge:
-        model = build(file, seed)
+        pass  # and let go of what was made: the exception's frames hold it
+    model = build(file, seed)
     return model if held_bytes(model) > limit_bytes else file.build(seed)  # one may be registered several times
 
 

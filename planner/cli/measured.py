@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from planner.basis.errors import INTERRUPTED, PlanError
 from planner.basis.units import percent, samples_words
+from planner.cli import output
 from planner.values.profile import Profile
 
 
@@ -60,6 +61,13 @@ def beyond(profile: Profile, samples: Iterable[int]) -> str:
         f"micro-batches of {_listed(outside)} lie beyond what was measured, {known}: their times and bytes continue "
         f"the line; plan profile --sizes measures others"
     )
+
+
+def warn_beyond(profile: Profile, samples: Iterable[int]) -> None:
+    """Say so on stderr, if any does."""
+    words = beyond(profile, samples)
+    if words:
+        output.progress.print(f"note: {words}", markup=False, soft_wrap=True)
 
 
 def _listed(sizes: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from planner.basis.units import percent
 from planner.cli import output
 from planner.cli.comparison import as_data, compared, show
 from planner.cli.line import LINE, again
+from planner.cli.measured import warn_beyond
 from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
 from planner.cli.options import JsonOption
 from planner.cli.report import write_page
@@ -95,6 +96,7 @@ def run(
             fix=f"plan profile {measured_profile.model_path}   (measures this machine), then simulate and run again",
             code=ARTEFACT,
         )
+    warn_beyond(measured_profile, [wanted.samples])
     from executor.run import partial
     from executor.run import run as execute
     from executor.tensorboard import Curves

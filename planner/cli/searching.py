@@ -14,6 +14,7 @@ from planner.basis.errors import PlanError
 from planner.cli import answer as answers
 from planner.cli import output, runnable, tables
 from planner.cli.line import LINE, again
+from planner.cli.measured import warn_beyond
 from planner.cli.opened import opened
 from planner.cli.progress import shown
 from planner.search.answer import Answer, Found, Progress, State
@@ -126,6 +127,7 @@ def run(
         asked=again(LINE.get(), store.name_of(path)),
     )
     store.save_ranking(ranking)
+    warn_beyond(measured, [best.plan.samples])
     rented, enough = cost_front(searching, seconds=min(question.seconds, FRONT_S + answer.seconds))
     shown = sorted(outcomes, key=lambda o: searching.scoring.of(o.plan, o.step_s, o.peak_bytes))
     rows = tables.arranged(shown, sort, words)

@@ -18,6 +18,7 @@ from planner.cli.complete import plans
 from planner.cli.draw import ascii_timeline
 from planner.cli.figures import figures, percentiles
 from planner.cli.line import LINE, again
+from planner.cli.measured import warn_beyond
 from planner.cli.opened import Opened, meant, opened
 from planner.cli.options import (
     AllOption,
@@ -152,6 +153,7 @@ def simulate(
     store, path, measured, ranking = simulated
     store.save_ranking(msgspec.structs.replace(ranking, asked=again(LINE.get(), ranking.profile)))
     rows = tables.arranged(ranking.outcomes, sort, words or ())
+    warn_beyond(measured, [outcome.plan.samples for outcome in ranking.outcomes])
     if json:
         output.document("simulate", as_data(ranking, rows, measured, path))
     else:
