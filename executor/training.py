@@ -94,7 +94,7 @@ class Training:
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
                 flushed = time.monotonic()
-            if self.ending.here(done):
+            if done < steps and self.ending.here(done):
                 break
             if evaluations is not None and evaluations.due(done):
                 self.flush()
