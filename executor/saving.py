@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ class SavedAs(msgspec.Struct, frozen=True, kw_only=True):
     def write(self, folder: Path) -> None:
         """Leave it to whoever gathers the ranks' weights."""
         (folder / _DESCRIPTION).write_bytes(msgspec.json.encode(self))
+
+
+def await_all(folder: Path, ranks: int) -> None:
+    """Wait until every rank has written its weights into a folder.
+
+    A large stage takes longer than ranks wait for each other's messages. Who launched them ends them all when one fails.
+    """
+    while not all((folder / f"rank{rank}.pt").exists() for rank in range(ranks)):
+        time.sleep(0.02)
 
 
 def gather(folder: Path, ranks: int, holders: tuple[int, ...], file: ModelFile) -> None:

@@ -27,7 +27,7 @@ from executor.model_file import ModelFile, load
 from executor.rank import Rank
 from executor.rates import Rates
 from executor.recording import memory_step
-from executor.saving import save
+from executor.saving import await_all, save
 from executor.steps import Extent, announce
 from executor.training import Training
 from planner.basis.errors import RUN_FAILED, PlanError
@@ -93,6 +93,7 @@ def main(path: str) -> None:
     save(me.state(), folder / f"rank{rank}.pt")
     if rank == 0:
         me.saved_as.write(folder)
+    await_all(folder, dist.get_world_size())
     if done == extent.steps:
         found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept
         (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))

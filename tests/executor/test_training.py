@@ -6,6 +6,7 @@ import dataclasses
 import math
 import resource
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from executor.model_file import load
 from executor.rates import Rates
 from executor.recording import RankStep, recording_of
 from executor.run import run
-from executor.saving import save
+from executor.saving import await_all, save
 from executor.steps import Extent, announce, encode, file_of, joined
 from executor.training import recorded
 from executor.worker import Job, extent_of
@@ -217,6 +218,13 @@ def test_what_a_rank_has_not_written_is_not_known(tmp_path: Path) -> None:
     file_of(tmp_path, 1).write_bytes(encode([Step(i, i + 2, 0.5, 0.1) for i in range(4)])[:-1])
     assert joined(tmp_path, 2) == [Step(i, i + 2, 0.5, 0.1) for i in range(3)]
     assert joined(tmp_path, 2, skip=2) == [Step(2, 4, 0.5, 0.1)]
+
+
+def test_ranks_wait_for_the_slowest_to_save(tmp_path: Path) -> None:
+    for rank in range(2):
+        threading.Timer(0.1 * rank, save, ({"a": torch.zeros(4)}, tmp_path / f"rank{rank}.pt")).start()
+    await_all(tmp_path, 2)
+    assert torch.load(tmp_path / "rank1.pt", weights_only=True)["a"].tolist() == [0.0] * 4
 
 
 def test_weights_that_have_no_room_leave_those_of_before(tmp_path: Path) -> None:
