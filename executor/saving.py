@@ -36,7 +36,7 @@ class SavedAs(msgspec.Struct, frozen=True, kw_only=True):
 def await_all(folder: Path, ranks: int) -> None:
     """Wait until every rank has written its weights into a folder.
 
-    A large stage takes longer than ranks wait for each other's messages. Who launched them ends them all when one fails.
+    A large stage takes longer than ranks wait for each other's messages. Who launched them ends all when one fails.
     """
     while not all((folder / f"rank{rank}.pt").exists() for rank in range(ranks)):
         time.sleep(0.02)
