@@ -126,7 +126,7 @@ def dealt(plan: Plan, layered: LayeredModel, evaluated: LayeredModel) -> list[ra
                 where=f"layer '{layer.name}' in evaluation mode",
                 why=f"no stage of {plan} from stage {at} on holds all of the parameters that it reads: the model runs "
                 "its modules in another order than in training mode",
-                fix="run a plan of one stage (plan simulate --k 1), or leave evaluate() out of the model file",
+                fix="run a plan of one stage (plan simulate --k 1), or train without: plan run --evaluate-every 0",
             )
         wanted = stage_of.get(layer.name, able[0])
         at = wanted if wanted in able else able[0]

@@ -13,21 +13,27 @@ from planner.basis.errors import PlanError
 
 
 class Rates:
-    """The scheduler of one optimizer. Every stage has its own of both, and all are told the same at the same steps."""
+    """The scheduler of one optimizer. Every stage has its own of both, and all are told the same at the same steps.
 
-    def __init__(self, file: ModelFile, optimizer: torch.optim.Optimizer | None, steps: int) -> None:
+    `judged` says whether the run evaluates its model.
+    """
+
+    def __init__(
+        self, file: ModelFile, optimizer: torch.optim.Optimizer | None, steps: int, *, judged: bool = True
+    ) -> None:
         self.path, self.optimizer = file.path, optimizer
         self.scheduler: LRScheduler | None = None
         if optimizer is None or file.scheduler is None:
             return
         with explained(file.path, "scheduler(optimizer)"):
             self.scheduler = file.scheduler(optimizer, steps)
-        if isinstance(self.scheduler, ReduceLROnPlateau) and file.evaluate is None:
+        if isinstance(self.scheduler, ReduceLROnPlateau) and (file.evaluate is None or not judged):
+            missing = "the model file has no evaluate()" if file.evaluate is None else "--evaluate-every is 0"
             raise PlanError(
                 what="ReduceLROnPlateau has nothing to go by",
                 where=f"{file.path}, scheduler(optimizer)",
-                why="it lowers the rate when the validation loss no longer falls, and the model file has no evaluate()",
-                fix="define evaluate() -> Dataset or DataLoader, or return another scheduler",
+                why=f"it lowers the rate when the validation loss no longer falls, and {missing}",
+                fix="define evaluate() -> Dataset or DataLoader and evaluate, or return another scheduler",
             )
 
     @property

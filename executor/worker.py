@@ -81,7 +81,7 @@ def main(path: str) -> None:
     if rank == 0:
         (folder / INITIAL).unlink()  # all ranks have read it: they have just spoken with each other
     extent = extent_of(job, me.feed)
-    rates = Rates(file, me.optimizer, extent.steps)
+    rates = Rates(file, me.optimizer, extent.steps, judged=wanted)
     if rank == 0:
         announce(folder, extent)
     training = Training(me, rates, backend, folder, offset=offset, where=f"{job.model}, plan {job.plan}")

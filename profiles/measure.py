@@ -120,6 +120,7 @@ def measure(
         sources=files,
         opaque=model.layered.opaque,
         unused=tuple(name for name, tensor in unheld if isinstance(tensor, torch.nn.Parameter)),
+        evaluating=not any(part.training for part in model.layered.model.modules()),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model_path=path,
         layers=profiles[:-1],

@@ -142,6 +142,8 @@ def _notes(measured: Profile) -> Iterator[str]:
     if measured.unused:
         more = f" and {len(measured.unused) - 3} more" if len(measured.unused) > 3 else ""
         yield f"nothing reads {', '.join(measured.unused[:3])}{more}: no stage trains them"
+    if measured.evaluating:
+        yield "model() returns the model in evaluation mode, and so it is trained, without dropout: call .train() on it"
     epoch = measured.loading.samples if measured.loading else 0
     if epoch % measured.batch:
         yield (

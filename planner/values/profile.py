@@ -261,7 +261,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     counted operations. `sources` are the files that the
     model file imports from its own folder, by their paths from there: the key's hash is of these, too. `opaque` are
     modules that stay whole inside a layer, as torch cannot follow their forward, each with the reason; `unused` the
-    parameters that no layer holds, as nothing reads them. `clip` is the norm to which the model clips all its gradients
+    parameters that no layer holds, as nothing reads them; `evaluating` says that `model()` returns the model in
+    evaluation mode, in which it is then trained. `clip` is the norm to which the model clips all its gradients
     together, 0 where it does not; `rate_s` the seconds of setting the next step's learning rate behind an update.
     `measuring` says how it was measured, where it was.
     """
@@ -287,6 +288,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     unused: tuple[str, ...] = ()
     tied_bytes: tuple[Tied, ...] = ()
     """Of each group of `tied`, in its order; older profiles do not know them."""
+    evaluating: bool = False
     machine_created: str = ""
     """When the machine's own part was measured: links, overheads and, unless the model's own was, contention."""
     clip: float = 0.0

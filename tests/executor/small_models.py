@@ -242,6 +242,39 @@ def moody_evaluate() -> torch.utils.data.Dataset[Any]:
     return torch.utils.data.TensorDataset(*batch(41))
 
 
+class Turning(nn.Module):
+    """Runs its modules in another order while it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (self.one, self.two) if self.training else (self.two, self.one)
+        return self.out(torch.relu(second(torch.relu(first(x)))))
+
+
+def turning() -> nn.Module:
+    return Turning()
+
+
+class Helped(Turning):
+    """Has a second head while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.one(x))
+        helped = self.helper(x) if self.training else 0.0
+        return self.out(torch.relu(self.two(x))) + helped
+
+
+def helped() -> nn.Module:
+    return Helped()
+
+
 def steady() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 4))
 

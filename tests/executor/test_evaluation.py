@@ -12,12 +12,16 @@ from torch import nn
 
 from executor import averaging
 from executor.averaging import weight_of
-from executor.evaluated import agree_evaluated, cut_evaluated, metrics_of
+from executor.evaluated import agree_evaluated, cut_evaluated, dealt, metrics_of
+from executor.evaluations import Evaluations, evaluated
 from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import load
 from executor.modes import evaluating
+from executor.steps import Extent
 from executor.validation import Validation
+from planner.basis.errors import PlanError
+from planner.values.evaluation import Evaluation
 from tests.executor.jobs import SEED, STEPS, Case, Cases, evaluate
 from tests.executor.test_gradients import MODELS, plan_of
 
@@ -54,6 +58,52 @@ def test_a_model_cut_in_evaluation_mode_agrees_with_the_whole(name: str) -> None
     again = cut_evaluated(file, layered).layered
     own = {id(parameter) for parameter in model.parameters()}
     assert {id(p) for layer in again.layers for p in layer.module.parameters()} <= own, "no second copy"
+
+
+def test_another_order_in_evaluation_mode_is_refused_where_stages_cannot_follow_it() -> None:
+    file = load(f"{MODELS}:turning")
+    layered = cut(file, file.build(0))
+    again = cut_evaluated(file, layered).layered
+    assert dealt(plan_of(file.path, "1f1b", 1), layered, again) == [range(3)]
+    with pytest.raises(PlanError, match="cannot be evaluated in the stages that train it") as raised:
+        dealt(plan_of(file.path, "1f1b", 3), layered, again)
+    assert "layer 'one'" in raised.value.where
+
+
+def test_a_head_for_training_alone_is_no_layer_of_the_evaluation() -> None:
+    """Its stage passes on what it gets."""
+    file = load(f"{MODELS}:helped")
+    layered = cut(file, file.build(0))
+    again = cut_evaluated(file, layered).layered
+    assert [layer.name for layer in layered.layers] == ["one", "helper", "two", "out"]
+    assert dealt(plan_of(file.path, "1f1b", 4), layered, again) == [range(1), range(1, 1), range(1, 2), range(2, 3)]
+
+
+class Told:
+    """Evaluates and judges without a model."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def run(self, step: int) -> Evaluation:
+        return Evaluation(step=step, loss=1 / step, samples=3, seconds=0.5)
+
+    def judge(self, loss: float) -> None:
+        self.losses.append(loss)
+
+
+@pytest.mark.parametrize(
+    ("every", "epoch", "when"), [(0, 0, [10]), (4, 0, [4, 8, 10]), (0, 5, [5, 10]), (3, 5, [3, 6, 9, 10])]
+)
+def test_when_a_run_evaluates_and_who_is_told(every: int, epoch: int, when: list[int], tmp_path: Path) -> None:
+    one: Any = Told()
+    evaluations = Evaluations(one, one, Extent(steps=10, epoch=epoch), every=every, folder=tmp_path)
+    for done in range(1, 11):
+        if evaluations.due(done):
+            evaluations.behind(done)
+    assert [found.step for found in evaluated(tmp_path)] == when
+    assert evaluated(tmp_path, skip=len(when) - 1) == [one.run(10)]
+    assert one.losses == [1 / step for step in when]
 
 
 def plain(model: str, state: dict[str, torch.Tensor], samples: int) -> dict[str, float]:
@@ -111,7 +161,7 @@ def test_stages_evaluate_as_a_plain_loop_and_train_as_without(k: int, tmp_path: 
             assert found == (expected if case.plan.replicas == 1 else pytest.approx(expected, rel=1e-12)), case.name
         assert [e["evaluation"]["step"] for e in ranks[0][:-2]] == list(range(STEPS, 2 * STEPS + 1))
         for rank in ranks:
-            evaluated, without = rank[-2:]
-            assert evaluated["losses"] == without["losses"], f"{case.name}: training is another one"
+            with_it, without = rank[-2:]
+            assert with_it["losses"] == without["losses"], f"{case.name}: training is another one"
             for name, tensor in without["state"].items():
-                assert torch.equal(evaluated["state"][name], tensor), f"{case.name}: {name}"
+                assert torch.equal(with_it["state"][name], tensor), f"{case.name}: {name}"

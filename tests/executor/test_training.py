@@ -189,13 +189,17 @@ def test_setting_the_rate_is_in_the_prediction() -> None:
 
 def test_validation_moves_a_plateau() -> None:
     file = dataclasses.replace(load(f"{MODELS}:plateau"), evaluate=lambda: None)
-    rates = Rates(file, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), 10)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    rates = Rates(file, optimizer, 10)
     for _ in range(12):
         rates.step()
         assert rates.current == 0.1
     for _ in range(12):
         rates.judge(1.0)
     assert rates.current == pytest.approx(0.01)
+    with pytest.raises(PlanError, match="nothing to go by") as raised:
+        Rates(file, optimizer, 10, judged=False)
+    assert "--evaluate-every is 0" in raised.value.why
 
 
 def test_epochs_need_data_and_its_length(tmp_path: Path) -> None:

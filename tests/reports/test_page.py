@@ -18,6 +18,7 @@ import pytest
 from planner.basis.errors import ARTEFACT, PlanError
 from planner.simulate.limits import bounded_by
 from planner.simulate.predict import simulate
+from planner.values.evaluation import Evaluation
 from planner.values.outcome import Comparison, Error, Outcome
 from planner.values.plan import Stage
 from planner.values.trace import MemoryPoint
@@ -264,6 +265,21 @@ def test_a_loss_that_stops_being_finite_is_named(whole: Report) -> None:
     assert whole.measured is not None
     lost = msgspec.structs.replace(whole.measured, losses=(2.0, 1.5, math.nan, math.nan, math.nan))
     assert "The loss stops being finite at step 3 of 5" in text_of(msgspec.structs.replace(whole, measured=lost))
+
+
+def test_evaluations_are_drawn_beside_the_loss_and_listed(whole: Report) -> None:
+    assert whole.measured is not None
+    found = tuple(
+        Evaluation(step=step, loss=loss, metrics={"accuracy": 0.5}, samples=100, seconds=0.25)
+        for step, loss in ((10, 1.0), (20, 0.5), (30, 0.75))
+    )
+    judged = msgspec.structs.replace(whole.measured, losses=(2.0,) * 30, evaluations=found)
+    predicted = msgspec.structs.replace(whole.predicted, evaluation_rate=500.0)
+    text = text_of(msgspec.structs.replace(whole, measured=judged, predicted=predicted))
+    assert "The validation loss is 0.75 at step 30, and was least (0.5) at step 20" in text
+    assert "accuracy" in text
+    assert "200 ms" in text, "what 100 samples take as predicted"
+    assert '"name":"validation"' in text.replace(": ", ":")
 
 
 def test_a_long_run_is_drawn_by_means(whole: Report) -> None:
