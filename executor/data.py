@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from executor.batch import Drawn, tensors
+from executor.faults import as_script
 from executor.seeding import mixed, seeded
 from executor.torch_adapter import pytree
 from executor.user_code import explained
@@ -212,7 +213,7 @@ def source_of(
     `PlanError` when it fails, returns anything else, or returns a DataLoader that cannot be dealt to replicas.
     """
     call = f"{function}()"
-    with seeded(0), explained(path, call):
+    with seeded(0), as_script(path), explained(path, call):
         found = make()
     if draw is not None and isinstance(found, int) and not isinstance(found, bool) and found > 0:
         drawing = Drawing(draw, found)

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ class explained:  # noqa: N801 - reads as a clause: with explained(path, "model(
 
 @contextmanager
 def as_script(path: str) -> Iterator[None]:
-    """Give a model file's code the arguments of a script without any, and go back to the folder it leaves."""
+    """Give a model file's code the arguments of a script without any, and go back to the folder it leaves.
+
+    What it prints goes to stderr: stdout is for answers.
+    """
     arguments, folder = sys.argv, os.getcwd()
     sys.argv = [path.partition(":")[0]]
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.argv = arguments
         if os.getcwd() != folder:

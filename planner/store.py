@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -240,8 +242,11 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             numbers = [int(p.name.partition("-")[0]) for p in folder.iterdir() if p.name.partition("-")[0].isdigit()]
-            path = folder / f"{max(numbers, default=0) + 1:04d}-{plan}"
-            path.mkdir()
+            for number in itertools.count(max(numbers, default=0) + 1):
+                path = folder / f"{number:04d}-{plan}"
+                with contextlib.suppress(FileExistsError):  # of a run that began meanwhile
+                    path.mkdir()
+                    break
         except OSError as error:
             raise unwritable(folder, error) from error
         return path

@@ -14,6 +14,7 @@ from planner.basis import files
 from planner.basis.errors import ARTEFACT, OK, USAGE, PlanError
 from planner.cli import progress
 from planner.cli.main import invoke
+from planner.store import Store
 from planner.values import cluster_file
 
 ROOT = Path(__file__).parent.parent
@@ -154,3 +155,10 @@ def test_options_that_contradict_each_other_or_do_not_exist_are_refused_at_once(
     assert invoke(list(arguments)) == USAGE
     told = capsys.readouterr()
     assert what in told.err + told.out
+
+
+def test_two_runs_at_once_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    first = store.new_run("gpipe-k2-m8")
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # the second looks before the first has made its own
+    assert [first.name, store.new_run("gpipe-k2-m8").name] == ["0001-gpipe-k2-m8", "0002-gpipe-k2-m8"]

@@ -279,3 +279,16 @@ def test_what_a_killed_rank_printed_last_is_said_and_its_log_where_it_is_kept(tm
     assert str(tmp_path / "logs") in launch._failed(1, Killed(), tmp_path / "logs", kept=True).fix
     (folder / "stderr.log").write_text("")
     assert launch.last_words(tmp_path / "logs", 1) == "step 3"
+
+
+def test_what_a_model_file_prints_is_no_part_of_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loud = "print('import')\ndef model():\n    print('model'); return nn.Linear(4, 2)\n"
+    loud += "def batch(n):\n    print('batch'); return torch.randn(n, 4), torch.randn(n, 2)\n"
+    loud += (
+        "def data():\n    print('data'); return torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randn(8, 2))\n"
+    )
+    file = load(written(tmp_path, loud))
+    file.build(0), file.drawn(2, 0), file.data.source
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert set(err.split()) >= {"import", "model", "batch", "data"}
