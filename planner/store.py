@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from planner.basis.errors import ARTEFACT, PlanError, unknown
+from planner.basis.errors import ARTEFACT, USAGE, PlanError, unknown
 from planner.basis.files import unwritable, write
 from planner.search.answer import Answer, Found
 from planner.search.cost import Terms
@@ -71,6 +71,12 @@ class Searched(msgspec.Struct, frozen=True, kw_only=True):
     stale: bool
     answer: Answer
     done: dict[str, Found]
+
+
+def no_length(model: str, sequence: int, *, where: Path, why: str, fix: str, code: int = USAGE) -> PlanError:
+    """The error of a model that was not profiled with sequences of so many tokens."""
+    what = f"there is no profile of {model} with sequences of {sequence} tokens"
+    return PlanError(what=what, where=str(where), why=why, fix=fix, code=code)
 
 
 class _Keyed(msgspec.Struct):
@@ -161,13 +167,8 @@ class Store:
         known = ", ".join(map(str, sorted({own.sequence for own in alike if own.sequence != sequence}))) or "none"
         stale = next((own for own in alike if own.sequence == sequence), None)
         why = f"it is stale: {'; '.join(stale.differences(wanted))}" if stale else f"there are profiles of {known}"
-        raise PlanError(
-            what=f"there is no profile of {key.model} with sequences of {sequence} tokens",
-            where=str(path.parent),
-            why=f"{why}; what a layer costs is measured at every length, as attention does not grow in proportion",
-            fix=fix,
-            code=ARTEFACT,
-        )
+        why += "; what a layer costs is measured at every length, as attention does not grow in proportion"
+        raise no_length(key.model, sequence, where=path.parent, why=why, fix=fix, code=ARTEFACT)
 
     def name_of(self, path: Path) -> str:
         """Return what `profile_path` finds a profile by again: its name where it is kept, else its path."""

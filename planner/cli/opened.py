@@ -14,7 +14,7 @@ from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.basis.sources import digest
 from planner.cli import output
 from planner.search.ranking import Ranking
-from planner.store import Store, is_table
+from planner.store import Store, is_table, no_length
 from planner.values import cluster_file
 from planner.values.cluster import Cluster
 from planner.values.plan import Plan
@@ -61,11 +61,12 @@ def of_length(store: Store, path: Path, profile: Profile, sequence: int) -> tupl
     if sequence == profile.sequence:
         return path, profile
     if is_table(path) or not profile.sequence or sequence < 1:
-        own = f"{profile.sequence} tokens" if profile.sequence else "no sequences of tokens"
-        raise PlanError(
-            what=f"there is no profile of {profile.key.model} with sequences of {sequence} tokens",
-            where=str(path),
-            why=f"the samples that were measured are {own}" if profile.sequence else f"its samples are {own}",
+        measured = f"the samples that were measured are {profile.sequence} tokens"
+        raise no_length(
+            profile.key.model,
+            sequence,
+            where=path,
+            why=measured if profile.sequence else "its samples are no sequences of tokens",
             fix="leave --sequence out, or profile a model of your own: plan profile model.py --sequence 512",
         )
     found = store.of_length(path, profile.key, sequence, fix=profiling(profile, sequence))

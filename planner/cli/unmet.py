@@ -26,12 +26,11 @@ def unmet(search: Search) -> PlanError | None:
     needed = terms.seconds(quickest.step_s, quickest.units)
     if terms.deadline_s is not None and not terms._replace(budget=None).met(quickest.step_s, quickest.units, 0.0):
         least = f"the quickest plan{'' if proven else ' found'}, {quickest.label}, needs at least"
-        return PlanError(
+        return _missed(
+            search,
             what="no plan meets the deadline",
-            where=f"cluster '{search.cluster.name}', {terms.units:,} {search.space.unit}s",
             why=f"{least} {needed / HOUR_S:.3g} hours, and the deadline is {terms.deadline_s / HOUR_S:.3g} hours",
             fix=f"give at least --deadline {_up(needed / HOUR_S)}, or a cluster with more or faster devices",
-            code=NOTHING_FITS,
             details={"needed_hours": needed / HOUR_S, "deadline_hours": terms.deadline_s / HOUR_S},
         )
     if terms.budget is None:
@@ -41,14 +40,19 @@ def unmet(search: Search) -> PlanError | None:
         return None
     cost = terms.money(cheapest.step_s, cheapest.units, cheapest.price_per_hour)
     least = f"the cheapest plan{'' if proven else ' found'}{'' if terms.deadline_s is None else ' that is in time'}"
-    return PlanError(
+    return _missed(
+        search,
         what="no plan is within the budget",
-        where=f"cluster '{search.cluster.name}', {terms.units:,} {search.space.unit}s",
         why=f"{least}, {cheapest.label}, costs at least {cost:.3g}, and the budget is {terms.budget:.3g}",
         fix=f"give at least --budget {_up(cost)}, or lower prices (--price, --host-price)",
-        code=NOTHING_FITS,
         details={"needed_cost": cost, "budget": terms.budget},
     )
+
+
+def _missed(search: Search, *, what: str, why: str, fix: str, details: dict[str, float]) -> PlanError:
+    """The error of terms that no plan meets."""
+    where = f"cluster '{search.cluster.name}', {search.terms.units:,} {search.space.unit}s"
+    return PlanError(what=what, where=where, why=why, fix=fix, code=NOTHING_FITS, details=details)
 
 
 def _best(search: Search, objective: str, terms: Terms) -> tuple[Found | None, bool]:
