@@ -70,6 +70,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "torch.nn.modules.transformer": ("_detect_is_causal_mask",),
     "torch.nn.init": ("_no_grad_trunc_normal_",),
     "torch": (
+        "_amp_foreach_non_finite_check_and_unscale_",
+        "_amp_update_scale_",
         "UntypedStorage._cdata",
         "Tensor._is_view",
         "ops.aten.add.Tensor._schema.is_mutable",

@@ -79,7 +79,7 @@ def test_the_loss_falls(example: str, batch: int, steps: int, tmp_path: Path) ->
     if file.evaluate is not None:  # the last evaluation is of the weights that are kept
         count = outcome.evaluations[-1].samples
         assert count == file.evaluate.source.samples
-        drawn = file.evaluate.source.first(count, seed=0)
+        drawn = file.evaluate.source.first(count)
         with evaluating(trained), torch.no_grad():
             outputs = trained(*drawn.inputs)
         assert outcome.evaluations[-1].loss == pytest.approx(float(file.loss(outputs, drawn.targets)), rel=1e-5)

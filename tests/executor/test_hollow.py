@@ -13,6 +13,7 @@ from torch import fx, nn
 from executor import hollow
 from executor.layers import cut
 from executor.model_file import ModelFile, load
+from planner.basis.errors import PlanError
 
 MODELS = "tests/executor/small_models.py"
 
@@ -130,7 +131,7 @@ def test_a_parameter_is_let_go_of_when_it_is_registered() -> None:
     hollow.build(file_of(Counting), 0)
 
 
-def test_an_uninitialised_parameter_stays_as_it_is() -> None:
-    model = hollow.build(file_of(lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))), 0)
-    assert isinstance(model[0].weight, nn.parameter.UninitializedParameter)
-    assert hollow.is_hollow(model[1].weight)
+def test_an_uninitialised_parameter_is_refused_in_words() -> None:
+    with pytest.raises(PlanError, match="parameters that have no shape yet") as caught:
+        hollow.build(file_of(lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))), 0)
+    assert caught.value.why.startswith("0.weight")
