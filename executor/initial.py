@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor import hollow
+from executor import devices, hollow
 from executor.hollow import is_hollow, places
 from executor.layers import LayeredModel, cut
 from executor.model_file import ModelFile
-from planner.basis.errors import RUN_FAILED, PlanError
+from planner.basis.errors import DEVICE, RUN_FAILED, PlanError
+from planner.basis.units import size
 
 FILE = "initial.pt"
 """In the run's folder, until all ranks have read it."""
@@ -103,6 +104,20 @@ def write(file: ModelFile, seed: int, path: Path) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def check_room(needed: int, where: str) -> None:
+    """Raise `PlanError` (exit 5), before anything is built, when a model of so many bytes does not fit this host."""
+    free, limit = devices.free_bytes("cpu"), devices.memory_bytes("cpu")
+    if needed > free:
+        raise PlanError(
+            what="the model is too large for this host's memory",
+            where=where,
+            why=f"its parameters and buffers take {size(needed)}, and {size(free)} are free of {size(limit)} "
+            "(the host's, or its control group's limit)",
+            fix="run it where there is more memory, free some, or let model() make it in a smaller dtype",
+            code=DEVICE,
+        )
 
 
 def whole(file: ModelFile, seed: int) -> nn.Module:

@@ -97,7 +97,7 @@ class Rank:
         self.buckets = None
         if group is not None:
             start_alike(self.module, group)
-            self.buckets = Buckets(trained, group, plan.bucket_bytes, where)
+            self.buckets = Buckets(trained, group, plan.bucket_bytes, where, self.names)
         self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
         before = (p for first, own in self.shared.items() if first != self.stage_index for p in own.parameters)
         self.scaling = Scaling(backend.device) if plan.norm and file.precision == SCALED else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -33,35 +33,59 @@ class Buckets:
 
     A parameter's gradient is a view of its bucket, so that nothing is copied: backwards add to it. Which parameters
     take part is agreed on in the first reduction: those with a gradient on any rank, with zeros where a rank has none;
-    what nobody uses keeps no gradient, as in one process, and is not updated.
+    what nobody uses keeps no gradient, as in one process, and is not updated. Every step has to use the same ones: an
+    optimizer treats zeros otherwise than no gradient. `names` are those of the parameters in the model, by identity.
     """
 
     def __init__(
-        self, parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup, bucket_bytes: int, where: str
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        group: dist.ProcessGroup,
+        bucket_bytes: int,
+        where: str,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         self.parameters, self.group, self.bucket_bytes, self.where = tuple(parameters), group, bucket_bytes, where
+        self.names = names or {}
         self.unused = self.parameters
         self.flats: list[torch.Tensor] = []
+        self.reached: set[int] = set()
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, parameter: torch.Tensor) -> None:
+        self.reached.add(id(parameter))
 
     def reduce(self) -> None:
         """Reduce all gradients to their means, bucket by bucket.
 
-        Raises `PlanError` (exit 6) when a parameter gets its first gradient after the first step.
+        Raises `PlanError` (exit 6), with its name, when a parameter has a gradient in some steps only.
         """
         if not self.parameters:
             return
-        if not self.flats:
+        first = not self.flats
+        if first:
             self._agree()
-        if any(parameter.grad is not None for parameter in self.unused):
-            raise PlanError(
-                what="a parameter that had no gradient in the first step has one now",
-                where=self.where,
-                why="replicas agree in their first step on the gradients that they reduce",
-                fix="use every parameter in every step, freeze it (requires_grad = False), or plan without replicas",
-                code=RUN_FAILED,
-            )
+        late = [parameter for parameter in self.unused if parameter.grad is not None]
+        if late:
+            raise self._refused(late[0], "had no gradient in the first step and has one now")
         for flat in self.flats:
             reduce_mean(flat, self.group)
+        used = (p for p in self.parameters if p.grad is not None and id(p) not in self.reached)
+        missing = None if first else next((p for p in used if not p.grad.any()), None)  # type: ignore[union-attr]
+        if missing is not None:
+            raise self._refused(missing, "had a gradient in the first step and has none now, on no replica")
+        self.reached.clear()
+
+    def _refused(self, parameter: torch.nn.Parameter, what: str) -> PlanError:
+        return PlanError(
+            what=f"the parameter {self.names.get(id(parameter), '')} {what}".replace("  ", " "),
+            where=self.where,
+            why="replicas agree in their first step on the gradients that they reduce, and a parameter without one is "
+            "not updated: with other steps they would train another model than one process does",
+            fix="use every parameter in every step, freeze it (requires_grad = False), or plan without replicas",
+            code=RUN_FAILED,
+        )
 
     def clear(self) -> None:
         """Set all gradients to zero; they stay where they are."""

@@ -97,6 +97,7 @@ def run(
             code=ARTEFACT,
         )
     warn_beyond(measured_profile, [wanted.samples])
+    from executor.initial import check_room
     from executor.run import partial
     from executor.run import run as execute
     from executor.tensorboard import Curves
@@ -106,6 +107,8 @@ def run(
     of = measured_profile
     now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype, of.key.precision)
     require_same(measured_profile, now, path)
+    layers = measured_profile.counted_once().layers
+    check_room(sum(layer.parameter_bytes + layer.buffer_bytes for layer in layers), measured_profile.model_path)
     chosen = on_devices_of(wanted, measured_profile.machine)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     asked = _asked(store, plan, wanted, path)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from executor import hollow
-from executor.initial import FILE, cut_hollow
+from executor import devices, hollow
+from executor.initial import FILE, check_room, cut_hollow
 from executor.layers import LayeredModel, cut
 from executor.model_file import ModelFile, load
-from planner.basis.errors import PlanError
+from planner.basis.errors import DEVICE, PlanError
 
 MODELS = "tests/executor/small_models.py"
 CPU = torch.device("cpu")
@@ -180,3 +180,13 @@ def test_a_full_disk_is_no_reason_to_stop(tmp_path: Path, caplog, monkeypatch: p
     assert weights is None
     assert "cannot be written" in caplog.text
     assert (tmp_path / FILE).exists()
+
+
+def test_a_model_too_large_for_the_host_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "free_bytes", lambda kind: 10 * 2**30)
+    monkeypatch.setattr(devices, "memory_bytes", lambda kind: 12 * 2**30)
+    check_room(10 * 2**30, "model.py")
+    with pytest.raises(PlanError, match="too large for this host") as raised:
+        check_room(28 * 2**30, "model.py")
+    assert raised.value.code == DEVICE
+    assert "take 28.00 GiB, and 10.00 GiB are free of 12.00 GiB" in raised.value.why

@@ -49,12 +49,26 @@ def test_gradients_are_parts_of_their_bucket(alone: dist.ProcessGroup) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in parameters)
 
 
-def test_a_late_gradient_is_refused(alone: dist.ProcessGroup) -> None:
+def test_a_parameter_that_some_steps_use_is_refused_by_name(alone: dist.ProcessGroup) -> None:
     first, second = trained(torch.float32, torch.float32)
-    buckets = Buckets((first, second), alone, 0, "stage 0")
+    names = {id(first): "early.weight", id(second): "late.weight"}
+    buckets = Buckets((first, second), alone, 0, "stage 0", names)
     first.sum().backward()
     buckets.reduce()
     assert second.grad is None
     second.sum().backward()
-    with pytest.raises(PlanError, match="no gradient in the first step"):
+    with pytest.raises(PlanError, match=r"late\.weight had no gradient in the first step"):
+        buckets.reduce()
+
+
+def test_a_parameter_that_is_not_used_any_more_is_refused_by_name(alone: dist.ProcessGroup) -> None:
+    """Zeros in its bucket would let an optimizer with momentum or decay go on updating it."""
+    first, second = trained(torch.float32, torch.float32)
+    buckets = Buckets((first, second), alone, 0, "stage 0", {id(second): "late.weight"})
+    for _ in range(2):
+        (first.sum() + 0.0 * second.sum()).backward()
+        buckets.reduce()
+        buckets.clear()
+    first.sum().backward()
+    with pytest.raises(PlanError, match=r"late\.weight had a gradient in the first step and has none now"):
         buckets.reduce()
