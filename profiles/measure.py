@@ -73,6 +73,7 @@ def measure(
     probed = machine.machine(device, again=remeasure_machine)
     progress("links and overheads", 1, 1)
 
+    progress("seconds of every layer", 0, 100)
     budget = Budget(budget_s)
     crowded = device == "cpu" and _crowded(model, probed, budget_s, candidates[0])
     layers_s = budget_s * (1 - LOADS) - (_crowd_s(model, probed, budget_s) if crowded else 0.0)

@@ -20,6 +20,7 @@ from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, RU
 from planner.cli import main
 from planner.cli.main import invoke
 from planner.search import ranking
+from planner.search.choice import TIE
 from planner.simulate.predict import simulate
 from planner.store import Store
 from planner.values.cluster import Cluster, Host
@@ -328,7 +329,7 @@ def test_the_loop(measured: Path) -> None:
     best = next(p for p in fitting if p["plan"] == simulated["best"])
     quickest = next(p for p in fitting if not p["stale_gradients"])
     assert not best["stale_gradients"]
-    assert best["step_low_s"] <= quickest["step_high_s"], "as good as the quickest"
+    assert best["step_low_s"] <= quickest["step_high_s"] * (1 + TIE), "as good as the quickest"
     text = plan(measured, "simulate", "--k", "2", "--m", "8").stdout
     assert f"best: {simulated['best']}" in text
     data = json.loads(plan(measured, "run", "1f1b-k2-m8", "--steps", "5", "--json").stdout)["data"]
