@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written_to(whole: Report, tmp_path: Path) -> No
     with pytest.raises(PlanError) as caught:
         write(whole, tmp_path / "file" / "report.html")
     assert caught.value.code == ARTEFACT
-    assert caught.value.where == str(tmp_path / "file")
+    assert caught.value.where == str(tmp_path / "file" / "report.html")
     assert caught.value.why
     assert caught.value.fix
 
