@@ -14,7 +14,8 @@ from executor.precision import DTYPES, autocast
 from executor.user_code import explained
 from planner.basis.errors import PlanError
 
-SAMPLES, SEED = 2, 0
+SAMPLES, SEED = 3, 0
+"""Another number than a model is captured with (`executor.capture.EXAMPLE`), so that a size taken for fixed shows."""
 
 ROUNDING = 2.0**10
 """Differences of so many units in the last place of the largest gradient are rounding: kernels sum in other orders."""

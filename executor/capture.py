@@ -31,6 +31,10 @@ EXAMPLE = 2
 _MODEL = "whole_model"
 
 
+class _FixedSizeError(Exception):
+    """The batch size has become a plain number on the way."""
+
+
 class _Step(nn.Module):
     """A model and its loss: one number from inputs and targets, and what is wanted of the model's outputs."""
 
@@ -105,6 +109,13 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | N
                 with opaque.closed(), following():
                     program = export(step, arguments, dynamic_shapes=shapes, strict=False)
                 return _sorted_out(program, step, arguments, len(drawn.inputs), opaque)
+            except _FixedSizeError:
+                raise PlanError(
+                    what="the model or its loss takes the batch size for a fixed number",
+                    where=file.path,
+                    why=f"followed with {drawn.samples} samples, it would compute with {drawn.samples} for any batch",
+                    fix="compute with x.shape[0] as it is, not with int(x.shape[0]); or add layers(model)",
+                ) from None
             except Exception as error:
                 failure = error
         why = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), 'no message')}"
@@ -138,11 +149,14 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
     ]
     varying = set(tensors)
     trained = {node for node, (_, tensor) in held.items() if tensor.requires_grad}
-    batch = next((s for n in tensors for s in n.meta["val"].shape if isinstance(s, torch.SymInt)), None)
+    sizes = [expression(s) for n in tensors for s in n.meta["val"].shape if isinstance(s, torch.SymInt)]
+    batch = next((size for size in sizes if sympy.sympify(size).free_symbols), None)
+    if batch is None:
+        raise _FixedSizeError
     for node in graph.find_nodes(op="call_function", target=OPAQUE):
         if any(p.requires_grad for p in opaque.calls[node.args[1]].parameters()):
             trained.add(node)
-    found = _Values(None if batch is None else expression(batch), [n for n in graph.nodes if n.op == "call_function"])
+    found = _Values(batch, [n for n in graph.nodes if n.op == "call_function"])
     for node in found.nodes:
         found.add(node, varying, trained)
     loss, *outputs = graph.output_node().args[0]

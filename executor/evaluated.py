@@ -28,7 +28,7 @@ from executor.user_code import explained
 from planner.basis.errors import PlanError
 from planner.values.plan import Plan
 
-SAMPLES, SEED = 2, 0
+SAMPLES, SEED = 3, 0
 
 
 @dataclass(frozen=True, kw_only=True)

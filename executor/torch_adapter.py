@@ -10,6 +10,7 @@ from __future__ import annotations
 import executor.torch_probe  # noqa: F401 - before all names that another torch may lack
 
 # isort: on
+import builtins
 import inspect
 import io
 import logging
@@ -260,10 +261,13 @@ def _argument(node: torch.fx.Node, *, write: bool) -> torch.fx.Node | None:
 def following() -> Iterator[None]:
     """Let torch follow a model on tensors without data: quietly, and without looking whether a mask is causal.
 
-    `nn.Transformer` compares its mask with a causal one to choose a faster kernel, which needs data.
+    `nn.Transformer` compares its mask with a causal one to choose a faster kernel, which needs data. `len()` of a
+    tensor, which Python makes a plain number, stays a size that is not known yet.
     """
     from torch.nn.modules import transformer
 
+    length = builtins.len
+    builtins.len = lambda of: of.shape[0] if isinstance(of, torch.Tensor) and of.dim() else length(of)
     before = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     logging.disable(logging.WARNING)
@@ -274,6 +278,7 @@ def following() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         transformer._detect_is_causal_mask = before
+        builtins.len = length
 
 
 def storage_of(tensor: torch.Tensor) -> int:

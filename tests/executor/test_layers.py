@@ -184,3 +184,18 @@ def test_batches_depend_on_the_seed_alone() -> None:
     torch.manual_seed(2)
     assert torch.equal(file.draw(4, seed=7)[0][0], first)
     assert not torch.equal(file.draw(4, seed=8)[0][0], first)
+
+
+def test_how_many_samples_there_are_is_nothing_fixed() -> None:
+    """A model that asks with `len` is followed for any batch; one that makes a plain number of it is refused."""
+    file = load(f"{MODELS}:lengths")
+    model = file.build(0)
+    parts = cut(file, model)
+    agree(file, parts)
+    for samples in (1, 4, 7):
+        inputs, targets = file.draw(samples, seed=1)
+        assert torch.equal(
+            parts.loss(parts.stage(range(len(parts.layers)))(*inputs), targets), file.loss(model(*inputs), targets)
+        )
+    with pytest.raises(PlanError, match="takes the batch size for a fixed number"):
+        layered(f"{MODELS}:fixed")
