@@ -63,7 +63,9 @@ class LayerTimer:
     def run(self, budget: Budget, limit_s: float) -> None:
         """Measure until so many seconds of a budget are spent; one pass of the smallest size whatever it takes.
 
-        A Ctrl-C behind that pass ends the measuring, as the end of the budget does.
+        The bytes of a second size are counted whatever it takes, too: not all that a layer holds grows with the batch
+        (what autocast copies of its weights does not), so one size says nothing about others. A Ctrl-C behind the first
+        pass ends the measuring, as the end of the budget does.
         """
         before = torch.get_num_threads()
         self.budget, self.limit_s = budget, limit_s
@@ -107,6 +109,9 @@ class LayerTimer:
 
     def _look_around(self) -> None:
         self._look(self.sizes[0])
+        second = self.sizes[1] if len(self.sizes) > 1 else 2 * self.sizes[0]
+        if second not in self.sizes or not self._affordable(second):
+            self.passes.count(second)
         if self.every:
             for samples in self.sizes[1:]:
                 if not self._affordable(samples):
