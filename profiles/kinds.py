@@ -2,7 +2,8 @@
 
 Layers are of one kind that do the same with inputs of the same shapes, whatever the values of their parameters, and
 whose neighbours do: what a layer keeps for its backward depends on who made its inputs and who reads what it makes. So
-of many equal blocks in a row three are left, the first, one for all in between, and the last.
+of many equal blocks in a row three are left, the first, one for all in between, and the last. What is left has the same
+neighbours in the short model: of two rows with another block between them, each has layers of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from executor.layers import LayeredModel, as_tuple
 from planner.values.profile import Value
 
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
+_OWN = frozenset(vars(nn.Module()))
+"""What every module has."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,15 +71,13 @@ def find(layered: LayeredModel, inputs: tuple[torch.Tensor, ...]) -> Kinds:
     numbers: dict[Any, int] = {}
     does = [numbers.setdefault(_own(layered, layer), len(numbers)) for layer in layered.layers]
     own = list(zip(does, _shapes(layered, inputs), strict=True))
+    neighbours = _neighbours(layered, does)
     first: dict[Any, int] = {}
-    standing: list[int] = []
-    kept: list[int] = []
-    for i, around in enumerate(_neighbours(layered, does)):
-        key = own[i], around
-        if key not in first:
-            first[key] = len(kept)
-            kept.append(i)
-        standing.append(first[key])
+    stands = [first.setdefault(key, i) for i, key in enumerate(zip(own, neighbours, strict=True))]
+    while (unread := _unread(layered, does, stands)) is not None:
+        stands = [unread if i >= unread and of == stands[unread] else of for i, of in enumerate(stands)]
+    kept = sorted(set(stands))
+    standing = [kept.index(i) for i in stands]
     alike: dict[Any, list[int]] = {}
     for part, i in enumerate(kept):
         alike.setdefault(own[i], []).append(part)
@@ -95,6 +97,25 @@ def _short(layered: LayeredModel, kept: Sequence[int], standing: Sequence[int]) 
         return dataclasses.replace(layer, inputs=inputs, changes=tuple(renamed[name] for name in layer.changes))
 
     return dataclasses.replace(layered, layers=tuple(rewired(layered.layers[i]) for i in kept))
+
+
+def _unread(layered: LayeredModel, does: Sequence[int], stands: Sequence[int]) -> int | None:
+    """Find a layer that has to be kept, as in the short model no other one reads in its place what a kept one makes.
+
+    Where nothing of its kind did, no gradient would come back, and its backward would never be run.
+    """
+    kept = sorted(set(stands))
+    short = _short(layered, kept, [kept.index(i) for i in stands])
+    read = {
+        (name, does[i], place)
+        for i, layer in zip(kept, short.layers, strict=True)
+        for place, name in enumerate(layer.inputs)
+    }
+    made = {name for i in kept for name in layered.layers[i].outputs}
+    for i, layer in enumerate(layered.layers):
+        if any(name in made and (name, does[i], place) not in read for place, name in enumerate(layer.inputs)):
+            return i
+    return None
 
 
 def _neighbours(layered: LayeredModel, does: Sequence[int]) -> list[Any]:
@@ -168,20 +189,29 @@ def _graph(module: fx.GraphModule) -> Any:
 
 
 def _module(module: nn.Module) -> Any:
-    """A module as it was written: its classes and settings, and the shapes of what it holds."""
+    """A module as it was written: its classes, settings and hooks, and the shapes of what it holds."""
     return tuple(
         (
             name,
             type(part),
             part.training,
             tuple(
-                sorted((k, v if isinstance(v, _SIMPLE) else _plain(v)) for k, v in vars(part).items() if k[0] != "_")
+                sorted(
+                    ((k, v if isinstance(v, _SIMPLE) else _plain(v)) for k, v in vars(part).items() if _says(part, k)),
+                    key=lambda setting: setting[0],
+                )
             ),
+            tuple(id(hook) for k in _HOOKS for hook in getattr(part, k).values()),
             tuple((k, _tensor(t)) for k, t in part.named_parameters(recurse=False)),
             tuple((k, _tensor(t)) for k, t in part.named_buffers(recurse=False)),
         )
         for name, part in module.named_modules()
     )
+
+
+def _says(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a setting; of torch's own modules those with an underscore follow from the others."""
+    return not name.startswith("_") or not (name in _OWN or type(module).__module__.startswith("torch.nn."))
 
 
 def _tensor(tensor: torch.Tensor) -> Any:

@@ -49,6 +49,41 @@ class Words(nn.Module):
         return self.head(x + first if self.skip else x)
 
 
+class Skips(nn.Module):
+    """Layers in a row, with a value of the fourth that the end reads, too."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        far = x
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x))
+            far = x if i == 3 else far
+        return x + far
+
+
+class Hidden(nn.Module):
+    """How often it does what it does is an attribute with an underscore."""
+
+    def __init__(self, often: int) -> None:
+        super().__init__()
+        self.linear, self._often = nn.Linear(WIDTH, WIDTH), often
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self._often):
+            x = torch.tanh(x)
+        return self.linear(x)
+
+
+def hooked() -> nn.Module:
+    """One of many equal layers has a hook that changes what it returns."""
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(7)]
+    layers[3].register_forward_hook(lambda module, inputs, output: torch.exp(torch.tanh(output)))
+    return nn.Sequential(*layers)
+
+
 def words(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(WORDS, (n, TOKENS)), torch.randint(WORDS, (n, TOKENS))
 
@@ -77,6 +112,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "blocks in a row": (lambda: Words((1.0,) * 5), (0, 1, 2, 2, 2, 3, 4)),
     "a block of another setting": (lambda: Words((1.0, 1.0, 1.0, 2.0, 1.0)), (0, 1, 2, 3, 4, 5, 6)),
     "a skip over all blocks": (lambda: Words((1.0,) * 6, skip=True), (0, 1, 2, 2, 2, 3, 4, 5)),
+    "two rows with another block between them": (
+        lambda: Words((1.0,) * 6 + (2.0,) + (1.0,) * 6),
+        (0, 1, 2, 2, 2, 2, 3, 4, 5, 6, 6, 6, 6, 7, 8),
+    ),
+    "a value that is read far behind": (lambda: Skips(9), (0, 1, 1, 2, 3, 3, 3, 4, 5)),
+    "a hidden setting": (lambda: nn.Sequential(*(Hidden(n) for n in (1, 1, 1, 3, 1, 1, 1))), (0, 1, 2, 3, 4, 5, 6)),
+    "a hook": (hooked, (0, 1, 2, 3, 4, 5, 6)),
     "modules in a row": (lambda: nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(5))), (0, 1, 1, 1, 2)),
     "modules in turn": (
         lambda: nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(WIDTH, WIDTH), nn.ReLU()))),
