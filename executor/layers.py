@@ -360,11 +360,16 @@ def _chain(
     taken = inputs
     with _tried_out(model):
         for i, (name, module) in enumerate(named):
+            versions = [getattr(value, "_version", 0) for value in values]
+            given = values
             with explained(file.path, f"the forward of layer '{name}'"):
                 values = as_tuple(under(file.precision, module)(*values))
+            now = [getattr(value, "_version", 0) for value in given]
+            changes = tuple(n for n, old, new in zip(taken, versions, now, strict=False) if old != new)
             made = tuple(f"v{i}" if len(values) == 1 else f"v{i}.{j}" for j in range(len(values)))
             outputs = made if i < len(named) - 1 else ()
-            layers.append(Layer(name=name, module=module, inputs=taken, outputs=outputs, precision=file.precision))
+            layer = Layer(name=name, module=module, inputs=taken, outputs=outputs, changes=changes)
+            layers.append(replace(layer, precision=file.precision))
             taken = made
     return LayeredModel(model=model, inputs=inputs, layers=tuple(layers), loss=under(file.precision, file.loss))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from torch import nn
 
 from executor import averaging
 from executor.agreement import agree
@@ -136,6 +138,29 @@ def test_layers_that_compute_something_else_are_refused(name: str, why: str) -> 
 def test_a_cut_model_agrees_with_the_whole(name: str) -> None:
     file = load(f"{MODELS}:{name}")
     agree(file, cut(file, file.build(0)))
+
+
+def test_children_that_write_into_what_they_take_may_stand_behind_a_cut() -> None:
+    """Each stage takes a leaf, into which nothing may be written; the gradients are those of the whole model."""
+    chained = nn.Sequential(
+        nn.Linear(12, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.SiLU(inplace=True), nn.Linear(8, 4)
+    )
+    file = dataclasses.replace(load(str(MODELS)), model=lambda: chained)
+    parts = cut(file, chained)
+    assert [layer.changes for layer in parts.layers] == [(), ("v0",), (), ("v2",), ()]
+    inputs, targets = file.draw(4, seed=0)
+    file.loss(chained(*inputs), targets).backward()
+    expected = [p.grad for p in chained.parameters()]
+    chained.zero_grad()
+    seams = [inputs[0]]
+    made = []
+    for i in range(len(parts.layers)):
+        made.append(parts.stage(range(i, i + 1))(seams[-1]))
+        seams.append(made[-1].detach().requires_grad_())
+    file.loss(seams[-1], targets).backward()
+    for output, seam in zip(reversed(made), reversed(seams), strict=False):
+        output.backward(seam.grad)
+    torch.testing.assert_close([p.grad for p in chained.parameters()], expected)
 
 
 @pytest.mark.parametrize("name", ["model", "ignoring", "weighted", "fields"])
