@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ class Layer:
 
     Behind the inputs it takes what is `ambient`, which no layer makes (`LayeredModel.ambient`). Into the inputs that it
     `changes` it writes: they must be nobody else's. It runs in a `precision` of `executor.precision`, "" for its own.
+    Where it is `compiled` (`executor.compiling`), that runs in its module's place.
     """
 
     name: str
@@ -25,8 +27,13 @@ class Layer:
     ambient: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     precision: str = ""
+    compiled: Callable[..., Any] | None = None
 
     def __call__(self, *values: Any) -> Any:
         """Run the layer alone, in its precision."""
         with autocast(self.precision, *values):
-            return self.module(*values)
+            return self.run(*values)
+
+    def run(self, *values: Any) -> Any:
+        """Run the layer among others, in the precision that they have entered."""
+        return self.module(*values) if self.compiled is None else self.compiled(*values)

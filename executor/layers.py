@@ -198,7 +198,7 @@ class StageModule(nn.Module):
         live.update(self.surrounded(live))
         result: Any = None
         for layer, dropped in zip(self.layers, self._dropped, strict=True):
-            result = layer.module(*(live[name] for name in (*layer.inputs, *layer.ambient)))
+            result = layer.run(*(live[name] for name in (*layer.inputs, *layer.ambient)))
             for name in dropped:
                 live.pop(name, None)
             if layer.outputs:

@@ -32,6 +32,7 @@ from executor.user_code import (
     limit,
     optimizer_of,
     whole_number,
+    yes_or_no,
 )
 from planner.basis import sources
 from planner.basis.errors import PlanError
@@ -47,7 +48,8 @@ class ModelFile:
     samples of that length where it `takes_sequence`. `data` is what a run trains on, where `batch` does not draw
     it, and `evaluate` what it is judged by. Measuring, checking and capturing is done with `batch`, or else with the
     first samples of `data`. `clip` is the norm to which all gradients together are clipped, 0 where they are not. The
-    model runs in a `precision` of `executor.precision`, "" for its own dtypes.
+    model runs in a `precision` of `executor.precision`, "" for its own dtypes. Its layers may be `compiled`
+    (`executor.compiling`).
     """
 
     path: str
@@ -65,6 +67,7 @@ class ModelFile:
     clip: float = 0.0
     metrics: Callable[[Any, Any], dict[str, Any]] | None = None
     precision: str = ""
+    compiled: bool = False
     sequence: int = 0
     takes_sequence: bool = False
 
@@ -241,6 +244,7 @@ def load(path: str, sequence: int = 0) -> ModelFile:
         clip=limit(file, "clip", find("clip")),
         metrics=find("metrics"),
         precision=checked_precision(file, find("precision")),
+        compiled=yes_or_no(file, "compiled", find("compiled")),
         sequence=length,
         takes_sequence=own is not None,
     )

@@ -16,6 +16,7 @@ from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
 from executor.averaging import Averaging, zero
 from executor.batch import tensors
+from executor.compiling import compile_now, compiled_layers
 from executor.devices import Backend
 from executor.feed import open_feed
 from executor.hollow import places
@@ -77,7 +78,8 @@ class Rank:
         self.pipeline = pipelines[self.replica]
         holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
         inputs, outputs = _boundaries(file, layered, layers, plan.samples, backend.device)
-        self.module = layered.stage(layers, recompute=plan.recompute)
+        running = compiled_layers(layered) if file.compiled else layered
+        self.module, self.taken = running.stage(layers, recompute=plan.recompute), inputs
         self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
         self.saved = _places(self.module, layered.saved_names())
         self.unheld, self.weights = layered.unheld() if rank == 0 else {}, weights
@@ -178,6 +180,10 @@ class Rank:
     def _named(self, action: Action) -> AbstractContextManager[object]:
         """What puts an action's name into a profiler's timeline."""
         return record_function(f"PP:{action}") if self.stamping else nullcontext()
+
+    def compile(self) -> None:
+        """Compile the stage's layers, which takes seconds each; the rank's own state stays as it is."""
+        compile_now(self.module, self.taken, self.backend.device)
 
     # The actions. Each returns the stamp of its end where that is not simply now.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from executor import saving
+from executor.compiling import check_compiler
 from executor.ending import ask
 from executor.evaluations import evaluated
 from executor.following import Watch, following
@@ -52,7 +53,8 @@ def run(
     ready for each rank that loads. `watches` are told the steps, about twice a second, as they are finished. The first
     Ctrl-C ends the run behind a step that all ranks agree on: the outcome then says that it was `stopped`.
 
-    Raises `PlanError` for epochs without data (exit 2), when a rank fails (6), or when the run ended before a step was
+    Raises `PlanError` for epochs without data (exit 2), without the compiler that compiled layers need (5),
+    when a rank fails (6), or when the run ended before a step was
     recorded (130), and `KeyboardInterrupt` at the second Ctrl-C or before the first step.
     """
     if evaluate_every and load(model, plan.sequence).evaluate is None:
@@ -62,6 +64,8 @@ def run(
             why="the model file does not say with which data",
             fix="define evaluate() -> Dataset or DataLoader in it, or how many samples batch(n) is to draw",
         )
+    if load(model, plan.sequence).compiled:
+        check_compiler(model, device)
     if epochs and load(model, plan.sequence).data is None:
         raise PlanError(
             what="--epochs needs data()",

@@ -33,12 +33,12 @@ class SavedAs(msgspec.Struct, frozen=True, kw_only=True):
         (folder / _DESCRIPTION).write_bytes(msgspec.json.encode(self))
 
 
-def await_all(folder: Path, ranks: int) -> None:
-    """Wait until every rank has written its weights into a folder.
+def await_all(folder: Path, ranks: int, kind: str) -> None:
+    """Wait until every rank has written its file of a kind into a folder: its weights, or that it has compiled.
 
     A large stage takes longer than ranks wait for each other's messages. Who launched them ends all when one fails.
     """
-    while not all((folder / f"rank{rank}.pt").exists() for rank in range(ranks)):
+    while not all((folder / f"rank{rank}.{kind}").exists() for rank in range(ranks)):
         time.sleep(0.02)
 
 

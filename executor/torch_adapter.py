@@ -7,7 +7,7 @@ operations (public class, undocumented methods), and its receive tables.
 from __future__ import annotations
 
 # isort: off
-import executor.torch_probe  # noqa: F401 - before all names that another torch may lack
+import executor.torch_probe as torch_probe  # before all names that another torch may lack
 
 # isort: on
 import builtins
@@ -413,3 +413,22 @@ def next_scale(
 ) -> None:
     """Change a scale of the loss and the number of updates since it last grew in place, as GradScaler does."""
     torch._amp_update_scale_(scale, updates, overflown, growth, backoff, interval)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is compiled when it is called first, once for all sizes and numbers of threads.
+
+    Gradients of what it has returned can be asked for twice, as `halves` does. Raises `PlanError` for a torch that
+    lacks what this needs.
+    """
+    torch_probe.probe(torch.__version__, torch_probe.COMPILING)
+    from torch._dynamo import config as tracing
+    from torch._functorch import config as differentiating
+
+    differentiating.donated_buffer = False
+    tracing.recompile_limit = tracing.accumulated_recompile_limit = RECOMPILES
+    return torch.compile(function, dynamic=True, options={"cpp.dynamic_threads": True})
+
+
+RECOMPILES = 1024
+"""How often code may be compiled anew, for other threads, shapes of weights or kinds of batches; torch allows 8."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -82,11 +83,19 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 """Names by module. `A().b` is an attribute that the constructor of `A` sets; of `a|b` one is enough."""
 
+COMPILING: dict[str, tuple[str, ...]] = {
+    "torch._dynamo.config": ("recompile_limit", "accumulated_recompile_limit"),
+    "torch._functorch.config": ("donated_buffer",),
+    "torch._inductor.config": ("cpp.dynamic_threads",),
+    "torch.compiler": ("set_stance", "disable"),
+}
+"""What only compiled layers need; importing it takes a second."""
 
-def missing() -> list[str]:
+
+def missing(needed: Mapping[str, tuple[str, ...]] = NEEDED) -> list[str]:
     """Return what this torch lacks of what is needed, as `module.name`; of a module that it lacks, only that."""
     lacking = []
-    for path, names in NEEDED.items():
+    for path, names in needed.items():
         try:
             module = importlib.import_module(path)
         except ImportError as error:
@@ -111,10 +120,10 @@ def _set_by(kind: type) -> set[str]:
     return {*inspect.get_annotations(kind), *(constructor.co_names if constructor else ())}
 
 
-def probe(version: str) -> None:
+def probe(version: str, needed: Mapping[str, tuple[str, ...]] = NEEDED) -> None:
     """Raise `PlanError` where torch, whose version this is, lacks a name or is older than the oldest that works."""
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    lacking = missing()
+    lacking = missing(needed)
     if found >= OLDEST and not lacking:
         return
     oldest, newest = (".".join(map(str, one)) for one in (OLDEST, NEWEST))

@@ -205,6 +205,18 @@ def limit(path: str, name: str, given: Any) -> float:
     raise PlanError(what=f"{name} is no positive number", where=path, why=f"it is {given!r}", fix=f"{name} = 1.0")
 
 
+def yes_or_no(path: str, name: str, given: Any) -> bool:
+    """Return True or False as a model file says, False for None. Raises `PlanError` for anything else."""
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    raise PlanError(
+        what=f"{name} is neither True nor False",
+        where=path,
+        why=f"it is {given!r}",
+        fix=f"{name} = True, or leave it out",
+    )
+
+
 def checked_function(path: str, name: str, given: Any) -> Any:
     """Return an optional function of a model file, None where there is none. Raises `PlanError` for anything else."""
     if given is None or (callable(given) and not (isinstance(given, type) and issubclass(given, nn.Module))):

@@ -73,11 +73,17 @@ def main(path: str) -> None:
     evaluating = prepare(file, layered, job.plan) if wanted else None
     me = Rank(file, layered, job.plan, backend, rank, seed=job.seed, workers=job.workers, weights=weights)
     evaluator = evaluating(me) if evaluating is not None else None
+    if file.compiled:
+        me.compile()
+        (folder / f"rank{rank}.compiled").touch()
+        await_all(folder, dist.get_world_size(), "compiled")
     if weights is not None:  # whatever reads them (the rank, what evaluates) has been made
         weights.close()
     del layered, weights, evaluating
     gc.collect()
     offset = clock_offset(backend)
+    if file.compiled:
+        (folder / f"rank{rank}.compiled").unlink()
     if rank == 0:
         (folder / INITIAL).unlink()  # all ranks have read it: they have just spoken with each other
     extent = extent_of(job, me.feed)
@@ -93,7 +99,7 @@ def main(path: str) -> None:
     save(me.state(), folder / f"rank{rank}.pt")
     if rank == 0:
         me.saved_as.write(folder)
-    await_all(folder, dist.get_world_size())
+    await_all(folder, dist.get_world_size(), "pt")
     if done == extent.steps:
         found_memory = memory_step(me, rank, backend, offset)  # one step more, behind the weights that are kept
         (folder / f"rank{rank}.memory.json").write_bytes(msgspec.json.encode(found_memory))

@@ -7,8 +7,8 @@ only the autograd graph is cut at each seam.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from executor.batch import tensors
+from executor.compiling import compiled_layers, eager
 from executor.layer import Layer
-from executor.layers import LayeredModel, StageModule, as_tuple, on
+from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.norm import scale
 from executor.precision import SCALED
@@ -49,6 +50,8 @@ class Chain:
     """
 
     def __init__(self, file: ModelFile, layered: LayeredModel, device: torch.device, *, resident: bool = True) -> None:
+        if file.compiled:
+            layered = compiled_layers(layered)
         self.file, self.layered, self.device, self.resident = file, layered, device, resident
         self.layers: Sequence[Layer] = layered.layers
         self.names = layered.parameter_names()
@@ -72,6 +75,26 @@ class Chain:
                 why="it picks none of the model's parameters",
                 fix="give it the parameters that are to be trained, or groups of them",
             )
+
+    def compile(self, samples: Sequence[int], threads: Sequence[int]) -> None:
+        """Run the model and its layers where they are compiled, so that all code is there: for every number of threads.
+
+        Code for one sample is another one than for several.
+        """
+        before = torch.get_num_threads()
+        for setting in [(own, n) for own in threads for n in samples]:
+            torch.set_num_threads(setting[0])
+            inputs, targets = self.draw(setting[1])
+            with torch.random.fork_rng(devices=[]), unchanged_buffers(self.layered.model):
+                self.loss(self.whole(*inputs), targets).backward()
+                self.backward(self.forward(inputs, targets, _unwatched), _unwatched)
+        torch.set_num_threads(before)
+        for parameter in self.whole.parameters():
+            parameter.grad = None
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Return a context in which every operation can be seen: compiled layers run as if they were not."""
+        return eager() if self.file.compiled else nullcontext()
 
     @property
     def joined(self) -> bool:
@@ -269,6 +292,11 @@ class Flow:
         self.values |= self.next
         self.next = {}
         self.values = {name: t for name, t in self.values.items() if self.last.get(name, -1) > part}
+
+
+@contextmanager
+def _unwatched(part: int, kind: str) -> Iterator[None]:
+    yield
 
 
 class _Begin(torch.autograd.Function):

@@ -110,6 +110,7 @@ def estimate(
     """
     devices.get(hardware)
     file = load(path, sequence)
+    file = dataclasses.replace(file, compiled=False)  # operations are counted one by one
     if dtype is not None:
         file = dataclasses.replace(file, precision="")  # another precision is asked for
     counted = count(file, sizes, dtype, progress)

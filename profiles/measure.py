@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from executor import devices
+from executor.compiling import check_compiler
 from executor.devices import Backend
 from executor.model_file import ModelFile, imported, load, sha256
 from planner.basis.errors import PlanError
@@ -58,7 +59,7 @@ def measure(
     curves need. `budget_s` bounds the wall seconds of all measuring of the model, from its first byte to its last pass,
     to within the last pass begun; one pass of the smallest size is run whatever it takes. Before it come importing,
     building and checking the model, and once per machine what is the machine's own, unless that is to be measured
-    again.
+    again; and compiling, of one layer of each kind, where the model file asks for it.
 
     `one_by_one` is whether only one layer at a time is to be in memory, `fold` whether one layer of each kind is run;
     None decides by memory and budget. Raises `PlanError` when the model file fails.
@@ -67,7 +68,16 @@ def measure(
     file = load(path, sequence)
     tokens = file.tokens()
     backend = devices.open_device(device)
+    if file.compiled:
+        check_compiler(path, device)
     model = subject.prepare(file, device, one_by_one=one_by_one)
+    if file.compiled and not model.resident:
+        raise PlanError(
+            what="compiled layers cannot be profiled one at a time",
+            where=path,
+            why="each would be compiled anew whenever it gets its data, and the whole model does not fit into memory",
+            fix="leave out compiled = True, or profile on a machine with more memory",
+        )
     candidates = chosen or _powers_of_two(file.batch_size)
     progress("links and overheads", 0, 1)
     probed = machine.machine(device, again=remeasure_machine)
@@ -75,11 +85,16 @@ def measure(
 
     progress("seconds of every layer", 0, 100)
     budget = Budget(budget_s)
-    crowded = device == "cpu" and _crowded(model, probed, budget_s, candidates[0])
+    crowded = device == "cpu" and not file.compiled and _crowded(model, probed, budget_s, candidates[0])
     layers_s = budget_s * (1 - LOADS) - (_crowd_s(model, probed, budget_s) if crowded else 0.0)
-    fold = _slow(model, device, candidates, layers_s) if fold is None else fold
+    fold = file.compiled or _slow(model, device, candidates, layers_s) if fold is None else fold
     kinds = model.kinds(fold=fold or not model.resident)
     passes = _passes(file, kinds, backend, resident=model.resident)
+    if file.compiled:
+        progress("compiling", 0, 1)
+        passes.chain.compile(candidates[:2], _threads(device))
+        progress("compiling", 1, 1)
+        budget = Budget(budget_s)
     static = [*passes.static(), Static(0, 0, 0, 0, 0)]
     names = [*(layer.name for layer in model.layered.layers), "loss"]
     splits = splits_of(passes.chain, candidates[0], list(zip(names, kinds.standing, strict=False)))
@@ -117,7 +132,7 @@ def measure(
     files, dtype = imported(path), subject.dtype_of(model.layered.model)
     unheld = model.layered.unheld().items()
     return Profile(
-        key=key_of(path, device, tokens, files, dtype, file.precision),
+        key=key_of(path, device, tokens, files, dtype, file.precision, compiled=file.compiled),
         sources=files,
         opaque=model.layered.opaque,
         unused=tuple(name for name, tensor in unheld if isinstance(tensor, torch.nn.Parameter)),
@@ -209,11 +224,13 @@ def _displace() -> None:
     torch.relu_(torch.ones(_DISPLACING))
 
 
-def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: str, precision: str) -> ProfileKey:
+def key_of(
+    path: str, device: str, sequence: int, files: Sequence[str], dtype: str, precision: str, *, compiled: bool = False
+) -> ProfileKey:
     """What a profile of this file on this machine, made now, with samples of so many tokens, would be valid for.
 
-    `files` are what it imports from its folder, `dtype` and `precision` the model's own: none is known without
-    running it.
+    `files` are what it imports from its folder, `dtype` and `precision` the model's own, and it may be `compiled`: none
+    is known without running it.
     """
     return ProfileKey(
         model=path.replace("\\", "/").rpartition("/")[2],
@@ -225,6 +242,7 @@ def key_of(path: str, device: str, sequence: int, files: Sequence[str], dtype: s
         python=platform.python_version(),
         sequence=sequence,
         precision=precision,
+        compiled=compiled,
     )
 
 

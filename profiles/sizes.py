@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from executor.allocator import AllocationRecorder
 from executor.batch import tensors
+from executor.compiling import unseen
 from executor.devices import Backend
 from executor.layers import unchanged_buffers
 from executor.torch_adapter import storage_of
@@ -183,13 +184,20 @@ def _peak(recorder: Recorder, name: str) -> int:
 def _saved_pass(
     chain: Chain, inputs: tuple[torch.Tensor, ...], targets: Any, saved: _Saved, flop: dict[int, int]
 ) -> Pass:
-    """One forward that looks at every tensor autograd saves. A part's outputs are noted when the next part begins."""
+    """One forward that looks at every tensor autograd saves. A part's outputs are noted when the next part begins.
+
+    What counts FLOP sees single operations, which compiled layers do not have: it looks at a forward of its own.
+    """
+    compiled = chain.file.compiled
+    if compiled:
+        with chain.eager(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            chain.forward(inputs, targets, lambda part, kind: _counted(part, flop))
 
     @contextmanager
     def around(part: int, kind: str) -> Iterator[None]:
         if part > 0:
             saved.made(part - 1, done.outputs[part - 1])
-        with _kept(part, saved, flop):
+        with _kept_compiled(part, saved) if compiled else _kept(part, saved, flop):
             yield
 
     done = Pass()
@@ -200,8 +208,22 @@ def _saved_pass(
 @contextmanager
 def _kept(part: int, saved: _Saved, flop: dict[int, int]) -> Iterator[None]:
     """Note what autograd keeps of a part's forward, and its FLOP."""
+    with saved_tensors_hooks(saved.keep(part), lambda tensor: tensor), _counted(part, flop):
+        yield
+
+
+@contextmanager
+def _kept_compiled(part: int, saved: _Saved) -> Iterator[None]:
+    """Note what autograd keeps of a forward that runs compiled code; what notes it is none of that."""
+    with saved_tensors_hooks(unseen(saved.keep(part)), unseen(lambda tensor: tensor)):
+        yield
+
+
+@contextmanager
+def _counted(part: int, flop: dict[int, int]) -> Iterator[None]:
+    """Note the FLOP of a part's forward."""
     counter = FlopCounterMode(display=False)
-    with saved_tensors_hooks(saved.keep(part), lambda tensor: tensor), counter:
+    with counter:
         yield
     flop[part] = counter.get_total_flops()
 

@@ -92,7 +92,7 @@ def _whole_shares(chain: Chain, blocks: set[int], samples: int) -> dict[int, flo
             shares[part] = tracer.share
 
     inputs, targets = chain.draw(samples)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), chain.eager():
         chain.forward(inputs, targets, around)
     return shares
 

@@ -188,6 +188,7 @@ def summary(measured: Profile) -> dict[str, Any]:
         "estimated": measured.estimated,
         "dtype": measured.key.dtype,
         "precision": measured.key.precision,
+        "compiled": measured.key.compiled,
         "noise_fraction": measured.noise,
         "action_overhead_s": measured.action_s,
         "samples": samples,

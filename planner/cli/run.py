@@ -105,7 +105,7 @@ def run(
 
     kind = "cuda" if not measured_profile.machine.elastic else "cpu"
     of = measured_profile
-    now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype, of.key.precision)
+    now = key_of(of.model_path, kind, of.sequence, of.sources, of.key.dtype, of.key.precision, compiled=of.key.compiled)
     require_same(measured_profile, now, path)
     layers = measured_profile.counted_once().layers
     check_room(sum(layer.parameter_bytes + layer.buffer_bytes for layer in layers), measured_profile.model_path)

@@ -200,7 +200,7 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a profile is valid for. A difference in any field makes it stale.
 
     `sequence` is the number of tokens of a sample; 0 where samples are no sequences. `dtype` is that of the parameters;
-    with a `precision` ("bf16" or "fp16") much of the model runs in fewer bits (autocast).
+    with a `precision` ("bf16" or "fp16") much of the model runs in fewer bits (autocast). Its layers may be `compiled`.
     """
 
     model: str
@@ -212,12 +212,14 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     sequence: int = 0
     precision: str = ""
+    compiled: bool = False
     schema: int = SCHEMA
 
     @property
     def numbers(self) -> str:
-        """The dtype, and the precision where there is one, in words."""
-        return f"{self.dtype}, {self.precision} where autocast lowers it" if self.precision else self.dtype
+        """The dtype, the precision where there is one, and whether layers are compiled, in words."""
+        lower = f", {self.precision} where autocast lowers it" if self.precision else ""
+        return f"{self.dtype}{lower}{', compiled layer by layer' if self.compiled else ''}"
 
     @property
     def computing(self) -> str:

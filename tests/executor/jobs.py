@@ -60,6 +60,8 @@ def main(path: str) -> None:
             if action.op == OPTIMIZER and when == "before":
                 found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
 
+        if file.compiled:
+            me.compile()
         taken, losses = _noted(me.feed), []
         for _ in range(case.steps):
             me.step(None, watch)

@@ -106,6 +106,24 @@ def bf16_skips() -> nn.Module:
     return Skips()
 
 
+class Block(nn.Module):
+    """As in a transformer, without attention: kernels can fuse most of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 48), nn.Linear(48, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def fused() -> nn.Module:
+    return nn.Sequential(Block(), Block(), nn.Linear(12, 4))
+
+
+fused_optimizer, fused_compiled = clipped_optimizer, True
+
+
 class Amplified(nn.Module):
     """Passes its input on, and 1,024 times the gradient back: in float16 that overflows in the layers before it."""
 

@@ -62,8 +62,9 @@ def test_the_package_asks_for_the_oldest_that_works() -> None:
 
 def test_every_private_name_that_the_adapter_touches_is_asked_for() -> None:
     tree = ast.parse((ROOT / "executor" / "torch_adapter.py").read_text())
-    asked = {part for names in torch_probe.NEEDED.values() for name in names for part in re.findall(r"\w+", name)}
-    asked |= {part for module in torch_probe.NEEDED for part in module.split(".")}
+    needed = torch_probe.NEEDED | torch_probe.COMPILING
+    asked = {part for names in needed.values() for name in names for part in re.findall(r"\w+", name)}
+    asked |= {part for module in needed for part in module.split(".")}
     own = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     own |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     used = set()
