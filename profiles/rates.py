@@ -19,13 +19,15 @@ ROUNDS = 50
 def rate_s(file: ModelFile, backend: Backend, model: nn.Module) -> float:
     """Return the seconds of setting a learning rate, as every stage does behind its update.
 
-    They follow from the optimizer's groups, not from its tensors, so small ones stand for these. On a GPU it is host
-    time beside the device's work: 0.
+    They follow from the optimizer's groups, not from its tensors, so others stand for these: of their shapes, by which
+    groups may be made, and with the memory of one number. On a GPU it is host time beside the device's work: 0.
     """
     if file.scheduler is None or backend.name != "cpu":
         return 0.0
     optimizer = file.optimizer_of(
-        (name, nn.Parameter(torch.zeros(1))) for name, p in model.named_parameters() if p.requires_grad
+        (name, nn.Parameter(torch.zeros(1, dtype=p.dtype).expand(p.shape)))
+        for name, p in model.named_parameters()
+        if p.requires_grad
     )
     rates, seconds = Rates(file, optimizer, ROUNDS), []
     if optimizer is not None:
