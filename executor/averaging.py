@@ -21,6 +21,8 @@ from executor.user_code import IGNORED, explained
 from planner.basis.errors import RUN_FAILED, PlanError
 
 SEED, SAMPLES = 0, 4
+LABELS = "labels"
+"""The targets' name where they are among the inputs of a model that returns its own loss, as in transformers."""
 ROUNDING = 1e-3
 """Relative differences of losses that are rounding; with numbers of few digits more is."""
 
@@ -42,7 +44,7 @@ class Averaging:
         """
         weights = [weight_of(self.file, part) for part in parts]
         alike = all(weight == parts[0].samples for weight in weights) and self.file.weight is None
-        if self.even is None:
+        if self.even is None or self.group is None:  # who is alone asks nobody, and so in every step
             self.even = not self._any(not alike)
         if self.even:
             if not alike:
@@ -73,7 +75,7 @@ def weight_of(file: ModelFile, part: Drawn) -> float:
     if file.weight is not None:
         with explained(file.path, "weight(inputs, targets)"):
             return float(file.weight(part.given, part.targets))
-    targets = part.targets
+    targets = part.given.get(LABELS) if part.targets is None and isinstance(part.given, dict) else part.targets
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
         return float(part.samples)
     return part.samples * float((targets != IGNORED).sum()) / max(1, targets.numel())
@@ -89,7 +91,9 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
     halves = whole.split(2)
     quiet = evaluating(model)  # what a batch's statistics or dropout change is not the loss's doing
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
-        loss, losses = _loss(file, model, whole), [_loss(file, model, half) for half in halves]
+        loss, again, *losses = [_loss(file, model, part) for part in (whole, whole, *halves)]
+    if abs(float(loss) - float(again)) > ROUNDING * abs(float(loss)):
+        return  # it draws (the noise of a variational autoencoder), so one loss cannot be held against another
     found, parts = float(loss), [float(part) for part in losses]
     room = max(ROUNDING, 4 * torch.finfo(DTYPES.get(file.precision, loss.dtype)).eps)
     weights = [weight_of(file, half) for half in halves]

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from executor.model_file import ModelFile
-from executor.torch_adapter import own_attributes, parameters_without_data, watching_parameters, without_data
+from executor.torch_adapter import (
+    copy_hooks,
+    own_attributes,
+    parameters_without_data,
+    watching_parameters,
+    without_data,
+)
 
 Make = Callable[[torch.Tensor], torch.Tensor]
 """From a tensor without data to a real one of the same shape and dtype."""
@@ -95,8 +101,9 @@ def fill(
 ) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """Give modules real tensors in place of those without data; what they share stays shared.
 
-    A parameter keeps the attributes that its user has set. With `only`, tensors of these identities are replaced; what
-    was `made` before, by the identity of what it replaces, is used again. Returns what was replaced, and where.
+    A parameter keeps the attributes and hooks that its user has set. With `only`, tensors of these identities are
+    replaced; what was `made` before, by the identity of what it replaces, is used again. Returns what was replaced, and
+    where.
     """
     replaced = list[tuple[nn.Module, str, torch.Tensor]]()
     made = {} if made is None else made
@@ -108,6 +115,7 @@ def fill(
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
                 vars(new).update(own_attributes(tensor))
+                copy_hooks(tensor, new)
             made[id(tensor)] = new
         replaced.append((part, name, tensor))
     for part, name, tensor in replaced:

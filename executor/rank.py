@@ -29,7 +29,9 @@ from executor.precision import SCALED
 from executor.reduction import Buckets, Shared, start_alike
 from executor.saving import SavedAs
 from executor.scaling import Scaling
+from executor.statistics import check_whole
 from executor.torch_adapter import PipeStage, pytree, tensors_without_data
+from executor.updating import own_optimizer
 from planner.orders.action import Action, Row
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
@@ -89,6 +91,7 @@ class Rank:
             self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
             weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
         on(self.module, backend.device)
+        check_whole(file.path, layered, plan)
         self.names, self.parted = layered.parameter_names(), layered.parted
         own = layered.loss if self.is_last else None
         self.loss = on(own, backend.device) if isinstance(own, torch.nn.Module) else layered.loss
@@ -116,7 +119,7 @@ class Rank:
             group=self.pipeline,
         )
         self.stage.prepare(plan.microbatches)
-        self.optimizer = file.optimizer_of((self.names[id(p)], p) for p in trained)
+        self.optimizer = own_optimizer(file, layered.model, self.names, trained)
         self.share = plan.microbatches // plan.replicas
         self.feed = open_feed(
             file,
@@ -270,17 +273,18 @@ class Rank:
     def optimize(self, action: Action) -> None:
         """Clip the gradients where the model does, update the parameters and clear the gradients.
 
-        What overflows is left out. Gradients that are reduced stay in their buckets, as zeros.
+        What overflows is left out. Gradients that are reduced stay in their buckets, as zeros. All are cleared, also
+        those of parameters that the user's optimizer leaves out: they would count in the next step's norm.
         """
         usable = self.all_gradients is None or self.all_gradients.ready()
         if self.optimizer is not None:
             if usable:
                 self.optimizer.step()
-            if self.buckets is None:
-                self.optimizer.zero_grad()
-            else:
-                self.buckets.clear()
             self.updated()
+        if self.buckets is None:
+            self.module.zero_grad()
+        else:
+            self.buckets.clear()
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""

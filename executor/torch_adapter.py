@@ -321,6 +321,15 @@ def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
     return {name: value for name, value in vars(tensor).items() if name not in bare}
 
 
+def copy_hooks(tensor: torch.Tensor, to: torch.Tensor) -> None:
+    """Give a tensor the hooks that another one's user has registered: they may change its gradients."""
+    given: Any = tensor
+    for hook in (given._backward_hooks or {}).values():
+        to.register_hook(hook)
+    for hook in (given._post_accumulate_grad_hooks or {}).values():
+        to.register_post_accumulate_grad_hook(hook)
+
+
 @contextmanager
 def watching_parameters(told: Callable[[torch.nn.Parameter], None]) -> Iterator[None]:
     """Tell of every parameter that a module registers, while inside."""

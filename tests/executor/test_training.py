@@ -190,12 +190,10 @@ def test_setting_the_rate_is_in_the_prediction() -> None:
 def test_groups_by_the_dimensions_of_parameters_have_a_rate() -> None:
     """As in many a training script: no weight decay for what has one dimension, another rate for one of the names."""
 
-    def grouped(pairs: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        flat = [p for name, p in pairs if p.dim() < 2]
-        return torch.optim.SGD([{"params": flat}, {"params": [p for name, p in pairs if "weight" in name]}], lr=0.1)
-
     def make(named_parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return grouped(named_parameters)
+        flat = [p for _, p in named_parameters if p.dim() < 2]
+        weights = [p for name, p in named_parameters if "weight" in name]
+        return torch.optim.SGD([{"params": flat}, {"params": weights}], lr=0.1)
 
     file = dataclasses.replace(load(f"{MODELS}:scheduled"), optimizer=make)
     assert 0 < rate_s(file, open_device("cpu"), nn.Linear(2, 2)) < 0.01

@@ -1,0 +1,131 @@
+"""What a run must do as a plain loop does it, where a stage knows a part of the model only."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from executor import hollow
+from executor.averaging import Averaging, check, weight_of
+from executor.batch import Drawn
+from executor.layers import cut
+from executor.model_file import ModelFile, load
+from executor.statistics import check_whole
+from executor.updating import own_optimizer
+from planner.basis.errors import PlanError
+from tests.executor.test_gradients import plan_of
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+    def forward(self, x): return self.head(self.b(self.a(x).tanh()).tanh())
+
+def model(): return Net()
+def batch(n): return torch.randn(n, 4), torch.randint(3, (n,))
+
+def hooked():
+    made = Net()
+    made.b.weight.register_hook(lambda gradient: gradient * 0.5)
+    return made
+
+def by_place_optimizer(named_parameters):
+    groups = [{"params": [p], "lr": 0.1 * 0.5**place} for place, (_, p) in enumerate(reversed(named_parameters))]
+    return torch.optim.SGD(groups)
+
+class Again(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+    def forward(self, x):
+        x = self.a(x)
+        for _ in range(4):
+            x = self.norm(x).tanh()
+        return self.head(x)
+
+class Noisy(Net):
+    def forward(self, x): return super().forward(x + torch.randn_like(x))
+
+by_place, again, noisy = Net, Again, Noisy
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    (tmp_path / "model.py").write_text(MODEL)
+    return str(tmp_path / "model.py")
+
+
+def test_a_parameters_hooks_outlive_its_being_without_data(path: str) -> None:
+    model = hollow.build(load(f"{path}:hooked"), 0)
+    hollow.fill([model], lambda tensor: torch.ones(tensor.shape))
+    weight = model.get_parameter("b.weight")
+    weight.sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full_like(weight, 0.5))
+
+
+def test_a_stages_groups_are_those_of_the_whole_models_optimizer(path: str) -> None:
+    """A rate that follows from a parameter's place among all is the same wherever the parameter is trained."""
+    file = load(f"{path}:by_place")
+    model = file.build(0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    whole = file.optimizer_of(model.named_parameters())
+    assert whole is not None
+    rates = {id(p): group["lr"] for group in whole.param_groups for p in group["params"]}
+    for part in (model.get_submodule("a"), model.get_submodule("b"), model.get_submodule("head")):
+        own = own_optimizer(file, model, names, list(part.parameters()))
+        assert own is not None
+        assert {id(p): group["lr"] for group in own.param_groups for p in group["params"]} == {
+            id(p): rates[id(p)] for p in part.parameters()
+        }
+        assert len(own.param_groups) == len(whole.param_groups)
+    assert own_optimizer(file, model, names, []) is None
+
+
+def test_statistics_of_a_module_that_is_called_several_times_stay_in_one_stage(path: str) -> None:
+    model = f"{path}:again"
+    layered = cut(load(model), load(model).build(0))
+    with pytest.raises(PlanError, match="the same statistics") as raised:
+        check_whole(model, layered, plan_of(model, "1f1b", 2))
+    assert "norm.running_mean" in raised.value.why
+    check_whole(model, layered, plan_of(model, "1f1b", 1))
+
+
+def test_labels_among_the_inputs_are_weighed_as_targets_are(path: str) -> None:
+    labels = torch.tensor([[1, 2, -100, -100], [-100, -100, -100, -100]])
+    part = Drawn(samples=2, given={"x": torch.zeros(2, 4), "labels": labels}, targets=None)
+    assert weight_of(load(path), part) == 0.5
+    assert weight_of(load(path), Drawn(samples=2, given={"x": labels}, targets=None)) == 2
+
+
+def test_one_replica_meets_ignored_targets_in_any_step(path: str) -> None:
+    averaging = Averaging(load(path), None, 1, torch.device("cpu"))
+
+    def parts(targets: list[list[int]]) -> list[Drawn]:
+        return [Drawn(samples=2, given=torch.zeros(2, 4), targets=torch.tensor(own)) for own in targets]
+
+    assert averaging.factors(parts([[1, 2], [0, 1]])) == [0.5, 0.5]
+    assert averaging.factors(parts([[1, 2], [-100, 1]])) == pytest.approx([2 / 3, 1 / 3])
+    assert averaging.factors(parts([[1, 2], [0, 1]])) == [0.5, 0.5]
+
+
+def test_a_model_that_draws_also_in_evaluation_mode_is_not_held_against_itself(path: str) -> None:
+    file = load(f"{path}:noisy")
+    check(file, file.build(0))
+
+    def total(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+    summed: ModelFile = dataclasses.replace(load(path), loss=total)
+    with pytest.raises(PlanError, match="not the mean"):
+        check(summed, summed.build(0))
