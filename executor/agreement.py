@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -17,20 +18,24 @@ from planner.basis.errors import PlanError
 SAMPLES, SEED = 3, 0
 """Another number than a model is captured with (`executor.capture.EXAMPLE`), so that a size taken for fixed shows."""
 
+SLOW_S = 2.0
+"""Seconds from which on one sample's forward and backward are enough: of a large model three would take minutes."""
+
 ROUNDING = 2.0**10
 """Differences of so many units in the last place of the largest gradient are rounding: kernels sum in other orders."""
 COARSE = 4.0
 """The same where a precision has few bits: there both run the same kernels, and sums of several gradients differ."""
 
 
-def agree(file: ModelFile, layered: LayeredModel) -> None:
+def agree(file: ModelFile, layered: LayeredModel) -> float:
     """Check that the layers compute the model's loss and gradients, before anything is measured of them.
+
+    Return the seconds per sample of the model's forward and backward, roughly.
 
     Raises `PlanError` (exit 2) that names what differs: layers left out, in another order, or run apart.
     """
     model = layered.model
-    drawn, again = _alike(file)
-    whole_loss, whole = _gradients(file, layered, drawn, cut=False)
+    again, whole_loss, whole, sample_s = _whole(file, layered)
     try:
         loss, parts = _gradients(file, layered, again, cut=True)
     except PlanError as error:
@@ -48,14 +53,36 @@ def agree(file: ModelFile, layered: LayeredModel) -> None:
     other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name], least)]
     if other:
         raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
+    return sample_s
 
 
-def _alike(file: ModelFile) -> tuple[Drawn, Drawn]:
+def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, torch.Tensor, dict[str, torch.Tensor], float]:
+    """Run the whole model on one sample, and unless that is slow on several; return the batch once more, and what came.
+
+    One sample alone may be too few: batch norm refuses it.
+    """
+    for samples in (1, SAMPLES):
+        drawn, again = _alike(file, samples)
+        begun = time.monotonic()
+        try:
+            loss, gradients = _gradients(file, layered, drawn, cut=False)
+        except PlanError:
+            if samples == 1:
+                continue
+            raise
+        sample_s = (time.monotonic() - begun) / samples
+        if samples == 1 and sample_s < SLOW_S:
+            continue
+        return again, loss, gradients, sample_s
+    raise AssertionError("the last number of samples always returns")
+
+
+def _alike(file: ModelFile, samples: int) -> tuple[Drawn, Drawn]:
     """Draw a batch twice, as a model may write into its inputs.
 
     Raises `PlanError` where drawing from the same seed gives another one each time.
     """
-    drawn, again = file.drawn(SAMPLES, SEED), file.drawn(SAMPLES, SEED)
+    drawn, again = file.drawn(samples, SEED), file.drawn(samples, SEED)
     if drawn.digest() != again.digest():
         call = "batch(n)" if file.batch is not None else "data()"
         raise PlanError(

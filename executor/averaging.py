@@ -81,13 +81,13 @@ def weight_of(file: ModelFile, part: Drawn) -> float:
     return part.samples * float((targets != IGNORED).sum()) / max(1, targets.numel())
 
 
-def check(file: ModelFile, model: torch.nn.Module) -> None:
-    """Check that the loss of a batch is the mean of its halves', by weight.
+def check(file: ModelFile, model: torch.nn.Module, samples: int = SAMPLES) -> None:
+    """Check that the loss of a batch of so many samples, two at least, is the mean of its halves', by weight.
 
     Raises `PlanError` (exit 2) when it is not: a loss that is a sum, or that ignores targets, would train another model
     with every M.
     """
-    whole = file.drawn(SAMPLES, SEED)
+    whole = file.drawn(samples, SEED)
     halves = whole.split(2)
     quiet = evaluating(model)  # what a batch's statistics or dropout change is not the loss's doing
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
@@ -103,7 +103,7 @@ def check(file: ModelFile, model: torch.nn.Module) -> None:
         raise PlanError(
             what="the loss of a batch is not the mean of its micro-batches' losses",
             where=f"{file.path}, loss(outputs, targets)",
-            why=f"{SAMPLES} samples have {found:.6g}, their halves {', '.join(f'{p:.6g}' for p in parts)}"
+            why=f"{samples} samples have {found:.6g}, their halves {', '.join(f'{p:.6g}' for p in parts)}"
             + (": it is a sum" if summed else ""),
             fix="return a mean, and say with weight(inputs, targets) over how much: what is not ignored, or its weight",
         )

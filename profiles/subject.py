@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from executor import averaging, devices
-from executor.agreement import SAMPLES, agree
+from executor.agreement import SLOW_S, agree
 from executor.evaluated import agree_evaluated
 from executor.hollow import build, built_within, held_bytes, hollow
 from executor.layers import LayeredModel, cut
@@ -56,12 +56,10 @@ def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None) -> Su
     build_s, sample_s = time.monotonic() - begun, 0.0
     resident = not hollow(model)
     if resident:
-        begun = time.monotonic()
-        agree(file, layered)
-        sample_s = (time.monotonic() - begun) / SAMPLES / 2
+        sample_s = agree(file, layered)
         if file.evaluate is not None:
             agree_evaluated(file, layered)
-        averaging.check(file, layered.model)
+        averaging.check(file, layered.model, 2 if sample_s > SLOW_S else averaging.SAMPLES)
     return Subject(file=file, layered=layered, resident=resident, sample_s=sample_s, build_s=build_s)
 
 

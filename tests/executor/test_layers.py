@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from executor import averaging
+from executor import agreement, averaging
 from executor.agreement import agree
 from executor.layers import LayeredModel, cut, on
-from executor.model_file import load
+from executor.model_file import ModelFile, load
 from planner.basis.errors import PlanError
 from planner.cli.profile import _notes
 from tests.factory import profile
@@ -224,3 +224,19 @@ def test_how_many_samples_there_are_is_nothing_fixed() -> None:
         )
     with pytest.raises(PlanError, match="takes the batch size for a fixed number"):
         layered(f"{MODELS}:fixed")
+
+
+def test_a_slow_model_is_checked_with_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one sample takes long a cut is checked with it alone, which still tells another network; not batch norm."""
+    drawn: list[int] = []
+    draw = ModelFile.drawn
+    monkeypatch.setattr(ModelFile, "drawn", lambda file, n, seed: drawn.append(n) or draw(file, n, seed))
+    file = load(f"{MODELS}:skips")
+    parts = cut(file, file.build(0))
+    for slow, expected in ((1e9, [1, 1, 3, 3]), (0.0, [1, 1])):
+        monkeypatch.setattr(agreement, "SLOW_S", slow)
+        drawn.clear()
+        assert agree(file, parts) > 0
+        assert drawn == expected
+    with pytest.raises(PlanError, match="do not compute what the model computes"):
+        agree(file, dataclasses.replace(parts, layers=(parts.layers[0], *parts.layers[2:])))
