@@ -35,7 +35,11 @@ def agree(file: ModelFile, layered: LayeredModel) -> float:
     Raises `PlanError` (exit 2) that names what differs: layers left out, in another order, or run apart.
     """
     model = layered.model
+    before = _numbers(model)
     again, whole_loss, whole, sample_s = _whole(file, layered)
+    counted = [name for name, number in _numbers(model).items() if before.get(name, number) != number]
+    if counted and layered.surroundings is not None:
+        _check_constant(file, layered, counted[0], again.samples, whole_loss)
     try:
         loss, parts = _gradients(file, layered, again, cut=True)
     except PlanError as error:
@@ -75,6 +79,29 @@ def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, torch.Tensor,
             continue
         return again, loss, gradients, sample_s
     raise AssertionError("the last number of samples always returns")
+
+
+def _numbers(model: nn.Module) -> dict[str, float]:
+    """Return the plain numbers that a model's modules hold as attributes, by name."""
+    return {
+        f"{path}{'.' if path else ''}{name}": value
+        for path, part in model.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (int, float)) and name != "training"
+    }
+
+
+def _check_constant(file: ModelFile, layered: LayeredModel, name: str, samples: int, before: torch.Tensor) -> None:
+    """Raise `PlanError` where the loss follows from a number that the forward changes: a graph has it as a constant."""
+    after, _ = _gradients(file, layered, _alike(file, samples)[0], cut=False)
+    if not torch.equal(after, before):
+        raise PlanError(
+            what="the model's forward counts, and computes with the count",
+            where=f"{file.path}, {name}",
+            why="its steps are captured once, so a number that it changes from step to step would stay as it is",
+            fix="hold the count in a buffer (register_buffer) that forward adds to, or add layers(model) to the model "
+            "file: modules run as they are",
+        )
 
 
 def _alike(file: ModelFile, samples: int) -> tuple[Drawn, Drawn]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from executor import hollow
+from executor.agreement import agree
 from executor.averaging import Averaging, check, weight_of
 from executor.batch import Drawn
 from executor.layers import cut
@@ -55,7 +56,18 @@ class Again(nn.Module):
 class Noisy(Net):
     def forward(self, x): return super().forward(x + torch.randn_like(x))
 
-by_place, again, noisy = Net, Again, Noisy
+class Counting(Net):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+class Warming(Counting):
+    def forward(self, x): return super().forward(x) * min(1.0, self.calls / 10)
+
+by_place, again, noisy, counting, warming = Net, Again, Noisy, Counting, Warming
 """
 
 
@@ -129,3 +141,16 @@ def test_a_model_that_draws_also_in_evaluation_mode_is_not_held_against_itself(p
     summed: ModelFile = dataclasses.replace(load(path), loss=total)
     with pytest.raises(PlanError, match="not the mean"):
         check(summed, summed.build(0))
+
+
+def test_a_number_that_forward_changes_is_no_constant(path: str) -> None:
+    """What only counts is let through; what computes with the count would be trained with the first one for ever."""
+    for name in ("counting", "warming"):
+        file = load(f"{path}:{name}")
+        layered = cut(file, file.build(0))
+        if name == "counting":
+            agree(file, layered)
+            continue
+        with pytest.raises(PlanError, match="computes with the count") as raised:
+            agree(file, layered)
+        assert raised.value.where.endswith("calls")
