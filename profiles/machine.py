@@ -6,6 +6,7 @@ All of it in jobs of real ranks, started as a run's are. No model is asked, so w
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import tempfile
 import time
@@ -36,6 +37,8 @@ from profiles.hardware import kind_of
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
 POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
+QUIETER = 0.5
+"""Share of the load under which a busy machine was measured, from which on it is worth measuring again."""
 PROBE_STEPS = 8
 PROBE_MICROBATCHES = 8
 CROWD_S = 4.0
@@ -63,24 +66,26 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """The machine as a cluster, and the executor's own time per forward or backward.
 
     `launch_s` is how long it takes to start and end as many processes as crowd its cores; `created` is when it was
-    measured.
+    measured, `load` how many processes wanted a core then.
     """
 
     cluster: Cluster
     action_s: float
     launch_s: float
     created: str
+    load: float = 0.0
 
 
 def machine(kind: str, *, again: bool = False) -> Machine:
     """Return what was found of this machine's devices of one kind, measured now if it is not kept or `again`.
 
+    What was found while others kept the cores busy is measured again when they do so by `QUIETER` at most.
     Raises `PlanError` (exit 6) when a rank of the probe fails.
     """
-    key = kept.key_of(kind)
+    key, load = kept.key_of(kind), os.getloadavg()[0]
     known = None if again else kept.read(key, Machine)
-    if known is None:
-        known = measure(kind)
+    if known is None or (known.load > devices.cores() and load <= QUIETER * known.load):
+        known = msgspec.structs.replace(measure(kind), load=load)
         kept.save(key, known)
     # what a control group allows changes from one start to the next
     hosts = tuple(msgspec.structs.replace(h, memory_bytes=devices.memory_bytes("cpu")) for h in known.cluster.hosts)

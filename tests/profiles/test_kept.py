@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from executor import devices
 from planner.values.cluster import Cluster, Host
 from profiles import kept, machine
 from profiles.machine import Machine
@@ -21,9 +22,10 @@ FOUND = Machine(
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """How often a machine is measured, in an empty cache."""
+    """How often a quiet machine is measured, in an empty cache."""
     kinds: list[str] = []
     monkeypatch.setenv("FOREPLAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(machine, "measure", lambda kind: (kinds.append(kind), FOUND)[1])
     return kinds
 
@@ -74,3 +76,21 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert kept.folder() == tmp_path / ".cache" / "foreplan"
+
+
+def test_a_busy_machine_is_measured_again_when_it_is_quieter(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers found among other programs are no property of the machine; found in quiet they are kept."""
+    cores = devices.cores()
+    for load, count in (
+        (10.0 * cores, 1),
+        (6.0 * cores, 1),
+        (4.0 * cores, 2),
+        (3.0 * cores, 2),
+        (0.5 * cores, 3),
+        (0.0, 3),
+    ):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        machine.machine("cpu")
+        assert len(measured) == count, load
