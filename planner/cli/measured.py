@@ -58,8 +58,8 @@ def beyond(profile: Profile, samples: Iterable[int]) -> str:
         return ""
     known = f"{sizes[0]} to {sizes[-1]} samples" if len(sizes) > 1 else f"{sizes[0]} sample{'s'[: sizes[0] - 1]}"
     return (
-        f"micro-batches of {_listed(outside)} lie beyond what was measured, {known}: their times and bytes continue "
-        f"the line; plan profile --sizes measures others"
+        f"micro-batches of {_listed(outside)} lie outside of what was measured, {known}: their times and bytes "
+        f"continue the line; plan profile --sizes measures others"
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from planner.basis.units import percent, seconds, size
+from planner.values.profile import Profile
 from reports.markup import Cell, Html, join, table, tag
 from reports.registry import section
 from reports.report import Report
@@ -38,9 +40,34 @@ def _profile(report: Report) -> Html:
     ]
     if key.cores:
         rows.insert(6, ["Cores", str(key.cores)])
+    rows += _measuring(profile)
     return tag(
         "div", tag("h3", "The profile"), table(["Fact", "Value"], rows, caption="What was measured, and with what.")
     )
+
+
+def _measuring(profile: Profile) -> list[list[Cell]]:
+    """What of it was not measured, where something was not."""
+    how = profile.measuring
+    if how is None:
+        return []
+    sizes = [timing.samples for timing in profile.layers[0].times[0].forward]
+    alike = sum(bool(layer.like) for layer in profile.layers)
+    count = len(profile.layers)
+    facts = [
+        ("Rounds", str(how.rounds) + (", then interrupted" if how.interrupted else "")),
+        ("Micro-batch sizes", _listed(sizes)),
+        ("interpolated", _listed(how.between)),
+        ("continued beyond", _listed(how.beyond)),
+        ("One for all of its kind", f"{alike} of {count} layers, within {percent(how.unlike)}" if alike else ""),
+        ("In memory", "one layer at a time" if how.one_by_one else ""),
+        *(("Not run", words) for words in how.derived),
+    ]
+    return [[name, fact] for name, fact in facts if fact]
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{samples:,}" for samples in sizes)
 
 
 def _environment(report: Report) -> Html:

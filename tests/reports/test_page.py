@@ -21,6 +21,7 @@ from planner.simulate.predict import simulate
 from planner.values.evaluation import Evaluation
 from planner.values.outcome import Comparison, Error, Outcome
 from planner.values.plan import Stage
+from planner.values.profile import Measuring
 from planner.values.trace import MemoryPoint
 from reports import registry
 from reports.figures import figures
@@ -361,3 +362,11 @@ def test_figures_are_the_outcomes(whole: Report) -> None:
     outcome: Outcome = whole.predicted
     shares = outcome.bubble, outcome.synchronising
     assert figures(outcome) == (outcome.throughput, outcome.step_s, *shares, outcome.peak_bytes)
+
+
+def test_what_was_not_measured_is_on_the_page(whole: Report) -> None:
+    assert "continued beyond" not in render(whole)
+    how = Measuring(rounds=3, between=(2, 8), beyond=(32, 1024), unlike=0.04, derived=("halves were not run",))
+    page = render(msgspec.structs.replace(whole, profile=msgspec.structs.replace(whole.profile, measuring=how)))
+    for fact in ("2, 8", "32, 1,024", "halves were not run"):
+        assert fact in page
