@@ -41,6 +41,7 @@ from profiles.kinds import find
 from profiles.sizes import Static, recorded_sizes
 from profiles.splits import splits_of
 from profiles.states import static_of, tied_of
+from profiles.subject import needs_two
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -172,7 +173,7 @@ def count(
         )
     built: list[int] = []
     try:
-        return _count(file, wanted, DTYPES.get(dtype or ""), tensors_without_data, built, progress)
+        return _count(file, wanted, DTYPES.get(dtype or ""), tensors_without_data, built, progress, chosen=bool(sizes))
     except PlanError as error:
         if error.__cause__ is None or isinstance(error.__cause__, msgspec.ValidationError):
             raise  # what the model file says is wrong, with data or without
@@ -183,7 +184,7 @@ def count(
                 why=f"{error.why}; its parameters have {built[0] / 2**30:.1f} GiB, the limit is {REAL_BYTES / 2**30:g}",
                 fix="take what looks at values out of the forward, or profile it on the device itself",
             ) from error
-        return _count(file, list(REAL_SIZES), DTYPES.get(dtype or ""), nullcontext, built, progress)
+        return _count(file, list(REAL_SIZES), DTYPES.get(dtype or ""), nullcontext, built, progress, chosen=False)
 
 
 def _count(
@@ -193,6 +194,8 @@ def _count(
     mode: Callable[[], AbstractContextManager[Any]],
     built: list[int],
     progress: Progress,
+    *,
+    chosen: bool,
 ) -> Counted:
     drawn = {n: file.draw(n, seed=n) for n in {2, *sizes}}
     empty = mode is not nullcontext
@@ -206,6 +209,8 @@ def _count(
         batches = {n: pytree.tree_map(lambda t: _input(t, dtype, empty=empty), batch) for n, batch in drawn.items()}
         ready = dataclasses.replace(file, batch=batches.__getitem__)
         layered = cut(ready, model)
+        if not chosen and needs_two(ready, layered):
+            sizes = [n for n in sizes if n > 1]
         kinds = find(layered, layered.parted(*batches[2])[0])
         shorter, standing = kinds.short, kinds.standing
         chain = Chain(ready, shorter, torch.device("cpu"))

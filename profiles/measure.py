@@ -56,10 +56,11 @@ def measure(
 
     `sequence` asks for samples of so many tokens; by default the model file decides.
     `sizes` are micro-batch sizes in samples, at least three; by default as many of the powers of two up to the batch as
-    curves need. `budget_s` bounds the wall seconds of all measuring of the model, from its first byte to its last pass,
-    to within the last pass begun; one pass of the smallest size is run whatever it takes. Before it come importing,
-    building and checking the model, and once per machine what is the machine's own, unless that is to be measured
-    again; and compiling, of one layer of each kind, where the model file asks for it.
+    curves need, from 2 where batch norm refuses 1. `budget_s` bounds the wall seconds of all measuring of the model,
+    from its first byte to its last pass, to within the last pass begun; one pass of the smallest size is run, and the
+    bytes of two are counted, whatever it takes. Before it come importing, building and checking the model, and once per
+    machine what is the machine's own, unless that is to be measured again; and compiling, of one layer of each kind,
+    where the model file asks for it.
 
     `one_by_one` is whether only one layer at a time is to be in memory, `fold` whether one layer of each kind is run;
     None decides by memory and budget. Raises `PlanError` when the model file fails.
@@ -78,7 +79,7 @@ def measure(
             why="each would be compiled anew whenever it gets its data, and the whole model does not fit into memory",
             fix="leave out compiled = True, or profile on a machine with more memory",
         )
-    candidates = chosen or _powers_of_two(file.batch_size)
+    candidates = chosen or _powers_of_two(file.batch_size)[model.resident and subject.needs_two(file, model.layered) :]
     progress("links and overheads", 0, 1)
     probed = machine.machine(device, again=remeasure_machine)
     progress("links and overheads", 1, 1)

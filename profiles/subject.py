@@ -12,7 +12,7 @@ from executor import averaging, devices
 from executor.agreement import SLOW_S, agree
 from executor.evaluated import agree_evaluated
 from executor.hollow import build, built_within, held_bytes, hollow
-from executor.layers import LayeredModel, cut
+from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import ModelFile
 from profiles.kinds import Kinds, every, find
 
@@ -21,6 +21,9 @@ STATES = 6
 layers and for the unsplit model."""
 SHARE = 0.8
 """Of the free memory, for that; the rest is for activations."""
+
+
+_REFUSING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,20 @@ def _fitting(file: ModelFile, kind: str) -> nn.Module:
 def crowds(subject: Subject, processes: int) -> bool:
     """Whether so many processes can hold the model and its gradients at once."""
     return processes * 3 * held_bytes(subject.layered.model) <= SHARE * devices.free_bytes("cpu")
+
+
+def needs_two(file: ModelFile, layered: LayeredModel) -> bool:
+    """Whether a model that runs with two samples does not with one: batch norm has no variance of a single number."""
+    if file.batch_size < 2 or not any(isinstance(module, _REFUSING) for module in layered.model.modules()):
+        return False
+    inputs, _ = layered.parted(*file.draw(1, seed=0))
+    whole = layered.stage(range(len(layered.layers)))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(layered.model):
+            whole(*inputs)
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
 
 
 def dtype_of(model: torch.nn.Module) -> str:

@@ -57,6 +57,8 @@ class LayerTimer:
         """Seconds of the last pass of each setting, without and with extras."""
         self.looks: dict[int, float] = {}
         """Seconds of the first look at each size."""
+        self.counts: dict[int, float] = {}
+        """Seconds of counting the bytes of each size."""
         self.interrupted = False
         self.budget, self.limit_s = Budget(0.0), 0.0
 
@@ -71,6 +73,7 @@ class LayerTimer:
         self.budget, self.limit_s = budget, limit_s
         try:
             self._look_around()
+            self._count_on()
             self._go_round()
         except KeyboardInterrupt:
             if not self.measured:
@@ -111,7 +114,7 @@ class LayerTimer:
         self._look(self.sizes[0])
         second = self.sizes[1] if len(self.sizes) > 1 else 2 * self.sizes[0]
         if second not in self.sizes or not self._affordable(second):
-            self.passes.count(second)
+            self._count(second)
         if self.every:
             for samples in self.sizes[1:]:
                 if not self._affordable(samples):
@@ -176,7 +179,8 @@ class LayerTimer:
 
     def _look(self, samples: int) -> None:
         begun = self.budget.spent
-        self.passes.count(samples)  # also warms up
+        if samples not in self.counts:
+            self._count(samples)  # also warms up
         for extra in (False, True):
             for threads in self.threads:
                 setting = threads, samples
@@ -186,6 +190,24 @@ class LayerTimer:
                 ):
                     self._timed(setting, extra=extra)
         self.looks[samples] = self.budget.spent - begun
+
+    def _count(self, samples: int) -> None:
+        begun = self.budget.spent
+        self.passes.count(samples)
+        self.counts[samples] = self.budget.spent - begun
+
+    def _count_on(self) -> None:
+        """Count the bytes of larger sizes than there is time to look at, as far as that is quick enough.
+
+        What a layer needs at its worst is the largest of several lines: the slope of small sizes is too low for others.
+        """
+        for samples in self.left_out:
+            last = max(self.counts)
+            expected = self.counts[last] * samples / last
+            if samples > last and self.budget.spent + expected > FIRST_SHARE * self.limit_s:
+                return
+            if samples not in self.counts:
+                self._count(samples)
 
     # Round and round
 

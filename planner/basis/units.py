@@ -57,10 +57,12 @@ def either(values: Sequence[int]) -> str:
 def samples_words(numbers: Sequence[int], tokens: Sequence[int] = ()) -> str:
     """Say how many samples, and the tokens of each; 0 where they are no sequences.
 
-    >>> samples_words([64]), samples_words([64], [0]), samples_words([64, 256], [128, 512])
-    ('64 samples', '64 samples', '64 or 256 samples of 128 or 512 tokens')
+    >>> samples_words([1]), samples_words([64], [0]), samples_words([64, 256], [128, 512])
+    ('1 sample', '64 samples', '64 or 256 samples of 128 or 512 tokens')
     """
-    return f"{either(numbers)} samples" + (f" of {either(tokens)} tokens" if any(tokens) else "")
+    return f"{either(numbers)} sample{'s'[: list(numbers) != [1]]}" + (
+        f" of {either(tokens)} tokens" if any(tokens) else ""
+    )
 
 
 def rate(value: float, unit: str = "sample") -> str:

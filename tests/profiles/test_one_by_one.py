@@ -17,6 +17,7 @@ from planner.values.cluster import Cluster, Host
 from planner.values.profile import Profile
 from profiles import machine, measure, subject
 from profiles.chain import Chain
+from profiles.estimate import count
 from profiles.kinds import every, find
 from profiles.machine import Machine
 from profiles.passes import InPlace, OneByOne, Passes
@@ -131,3 +132,14 @@ def test_a_model_that_does_not_fit_is_taken_one_by_one(monkeypatch: pytest.Monke
     for free, resident in ((needed * 1.01, True), (needed * 0.99, False)):
         monkeypatch.setattr(devices, "free_bytes", lambda kind, free=free: free)
         assert subject.prepare(file, "cpu").resident is resident
+
+
+def test_a_model_that_needs_two_samples_is_measured_from_two_on() -> None:
+    """Batch norm of one number per channel is an error, of a picture's many it is not."""
+    for make, needs in ((normed, True), (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), False)):
+        file = file_of(make)
+        model = subject.prepare(file, "cpu", one_by_one=False)
+        before = [t.clone() for t in model.layered.model.buffers()]
+        assert subject.needs_two(file, model.layered) is needs
+        assert all(map(torch.equal, before, model.layered.model.buffers()))
+        assert sorted(count(file).sizes) == [1, 2, 4, 8][needs:], "an estimate, too"
