@@ -55,20 +55,28 @@ def _compiled(layer: Layer, kind: int) -> Layer:
 def compile_now(stage: StageModule, taken: Iterable[torch.Tensor], device: torch.device) -> None:
     """Run a stage of compiled layers forward and backward on zeros like what it takes, so that all code is there.
 
-    Nothing else stays of it. A layer that fails on zeros is left to the first step, which has data.
+    Once like a step's first micro-batch, and once like those behind it, when parameters have gradients: torch may tell
+    these apart. Nothing else stays of it. A layer that fails on zeros is left to the first step, which has data.
     """
     given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).zero_() for t in taken]
     for tensor, like in zip(given, taken, strict=True):
         tensor.requires_grad_(like.requires_grad)
     wanted = [t for t in (*given, *stage.parameters()) if t.requires_grad]
+    without = [p for p in stage.parameters() if p.requires_grad and p.grad is None]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), unchanged_buffers(stage):
         try:
-            made = [t for t in tensors(stage(*given)) if t.requires_grad]
-            if made and wanted:
-                torch.autograd.grad(made, wanted, [torch.zeros_like(t) for t in made], allow_unused=True)
+            for _ in range(2):
+                made = [t for t in tensors(stage(*given)) if t.requires_grad]
+                if made and wanted:
+                    torch.autograd.grad(made, wanted, [torch.zeros_like(t) for t in made], allow_unused=True)
+                for parameter in without:
+                    parameter.grad = torch.zeros_like(parameter)
         except Exception:
             return
+        finally:
+            for parameter in without:
+                parameter.grad = None
 
 
 def eager() -> Any:
