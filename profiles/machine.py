@@ -6,6 +6,7 @@ All of it in jobs of real ranks, started as a run's are. No model is asked, so w
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import statistics
 import tempfile
@@ -74,6 +75,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     launch_s: float
     created: str
     load: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.cluster.hosts or not all(0 <= n < math.inf for n in (self.action_s, self.launch_s)):
+            raise ValueError("a machine has a host, and its seconds are finite and not negative")
+        if self.created:
+            datetime.datetime.fromisoformat(self.created)
 
 
 def machine(kind: str, *, again: bool = False) -> Machine:

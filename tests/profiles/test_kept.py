@@ -50,6 +50,19 @@ def test_rubbish_is_measured_again(measured: list[str], damage: bytes) -> None:
     assert kept.read(kept.key_of("cpu"), Machine) == FOUND, "and replaced"
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [(b'"action_s":0.00001', b'"action_s":-5.0'), (b"2026-01-01T00:00:00+00:00", b"yesterday")]
+)
+def test_what_no_machine_can_be_is_measured_again(measured: list[str], was: bytes, now: bytes) -> None:
+    machine.machine("cpu")
+    path = kept.path_of(kept.key_of("cpu"))
+    text = path.read_bytes().replace(b"1e-5", b"0.00001").replace(b"1e-05", b"0.00001")
+    assert was in text
+    path.write_bytes(text.replace(was, now))
+    assert machine.machine("cpu").action_s == FOUND.action_s
+    assert len(measured) == 2
+
+
 def test_another_machine_is_another_file(measured: list[str]) -> None:
     machine.machine("cpu")
     key = kept.key_of("cpu")
