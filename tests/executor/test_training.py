@@ -239,7 +239,7 @@ def test_what_a_rank_has_not_written_is_not_known(tmp_path: Path) -> None:
 def test_ranks_wait_for_the_slowest_to_save(tmp_path: Path) -> None:
     for rank in range(2):
         threading.Timer(0.1 * rank, save, ({"a": torch.zeros(4)}, tmp_path / f"rank{rank}.pt")).start()
-    await_all(tmp_path, 2)
+    await_all(tmp_path, 2, "pt")
     assert torch.load(tmp_path / "rank1.pt", weights_only=True)["a"].tolist() == [0.0] * 4
 
 
