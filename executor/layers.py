@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from executor.batch import Drawn, tensors
+from executor.buffers import Written
 from executor.capture import EXAMPLE, capture
 from executor.graph_layers import SAMPLES, Cutter
 from executor.layer import Layer
@@ -156,6 +157,7 @@ class StageModule(nn.Module):
     ) -> None:
         super().__init__()
         self.body = nn.ModuleList(layer.module for layer in layers)
+        self.written = Written(self.body)
         self.layers, self.inputs, self.outputs, self.recompute = tuple(layers), inputs, outputs, recompute
         self.on_repeat: Callable[[], None] | None = None
         self.surroundings = surroundings
@@ -180,7 +182,7 @@ class StageModule(nn.Module):
         """Take the values named `inputs`, return those named `outputs`, or on the last stage the model's output."""
         with autocast(self.precision, tensors):
             if self.recompute and torch.is_grad_enabled():
-                return checkpoint(self._run, *tensors, use_reentrant=False)
+                return checkpoint(self._run, *tensors, use_reentrant=False, context_fn=self.written.contexts)
             return self._run(*tensors)
 
     def _run(self, *tensors: torch.Tensor) -> Any:
@@ -205,7 +207,8 @@ class StageModule(nn.Module):
                 live.update(zip(layer.outputs, as_tuple(result), strict=True))
         if not self.outputs:
             return result
-        outputs = tuple(live[name].contiguous() for name in self.outputs)  # only whole blocks are sent
+        # Only whole blocks are sent, and what is sent is not written any more.
+        outputs = tuple(self.written.apart(live[name].contiguous()) for name in self.outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
 
