@@ -131,13 +131,7 @@ def measure(kind: str) -> Machine:
         if kind == "cpu":
             crowd = crowding.measure(crowding.Load(device=kind, budget_s=CROWD_S))
             host, launch_s = msgspec.structs.replace(host, slowdown=crowd.slowdown), crowd.launch_s
-    first, last = found.transfers[0], found.transfers[-1]
-    link = Link(
-        between=("local", "local"),
-        latency_s=first[1],
-        bandwidth_bytes_per_s=(last[0] - first[0]) / max(last[1] - first[1], 1e-9),
-        points=found.transfers,
-    )
+    link = link_of(found.transfers)
     cluster = msgspec.structs.replace(
         cluster,
         hosts=(host,),
@@ -178,6 +172,21 @@ def _ascending(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]
         shortest = min(shortest, seconds)
         kept.append((size, shortest))
     return tuple(reversed(kept))
+
+
+def link_of(transfers: tuple[tuple[int, float], ...]) -> Link:
+    """Return the link on which messages of so many bytes took so many seconds, the smallest first.
+
+    Where a disturbed small message took as long as a large one, the line through both says nothing of the bandwidth: it
+    is at most what the largest message alone shows, times two.
+    """
+    (least, latency_s), (most, longest_s) = transfers[0], transfers[-1]
+    return Link(
+        between=("local", "local"),
+        latency_s=latency_s,
+        bandwidth_bytes_per_s=(most - least) / max(longest_s - latency_s, longest_s / 2),
+        points=transfers,
+    )
 
 
 def _timed(backend: Backend, rounds: int, work: Callable[[], object]) -> float:

@@ -107,3 +107,9 @@ def test_a_busy_machine_is_measured_again_when_it_is_quieter(
         monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
         machine.machine("cpu")
         assert len(measured) == count, load
+
+
+def test_a_disturbed_probe_makes_no_endless_bandwidth() -> None:
+    """A thousandth of the bytes took as long: the bandwidth is of the order of what the largest message shows."""
+    assert machine.link_of(((4, 1e-5), (2**22, 1e-3))).bandwidth_bytes_per_s == pytest.approx(2**22 / 0.99e-3, rel=1e-5)
+    assert machine.link_of(((4, 2e-3), (2**22, 2e-3))).bandwidth_bytes_per_s == pytest.approx(2**22 / 1e-3, rel=1e-5)
