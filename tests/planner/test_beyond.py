@@ -15,7 +15,7 @@ def test_beyond() -> None:
     first, last = timed(profile)[0], timed(profile)[-1]
     assert beyond(profile, [first, last]) == ""
     words = beyond(profile, [last, 1024 * last, 1024 * last])
-    assert f"{1024 * last:,} samples lie beyond" in words
+    assert f"{1024 * last:,} samples lie outside" in words
     assert str(last) in words
     many = beyond(profile, [last + n for n in range(1, 9)])
     assert f"{last + 1:,}, {last + 2:,} … {last + 8:,} samples" in many
