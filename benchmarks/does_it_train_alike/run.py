@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def _alike(name: str, folder: Path, plan: str, epochs: int) -> bool:
     path = HERE / f"{name}.py"
     _plan(["profile", str(path), "--sizes", "2,4,8"], folder)
     _plan(["simulate", "--k", "2", "--m", "4"], folder)
-    said = _plan(["run", plan, "--epochs", str(epochs)], folder)
+    _plan(["run", plan, "--epochs", str(epochs)], folder)
     _, run = Store(folder / ".plan").load_run()
     ours = list(run.measured.losses)
     plain = _plain(path, run.measured.plan, epochs)
@@ -71,7 +70,9 @@ def _alike(name: str, folder: Path, plan: str, epochs: int) -> bool:
         print(f"updates until then that are equal bit for bit: {equal}")
         print(f"of the plain loop from itself, with other last places in its first weights: {floor:.1e}")
         room = ROOM * floor
-    print(json.dumps(said.get("evaluations")))
+    for found in run.measured.evaluations:
+        metrics = ", ".join(f"{metric} {value:.3f}" for metric, value in found.metrics.items())
+        print(f"validation at update {found.step}: loss {found.loss:.6f} {metrics}")
     return worst <= room
 
 
@@ -80,14 +81,13 @@ def _farthest(losses: list[float], plain: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(losses, plain, strict=True))
 
 
-def _plan(words: list[str], folder: Path) -> dict[str, Any]:
-    """What a command answers, run as a user runs it. Raises `SystemExit` with its words where it fails."""
+def _plan(words: list[str], folder: Path) -> None:
+    """Run a command as a user runs it. Raises `SystemExit` with its words where it fails."""
     command = [sys.executable, "-W", "ignore", "-c", "from planner.cli.main import main; main()", *words, "--json"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         raise SystemExit(f"plan {' '.join(words)}: {done.stdout}{done.stderr}")
-    return dict(json.loads(done.stdout))
 
 
 def _imported(path: Path) -> Any:
