@@ -257,6 +257,8 @@ def _tensors_among(names: tuple[str, ...]) -> tuple[str, ...]:
 def on(module: nn.Module, device: torch.device) -> nn.Module:
     """Return a module on a device, also the tensors that it makes where it has been captured on another one."""
     aim(module, device)
+    if all(tensor.device == device for tensor in (*module.parameters(), *module.buffers())):
+        return module  # tensors without data, which cannot be replaced, are where they are to be
     moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
     replace_tensors(module, lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
     return module

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from executor import hollow
-from executor.layers import cut
+from executor.layers import cut, on
 from executor.model_file import ModelFile, load
 from planner.basis.errors import PlanError
 
@@ -135,3 +135,10 @@ def test_an_uninitialised_parameter_is_refused_in_words() -> None:
     with pytest.raises(PlanError, match="parameters that have no shape yet") as caught:
         hollow.build(file_of(lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))), 0)
     assert caught.value.why.startswith("0.weight")
+
+
+def test_a_model_without_storage_that_is_where_it_is_to_be_is_left_there() -> None:
+    """Tensors without data cannot be replaced: a frozen table of positions is run without, to know its shape."""
+    model = hollow.build(load(f"{MODELS}:tied"), seed=0)
+    assert on(model, torch.device("cpu")) is model
+    assert hollow.hollow(model)
