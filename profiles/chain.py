@@ -31,6 +31,8 @@ Around = Callable[[int, str], AbstractContextManager[Any]]
 """Called with the part's index (the loss is the last) and "forward", "backward", …; entered around that work."""
 
 Tensors = tuple[torch.Tensor, ...]
+Gradients = tuple[torch.Tensor | None, ...]
+"""Of the outputs that can have one; None for one that nobody reads."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Pass:
 
     inputs: list[Tensors] = field(default_factory=list)
     outputs: list[Tensors] = field(default_factory=list)
-    gradients: list[Tensors] = field(default_factory=list)
+    gradients: list[Gradients] = field(default_factory=list)
 
 
 class Chain:
@@ -144,12 +146,14 @@ class Chain:
 
     def backward_part(
         self, part: int, made: Tensors, given: list[torch.Tensor | None], around: Around, *, keep: bool
-    ) -> Tensors:
+    ) -> Gradients:
         """Run one layer's backward from the gradients of its outputs, which are taken out of the list `given`.
 
-        Returns those that were used, to `keep` them; otherwise autograd lets go of each where it has used it up.
+        Returns those of all outputs that can have one, to `keep` them, with None for one that nobody reads; otherwise
+        autograd lets go of each where it has used it up.
         """
         outputs, gradients = [], []
+        used = tuple(g for o, g in zip(made, given, strict=False) if o.requires_grad) if keep else ()
         for output in made:
             gradient = given.pop(0)
             if output.requires_grad and gradient is not None:
@@ -158,7 +162,6 @@ class Chain:
             del gradient
         if not outputs:
             return ()
-        used = tuple(gradients) if keep else ()
         begin = _Begin.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
         layer = self.layers[part]
         with explained(self.file.path, f"the backward of layer '{layer.name}'"), around(part, "backward"):
@@ -206,15 +209,18 @@ class Chain:
         for i, (taken, made) in enumerate(zip(done.inputs, done.outputs, strict=True)):
             self.halves_part(i, taken, made, done.gradients[i], around)
 
-    def halves_part(self, part: int, taken: Tensors, made: Tensors, gradients: Tensors, around: Around) -> None:
+    def halves_part(self, part: int, taken: Tensors, made: Tensors, gradients: Gradients, around: Around) -> None:
         """Run them for one part, or the loss, as the executor's stages do; its graph is used up."""
-        outputs = [o for o in made if o.requires_grad][: len(gradients) or None]
+        # torch's functions let go of what they begin with: a value that is only passed on is kept by a view of it.
+        passed = {id(t) for t in taken}
+        made = tuple(o.view_as(o) if id(o) in passed else o for o in made)
+        outputs, given = _with_gradients([o for o in made if o.requires_grad], gradients)
         if not outputs:
             return
         module = self.layers[part].module if part < len(self.layers) else None
         parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
         inputs = [t for t in taken if t.requires_grad]
-        first, second = halves(outputs, list(gradients) or None, inputs, parameters)
+        first, second = halves(outputs, given or None, inputs, parameters)
         for kind, run in (("backward_input", first), ("backward_weight", second)):
             with around(part, kind):
                 run()
@@ -225,19 +231,20 @@ class Chain:
         parts = range(len(self.layers))
         return [self.repeats_part(i, done.inputs[i], done.gradients[i], stamp) for i in parts]
 
-    def repeats_part(self, part: int, taken: Tensors, gradients: Tensors, stamp: Callable[[], Any]) -> list[Any]:
+    def repeats_part(self, part: int, taken: Tensors, gradients: Gradients, stamp: Callable[[], Any]) -> list[Any]:
         """Let it recompute one layer; return the stamps of its begin and end."""
         layer, found = self.layers[part], list[Any]()
         around = self.layered.surroundings
         module = StageModule([layer], layer.inputs, layer.outputs, recompute=True, surroundings=around)
         result = as_tuple(module(*(_leaf(t) for t in taken)))
-        outputs = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
-        if outputs and gradients:
+        made = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
+        outputs, given = _with_gradients(made, gradients)
+        if outputs and given:
             module.on_repeat = lambda: found.append(stamp())
             wanted: list[torch.Tensor] = [p for p in layer.module.parameters() if p.requires_grad]
             wanted += [t for t in taken if t.requires_grad]
             saved = [(p, p.grad) for p in wanted]
-            torch.autograd.backward(outputs, list(gradients))
+            torch.autograd.backward(outputs, given)
             for tensor, gradient in saved:
                 tensor.grad = gradient
         return found
@@ -273,7 +280,7 @@ class Flow:
 
     def backward(
         self, part: int, ran: list[tuple[int, Tensors, Tensors]], around: Around, *, keep: bool
-    ) -> tuple[Tensors, ...]:
+    ) -> tuple[Gradients, ...]:
         """Run the backward of what `forward` has run; return the gradients of its parts' outputs, to `keep` them.
 
         Where the loss is not at hand a layer gets gradients of ones. Those of its inputs are let go of.
@@ -312,6 +319,14 @@ class _Begin(torch.autograd.Function):
         gradients = tuple(ctx.gradients)
         ctx.gradients.clear()
         return (None, *gradients)
+
+
+def _with_gradients(made: list[torch.Tensor], gradients: Gradients) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the outputs that have gradients, and these; all outputs of a loss, which has none."""
+    if not gradients:
+        return made, []
+    pairs = [(output, gradient) for output, gradient in zip(made, gradients, strict=True) if gradient is not None]
+    return [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def take_gradients(leaves: Tensors) -> list[torch.Tensor | None]:
