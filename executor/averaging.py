@@ -3,26 +3,27 @@
 A loss is a mean: over samples, or over what of the targets counts (words that are not ignored, weighted samples). A
 micro-batch's loss then counts with its weight over the whole batch's, all replicas' together. `weight(inputs, targets)`
 in the model file says how much a batch weighs; without it, integer targets of -100 do not count, as torch's losses
-ignore them. Whether that is so is checked before a profile is measured.
+ignore them. Whether that is so is checked before a profile is measured, and in a run where the first of them comes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from executor.batch import Drawn, tensors
+from executor.labels import NO_ENDS, Ends, LossOf, check_mean, ends_of, ignores, labels_of, share
+from executor.labels import ROUNDING as OF_LABELS
 from executor.model_file import ModelFile
 from executor.modes import evaluating
 from executor.precision import DTYPES, autocast
-from executor.user_code import IGNORED, explained
-from planner.basis.errors import RUN_FAILED, PlanError
+from executor.user_code import explained
+from planner.basis.errors import PlanError
 
 SEED, SAMPLES = 0, 4
-LABELS = "labels"
-"""The targets' name where they are among the inputs of a model that returns its own loss, as in transformers."""
 ROUNDING = 1e-3
 """Relative differences of losses that are rounding; with numbers of few digits more is."""
 
@@ -30,55 +31,79 @@ ROUNDING = 1e-3
 class Averaging:
     """What the micro-batches of one replica count, on the rank that has their losses.
 
-    `group` joins the ranks that do, of several replicas; they agree in their first step on whether weights differ.
+    `group` joins the ranks that do, of several replicas. In every step they add up their weights while the first
+    micro-batch is on its way to its loss; only targets that cannot be ignored weigh the same everywhere.
     """
 
     def __init__(self, file: ModelFile, group: dist.ProcessGroup | None, replicas: int, device: torch.device) -> None:
         self.file, self.group, self.replicas, self.device = file, group, replicas, device
-        self.even: bool | None = None
+        self.ends: Ends | None = None
+        self.parts: list[Drawn] = []
+        self.weights: list[float] | None = None
+        self.total: torch.Tensor | None = None
+        self.adding: dist.Work | None = None
 
-    def factors(self, parts: list[Drawn]) -> list[float]:
-        """Return what every micro-batch's loss is multiplied by; the mean over replicas of all of them is 1.
+    def begin(self, parts: list[Drawn]) -> None:
+        """Begin a step with these micro-batches: weigh them, as far as is possible without the outputs for one."""
+        self.parts, self.weights = parts, None
+        if not any(map(self._asks, parts)):
+            self._weigh()
 
-        Raises `PlanError` (exit 6) when weights differ that were all alike in the first step.
+    def shared(self, place: int, loss_of: LossOf, loss: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Return the `loss` of the step's micro-batch of that place as its share of the whole batch's.
+
+        Of all replicas' shares their mean is the batch's loss. None where nothing of the micro-batch counts: its loss
+        is a mean of nothing. `loss_of` gives what its loss would be with other targets.
         """
-        weights = [weight_of(self.file, part) for part in parts]
-        alike = all(weight == parts[0].samples for weight in weights) and self.file.weight is None
-        if self.even is None or self.group is None:  # who is alone asks nobody, and so in every step
-            self.even = not self._any(not alike)
-        if self.even:
-            if not alike:
-                raise PlanError(
-                    what="targets are ignored that were not in the first step",
-                    where=f"{self.file.path}, batch(n)",
-                    why="replicas agree in their first step on whether their micro-batches count alike",
-                    fix="define weight(inputs, targets) in the model file: how much a micro-batch counts",
-                    code=RUN_FAILED,
-                )
-            return [1 / len(parts)] * len(parts)
-        total = torch.tensor([sum(weights)], dtype=torch.float64, device=self.device)
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        whole = float(total) or 1.0
-        return [self.replicas * weight / whole for weight in weights]
+        if self.weights is None:
+            self._learn(self.parts[place], loss_of)
+            self._weigh()
+        assert self.weights is not None, "they have been weighed"
+        weight = self.weights[place]
+        if self.adding is not None:
+            self.adding.wait()
+            self.adding = None
+        if not weight:
+            return None
+        if self.total is None:
+            return loss() * (weight / sum(self.weights))
+        found = loss()
+        return found * (self.replicas * weight / self.total).to(found.dtype)
 
-    def _any(self, found: bool) -> bool:
-        if self.group is None:
-            return found
-        flag = torch.tensor([found], dtype=torch.uint8, device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+    def weight(self, part: Drawn, loss_of: LossOf) -> float:
+        """Return how much a batch weighs, of which `loss_of` gives what its loss would be with other targets."""
+        if self._asks(part):
+            self._learn(part, loss_of)
+        return weight_of(self.file, part, self.ends or NO_ENDS)
+
+    def _asks(self, part: Drawn) -> bool:
+        """Whether one has to know which ends of its sequences of labels count, and nobody does yet."""
+        return self.ends is None and self.file.weight is None and ignores(part)
+
+    def _learn(self, part: Drawn, loss_of: LossOf) -> None:
+        devices = [self.device] if self.device.type == "cuda" else []
+        lowest = DTYPES.get(self.file.precision, torch.float32)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            self.ends = ends_of(part, loss_of)
+            check_mean(self.file.path, part, loss_of, self.ends, max(OF_LABELS, 4 * torch.finfo(lowest).eps))
+
+    def _weigh(self) -> None:
+        self.weights = [weight_of(self.file, part, self.ends or NO_ENDS) for part in self.parts]
+        if self.group is not None and (self.file.weight is not None or labels_of(self.parts[0]) is not None):
+            self.total = torch.tensor(sum(self.weights), dtype=torch.float64, device=self.device)
+            self.adding = dist.all_reduce(self.total, group=self.group, async_op=True)
 
 
-def weight_of(file: ModelFile, part: Drawn) -> float:
-    """Return how much a micro-batch counts: as the model file says, else the share of its targets that count."""
+def weight_of(file: ModelFile, part: Drawn, ends: Ends = NO_ENDS) -> float:
+    """Return how much a micro-batch counts: as the model file says, else the share of its labels that count.
+
+    Of sequences of labels those at the `ends` do not.
+    """
     if file.weight is not None:
         with explained(file.path, "weight(inputs, targets)"):
             return float(file.weight(part.given, part.targets))
-    targets = part.given.get(LABELS) if part.targets is None and isinstance(part.given, dict) else part.targets
-    if not isinstance(targets, torch.Tensor) or targets.is_floating_point():
-        return float(part.samples)
-    return part.samples * float((targets != IGNORED).sum()) / max(1, targets.numel())
+    labels = labels_of(part)
+    return float(part.samples) if labels is None else part.samples * share(labels, ends)
 
 
 def check(file: ModelFile, model: torch.nn.Module, samples: int = SAMPLES) -> None:
@@ -92,11 +117,13 @@ def check(file: ModelFile, model: torch.nn.Module, samples: int = SAMPLES) -> No
     quiet = evaluating(model)  # what a batch's statistics or dropout change is not the loss's doing
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
         loss, again, *losses = [_loss(file, model, part) for part in (whole, whole, *halves)]
+        asks = file.weight is None and ignores(whole)
+        ends = ends_of(whole, lambda part: _loss(file, model, part)) if asks else NO_ENDS
     if abs(float(loss) - float(again)) > ROUNDING * abs(float(loss)):
         return  # it draws (the noise of a variational autoencoder), so one loss cannot be held against another
     found, parts = float(loss), [float(part) for part in losses]
     room = max(ROUNDING, 4 * torch.finfo(DTYPES.get(file.precision, loss.dtype)).eps)
-    weights = [weight_of(file, half) for half in halves]
+    weights = [weight_of(file, half, ends) for half in halves]
     expected = sum(w * p for w, p in zip(weights, parts, strict=True) if w) / (sum(weights) or 1.0)
     if abs(found - expected) > room * max(abs(found), abs(expected), 1e-6):
         summed = abs(found - sum(parts)) <= room * abs(found)

@@ -54,6 +54,14 @@ class Evaluated:
                 found, outputs = loss(result, targets), result
         return float(found), metrics_of(self.file, outputs, part)
 
+    def loss_of(self, loss: Any, result: Any, part: Drawn, device: torch.device) -> torch.Tensor:
+        """Return the loss alone."""
+        part = part.on(device)
+        _, targets = self.layered.parted(part.inputs, part.targets)
+        with explained(self.file.path, "loss(outputs, targets)"):
+            found: torch.Tensor = loss(result, targets)
+        return found
+
 
 def cut_evaluated(file: ModelFile, layered: LayeredModel) -> Evaluated:
     """Cut a model that has been cut for training as it runs in evaluation mode. Its parameters are the same tensors.

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from executor.averaging import weight_of
 from executor.batch import Drawn
 from executor.evaluated import Evaluated, cut_evaluated, dealt
 from executor.hollow import places
@@ -220,7 +219,9 @@ class Evaluator:
     def _judged(self, result: Any, part: Drawn) -> Iterator[tuple[str, float]]:
         """Yield a micro-batch's samples, its weight, and by that weight its loss and metrics."""
         yield SAMPLES, float(part.samples)
-        weight = weight_of(self.me.file, part)
+        weight = self.me.averaging.weight(
+            part, lambda other: self.evaluated.loss_of(self.loss, result, other, self.device)
+        )
         if weight:
             loss, metrics = self.evaluated.judged(self.loss, result, part, self.device)
             yield WEIGHT, weight

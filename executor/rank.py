@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
 from executor.averaging import Averaging, zero
-from executor.batch import tensors
+from executor.batch import Drawn, tensors
 from executor.compiling import compile_now, compiled_layers
 from executor.devices import Backend
 from executor.feed import open_feed
@@ -131,7 +131,6 @@ class Rank:
             device=backend.device,
         )
         self.averaging = Averaging(file, holding[-1], plan.replicas, backend.device)
-        self.factors: dict[int, float] = {}
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
         self.targets: dict[int, Any] = {}
         self.losses: dict[int, torch.Tensor] = {}
@@ -201,7 +200,7 @@ class Rank:
         if self.is_last:
             parts = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.share)
             self.targets = dict(zip(mine, parts, strict=True))
-            self.factors = dict(zip(mine, self.averaging.factors(drawn.split(self.share)), strict=True))
+            self.averaging.begin(drawn.split(self.share))
 
     def forward(self, action: Action) -> None:
         """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
@@ -212,8 +211,16 @@ class Rank:
         except RuntimeError as error:  # torch wraps what the user's layer raised
             raise error.__cause__ or error from None
         if self.is_last:
-            factor = self.factors[m]
-            self.losses[m] = self.loss(output, self.targets[m]) * factor if factor else zero(output)
+            place = m - self.replica * self.share
+            found = self.averaging.shared(
+                place, lambda part: self._loss(output, part), lambda: self.loss(output, self.targets[m])
+            )
+            self.losses[m] = zero(output) if found is None else found
+
+    def _loss(self, output: Any, part: Drawn) -> torch.Tensor:
+        """The loss of some outputs with the targets of a batch."""
+        _, targets = self.parted(part.inputs, part.targets)
+        return self.loss(output, pytree.tree_map(lambda t: _to(t, self.backend.device), targets))
 
     def recompute(self, action: Action) -> Any:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""

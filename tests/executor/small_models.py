@@ -205,6 +205,43 @@ def fields_batch(n: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens, "mask": torch.ones(n, 5), "labels": tokens.roll(-1, 1)}
 
 
+class Shifting(Fields):
+    """Predicts every label from the tokens before it, as a causal language model does: nobody predicts the first."""
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> SimpleNamespace:
+        found = super().forward(tokens)
+        logits, wanted = found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, wanted), logits=found.logits)
+
+
+def shifting() -> nn.Module:
+    return Shifting()
+
+
+class Ragged(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sequences of which all labels count in the first step, and later fewer and fewer, of some none."""
+
+    def __len__(self) -> int:
+        return 3 * batch_size
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 12, (5,), generator=torch.Generator().manual_seed(i))
+        ignored = torch.arange(5) < (0 if i < batch_size else i * i // 5 % 6)
+        return {"tokens": tokens, "labels": tokens.masked_fill(ignored, -100)}
+
+
+def shifting_batch(n: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 12, (n, 5))
+    return {"tokens": tokens, "labels": tokens.clone()}
+
+
+def shifting_data() -> torch.utils.data.DataLoader[Any]:
+    return torch.utils.data.DataLoader(Ragged(), batch_size=batch_size)
+
+
+shifting_optimizer = clipped_optimizer
+
+
 class Padded(nn.Module):
     """Sends beside what has a gradient what can have none: which tokens are padding, and how many are not."""
 

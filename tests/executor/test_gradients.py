@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 MODELS = str(HERE / "small_models.py")
 UNET = str(HERE.parent.parent / "examples" / "unet.py")
 BATCH, MICROBATCHES = 16, 4
-UNEVEN = (":ignoring", ":weighted")
+UNEVEN = (":ignoring", ":weighted", ":shifting")
 """Micro-batches count differently: their gradients are those of the whole batch at once."""
 
 
@@ -168,7 +168,8 @@ def cases(k: int) -> list[Case]:
         found.append(Case(name="buckets", model=MODELS, plan=many))
         for name, (devices, replicas) in product(UNEVEN, ((2, 1), (1, 2))):
             plan = plan_of(MODELS + name, "1f1b", devices, replicas=replicas)
-            found.append(Case(name=f"{name[1:]}-{replicas}", model=MODELS + name, plan=plan))
+            steps = 3 if name == ":shifting" else 1  # targets are ignored from the second one on
+            found.append(Case(name=f"{name[1:]}-{replicas}", model=MODELS + name, plan=plan, steps=steps))
         some = f"{MODELS}:sometimes"
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
         for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded"):

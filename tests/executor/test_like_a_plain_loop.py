@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from executor import hollow
 from executor.agreement import agree
 from executor.averaging import Averaging, check, weight_of
 from executor.batch import Drawn
+from executor.labels import NO_ENDS, Ends, check_mean, ends_of
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.statistics import check_whole
@@ -120,15 +122,74 @@ def test_labels_among_the_inputs_are_weighed_as_targets_are(path: str) -> None:
     assert weight_of(load(path), Drawn(samples=2, given={"x": labels}, targets=None)) == 2
 
 
-def test_one_replica_meets_ignored_targets_in_any_step(path: str) -> None:
+def shared(averaging: Averaging, targets: torch.Tensor, loss_of: Any = None) -> list[float]:
+    """What the losses of a step's two micro-batches, each 1, are of the whole batch's."""
+    averaging.begin([Drawn(samples=len(own), given=torch.zeros(len(own), 4), targets=own) for own in targets.chunk(2)])
+    found = [averaging.shared(place, loss_of, lambda: torch.ones(())) for place in range(2)]
+    return [0.0 if own is None else float(own) for own in found]
+
+
+def test_ignored_targets_are_met_in_any_step(path: str) -> None:
     averaging = Averaging(load(path), None, 1, torch.device("cpu"))
+    assert shared(averaging, torch.tensor([1, 2, 0, 1])) == [0.5, 0.5]
+    assert shared(averaging, torch.tensor([1, 2, -100, 1])) == pytest.approx([2 / 3, 1 / 3])
+    assert shared(averaging, torch.tensor([1, 2, -100, -100])) == [1.0, 0.0]
+    assert shared(averaging, torch.tensor([1, 2, 0, 1])) == [0.5, 0.5]
 
-    def parts(targets: list[list[int]]) -> list[Drawn]:
-        return [Drawn(samples=2, given=torch.zeros(2, 4), targets=torch.tensor(own)) for own in targets]
 
-    assert averaging.factors(parts([[1, 2], [0, 1]])) == [0.5, 0.5]
-    assert averaging.factors(parts([[1, 2], [-100, 1]])) == pytest.approx([2 / 3, 1 / 3])
-    assert averaging.factors(parts([[1, 2], [0, 1]])) == [0.5, 0.5]
+def mean_of(first: int, last: int, *, uniform: bool = False, clamped: bool = False) -> Any:
+    """A loss of what the labels from `first` to `last` are; `uniform` where the outputs say nothing yet."""
+
+    def loss(part: Drawn) -> torch.Tensor:
+        labels = part.targets[:, first:last].flatten()
+        logits = torch.zeros(12) if uniform else torch.randn(12, generator=torch.Generator().manual_seed(1))
+        logits = logits.expand(len(labels), -1)
+        if clamped:
+            each = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            return each / (labels != -100).sum().clamp(min=1)
+        return nn.functional.cross_entropy(logits, labels)
+
+    return loss
+
+
+@pytest.mark.parametrize(("uniform", "clamped"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("ends", [(0, 0), (1, 0), (0, 1), (2, 1)])
+def test_which_ends_of_sequences_count_is_seen(ends: Ends, uniform: bool, clamped: bool) -> None:
+    """Also of outputs that are all alike, whose loss is the same however many labels there are."""
+    labels = torch.tensor([[-100, -100, 2, 3, 4, 5], [-100, -100, -100, 3, -100, -100]])
+    part = Drawn(samples=2, given=torch.zeros(2, 6), targets=labels)
+    loss = mean_of(ends[0], 6 - ends[1], uniform=uniform, clamped=clamped)
+    assert ends_of(part, loss) == ends
+    check_mean("model.py", part, loss, ends)
+
+
+def test_labels_that_the_loss_does_not_read_count_all() -> None:
+    part = Drawn(samples=2, given={"labels": torch.tensor([[-100, 1, 2], [1, 2, 3]])}, targets=None)
+    assert ends_of(part, lambda _: torch.ones(())) == NO_ENDS
+
+
+def test_a_shift_is_found_in_the_step_in_which_it_matters(path: str) -> None:
+    averaging = Averaging(load(path), None, 1, torch.device("cpu"))
+    whole = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    assert shared(averaging, whole) == [0.5, 0.5]
+    assert averaging.ends is None, "nobody has been asked"
+    some = torch.tensor([[0, -100, -100, 3], [3, 2, 1, 0]])
+    assert shared(averaging, some, mean_of(1, 4)) == pytest.approx([1 / 4, 3 / 4])
+    assert averaging.ends == (1, 0)
+
+
+def test_a_mean_of_each_samples_mean_is_refused() -> None:
+    """Samples with few labels count as much as those with many, so labels are no measure."""
+    labels = torch.tensor([[-100, 1, 2, 3, 4], [-100, 5, 6, 7, 8]])
+    part = Drawn(samples=2, given=torch.zeros(2, 5), targets=labels)
+
+    def loss(part: Drawn) -> torch.Tensor:
+        own = [row[row != -100].double() for row in part.targets]
+        return torch.stack([row.mean() for row in own if len(row)] or [torch.tensor(math.nan)]).mean()
+
+    with pytest.raises(PlanError, match="not the mean over the targets") as raised:
+        check_mean("model.py", part, loss, ends_of(part, loss))
+    assert "weight(inputs, targets)" in raised.value.fix
 
 
 def test_a_model_that_draws_also_in_evaluation_mode_is_not_held_against_itself(path: str) -> None:
