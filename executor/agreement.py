@@ -39,7 +39,7 @@ def agree(file: ModelFile, layered: LayeredModel) -> float:
     again, whole_loss, whole, sample_s = _whole(file, layered)
     counted = [name for name, number in _numbers(model).items() if before.get(name, number) != number]
     if counted and layered.surroundings is not None:
-        _check_constant(file, layered, counted[0], again.samples, whole_loss)
+        _check_constant(file, layered, counted[0], again.samples, (whole_loss, whole))
     try:
         loss, parts = _gradients(file, layered, again, cut=True)
     except PlanError as error:
@@ -91,10 +91,17 @@ def _numbers(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _check_constant(file: ModelFile, layered: LayeredModel, name: str, samples: int, before: torch.Tensor) -> None:
-    """Raise `PlanError` where the loss follows from a number that the forward changes: a graph has it as a constant."""
-    after, _ = _gradients(file, layered, _alike(file, samples)[0], cut=False)
-    if not torch.equal(after, before):
+def _check_constant(
+    file: ModelFile,
+    layered: LayeredModel,
+    name: str,
+    samples: int,
+    before: tuple[torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    """Raise `PlanError` where loss or gradients follow from a number that forward changes: a graph has it constant."""
+    loss, gradients = _gradients(file, layered, _alike(file, samples)[0], cut=False)
+    same = all(torch.equal(gradient, before[1][name]) for name, gradient in gradients.items() if name in before[1])
+    if not (torch.equal(loss, before[0]) and same):
         raise PlanError(
             what="the model's forward counts, and computes with the count",
             where=f"{file.path}, {name}",
@@ -192,9 +199,12 @@ def _some(names: list[str]) -> str:
 
 
 def _refused(file: ModelFile, why: str) -> PlanError:
+    own = file.layers is not None
     return PlanError(
         what="the layers do not compute what the model computes",
-        where=f"{file.path}, {'layers(model)' if file.layers is not None else 'the cut model'}",
+        where=f"{file.path}, {'layers(model)' if own else 'the cut model'}",
         why=why,
-        fix="let layers(model) return every module in the order in which it is called, or leave it out",
+        fix="let layers(model) return every module in the order in which it is called, or leave it out"
+        if own
+        else "add layers(model) to the model file: modules run as they are; else hooks of grad_fn are lost, others not",
     )

@@ -22,7 +22,8 @@ from executor.batch import Drawn
 from executor.model_file import ModelFile
 from executor.opaque import OPAQUE, Opaques, where_it_fails
 from executor.outputs import Outputs
-from executor.torch_adapter import expression, following, mutated, pytree, viewed
+from executor.own_gradients import HiddenError, own_gradients, put_hooks_in_place
+from executor.torch_adapter import backward_hooks, expression, following, mutated, pytree, viewed
 from planner.basis.errors import PlanError
 
 EXAMPLE = 2
@@ -102,11 +103,14 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | N
         with torch.no_grad():
             model(*args, **keywords)
 
+    for path, module in model.named_modules():
+        if backward_hooks(module) and not opaque.holds(path):
+            opaque.add(path, "its backward has hooks", run, (drawn.samples, drawn.samples + 1))
     while True:
         with where_it_fails(model) as inside:
             try:
                 shapes = pytree.tree_map(open_sizes, arguments)
-                with opaque.closed(), following():
+                with opaque.closed(), own_gradients(opaque), following():
                     program = export(step, arguments, dynamic_shapes=shapes, strict=False)
                 return _sorted_out(program, step, arguments, len(drawn.inputs), opaque)
             except _FixedSizeError:
@@ -118,7 +122,8 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | N
                 ) from None
             except Exception as error:
                 failure = error
-        why = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), 'no message')}"
+        why = next(iter(str(failure).strip().splitlines()), "no message")
+        why = why if isinstance(failure, HiddenError) else f"{type(failure).__name__}: {why}"
         if not inside or inside[-1] in opaque.paths:
             step(*arguments)  # fails likewise, but in the user's own lines
             raise PlanError(
@@ -132,6 +137,7 @@ def capture(file: ModelFile, model: nn.Module, drawn: Drawn, wanted: Outputs | N
 
 def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, inputs: int, opaque: Opaques) -> Captured:
     graph, signature = program.graph, program.graph_signature
+    put_hooks_in_place(graph, opaque)
     own = dict(step.named_parameters(remove_duplicate=False)) | dict(step.named_buffers(remove_duplicate=False))
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
@@ -154,7 +160,7 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
     if batch is None:
         raise _FixedSizeError
     for node in graph.find_nodes(op="call_function", target=OPAQUE):
-        if any(p.requires_grad for p in opaque.calls[node.args[1]].parameters()):
+        if any(p.requires_grad for p in opaque.calls[node.args[2]].parameters()):
             trained.add(node)
     found = _Values(batch, [n for n in graph.nodes if n.op == "call_function"])
     for node in found.nodes:
@@ -207,7 +213,8 @@ class _Values:
             return
         if any(arg in trained for arg in read):
             trained.add(node)
-        own = node in trained or node in self.written or self.owner.get(node) in self.written or _draws(node)
+        own = node in trained or node in self.written or self.owner.get(node) in self.written
+        own = own or _draws(node) or node.target is OPAQUE
         if own or any(arg in varying or arg in trained for arg in read):
             varying.add(node)
             self.steps.append(node)

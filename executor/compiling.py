@@ -19,7 +19,7 @@ from torch import nn
 from executor.batch import tensors
 from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, unchanged_buffers
-from executor.opaque import Opaque
+from executor.opaque import Call
 from executor.torch_adapter import compiled
 from planner.basis.errors import DEVICE, PlanError
 
@@ -31,7 +31,7 @@ def compiled_layers(layered: LayeredModel) -> LayeredModel:
     """Return a model whose layers are compiled, each when it is run first; its modules stay as they are.
 
     Layers whose modules are of one class share code where torch finds that they can. One that it cannot compile runs as
-    far as needed without (a "graph break"), one with a module that torch could not follow (`executor.opaque`) wholly.
+    far as needed without (a "graph break"), one with a call that torch could not follow (`executor.opaque`) wholly.
     The loss is not compiled, as in a plain loop over `torch.compile(model)`.
     """
     kinds: dict[type[nn.Module], int] = {}
@@ -41,7 +41,7 @@ def compiled_layers(layered: LayeredModel) -> LayeredModel:
 
 def _compiled(layer: Layer, kind: int) -> Layer:
     module = layer.module
-    if any(isinstance(part, Opaque) for part in module.modules()):
+    if any(isinstance(part, Call) for part in module.modules()):
         return layer
 
     def run(*values: Any) -> Any:

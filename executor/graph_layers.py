@@ -312,13 +312,15 @@ class _Builder:
         return self.copies[node]
 
     def _call(self, node: fx.Node) -> fx.Node:
-        """The call of a module that stays whole."""
+        """The call of what stays whole."""
         tensors: Any
+        numbers: Any
         number: Any
-        tensors, number, _ = node.args
+        tensors, numbers, number, _ = node.args
         name = f"opaque_{number}"
         self.attributes[name] = self.captured.opaque.calls[number]
-        return self.graph.call_module(name, ([self._copied(arg) for arg in tensors],))
+        given = [[self._copied(arg) if isinstance(arg, fx.Node) else arg for arg in of] for of in (tensors, numbers)]
+        return self.graph.call_module(name, (given[0], given[1]) if numbers else (given[0],))
 
     def _attribute(self, name: str, value: Any) -> fx.Node:
         while name in self.attributes and self.attributes[name] is not value:

@@ -1,13 +1,14 @@
-"""Modules that torch cannot follow (they look at values): captured as one call each, of unknown inside.
+"""What torch cannot follow: captured as one call each, of unknown inside.
 
-What such a call returns is learned from the model itself, run on two batch sizes: of which structure and dtype, and
-which dimensions grow with the batch.
+Of a module (it looks at values) what a call returns is learned from the model itself, run on two batch sizes: of which
+structure and dtype, and which dimensions grow with the batch.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from executor.batch import tensors
-from executor.torch_adapter import pytree
+from executor.torch_adapter import hooks_of, pytree
 
 Size = tuple[int, int]
 """A dimension's constant part, and what every sample adds."""
@@ -33,23 +34,71 @@ class Seen:
     constants: tuple[Any, ...]
 
 
-class Opaque(nn.Module):
-    """One call of a module as a function from tensors to tensors: the graph's node is replaced by this."""
+class Call(nn.Module):
+    """One call as a function from tensors, and numbers that follow from the batch size, to tensors.
 
-    def __init__(self, module: nn.Module, seen: Seen, constants: tuple[Any, ...]) -> None:
+    The graph's node is replaced by this. `constants` are all leaves of what is taken, with marks for those two.
+    """
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
         super().__init__()
-        self.module, self.seen, self.constants = module, seen, constants
+        self.constants = constants(leaves)
 
-    def forward(self, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Call the module with tensors in their places among the constants."""
-        each = iter(given)
-        leaves = [next(each) if one is _TENSOR else one for one in self.constants]
-        args, keywords = pytree.tree_unflatten(leaves, self.seen.taken)
-        result = self.module(*args, **keywords)
-        return list(tensors(result))
+    def filled(self, given: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[Any]:
+        """Return the leaves of what is taken, with tensors and numbers in their places."""
+        each = {_TENSOR: iter(given), _NUMBER: iter(numbers)}
+        return [next(each[leaf]) if isinstance(leaf, _Mark) else leaf for leaf in self.constants]
+
+    def made(self, given: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[torch.Tensor]:
+        """Return tensors like those that it returns, without data as `given` are."""
+        raise NotImplementedError
 
 
-_TENSOR = object()
+class _Mark(enum.Enum):
+    """What stands for a leaf that differs from call to call."""
+
+    TENSOR = enum.auto()
+    NUMBER = enum.auto()
+
+
+_TENSOR, _NUMBER = _Mark.TENSOR, _Mark.NUMBER
+
+
+def constants(leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """Return leaves of a structure with marks for tensors and for sizes that are not known yet."""
+
+    def marked(leaf: Any) -> Any:
+        return _TENSOR if isinstance(leaf, torch.Tensor) else _NUMBER if isinstance(leaf, torch.SymInt) else leaf
+
+    return tuple(map(marked, leaves))
+
+
+class Opaque(Call):
+    """One call of a module."""
+
+    def __init__(self, module: nn.Module, seen: Seen, leaves: Sequence[Any]) -> None:
+        super().__init__(leaves)
+        self.module, self.seen = module, seen
+
+    def forward(self, given: Sequence[torch.Tensor], numbers: Sequence[Any] = ()) -> list[torch.Tensor]:
+        """Call the module."""
+        args, keywords = pytree.tree_unflatten(self.filled(given, numbers), self.seen.taken)
+        return list(tensors(self.module(*args, **keywords)))
+
+    def made(self, given: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[torch.Tensor]:
+        """Return tensors of the sizes that have been seen."""
+        samples: Any = None
+        for tensor, sizes in zip(given, (sizes for sizes in self.seen.given if sizes is not None), strict=True):
+            for dim, (constant, each) in enumerate(sizes):
+                if each and samples is None:
+                    samples = (tensor.shape[dim] - constant) // each
+        made = [one for one in self.seen.made if one is not None]
+        return [
+            given[0].new_empty(
+                [constant + each * samples if each else constant for constant, each in sizes], dtype=dtype
+            )
+            for sizes, dtype in made
+        ]
 
 
 class Opaques:
@@ -59,8 +108,12 @@ class Opaques:
         self.model = model
         self.paths: list[str] = []
         self.why: dict[str, str] = {}
-        self.calls: list[Opaque] = []
+        self.calls: list[Call] = []
         self.seen: dict[str, list[Seen]] = {}
+
+    def holds(self, path: str) -> bool:
+        """Whether a module is inside one that stays whole, or is one."""
+        return any(path == one or not one or path.startswith(f"{one}.") for one in self.paths)
 
     def add(self, path: str, why: str, run: Callable[[int], object], sizes: tuple[int, int]) -> None:
         """Let a module stay whole; `run` runs the model with so many samples."""
@@ -98,58 +151,63 @@ class Opaques:
         def call(*args: Any, **keywords: Any) -> Any:
             seen = next(remaining)
             leaves = pytree.tree_leaves((args, keywords))
-            constants = tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-            self.calls.append(Opaque(module, seen, constants))
-            made = iter(opaque_call(list(tensors(leaves)), len(self.calls) - 1, _register(self.calls[-1])))
+            made = iter(self.placed(Opaque(module, seen, leaves), leaves))
             parts = zip(seen.made, seen.constants, strict=True)
             results = [constant if of is None else next(made) for of, constant in parts]
             return pytree.tree_unflatten(results, seen.returned)
 
         return call
 
+    def placed(self, call: Call, leaves: Sequence[Any]) -> list[torch.Tensor]:
+        """Put a call into the graph that is being captured, and return what it makes there."""
+        self.calls.append(call)
+        _REGISTERED.append(call)
+        numbers = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
+        made: list[torch.Tensor] = opaque_call(
+            list(tensors(leaves)), numbers, len(self.calls) - 1, len(_REGISTERED) - 1
+        )
+        return made
 
-_REGISTERED: list[Opaque] = []
 
-
-def _register(call: Opaque) -> int:
-    _REGISTERED.append(call)
-    return len(_REGISTERED) - 1
+_REGISTERED: list[Call] = []
 
 
 @torch.library.custom_op(
-    "foreplan::opaque", mutates_args=(), schema="(Tensor[] tensors, int number, int registered) -> Tensor[]"
+    "foreplan::opaque",
+    mutates_args=(),
+    schema="(Tensor[] tensors, SymInt[] numbers, int number, int registered) -> Tensor[]",
 )
-def opaque_call(tensors: Sequence[torch.Tensor], number: int, registered: int) -> list[torch.Tensor]:
-    """Call a module; only captured, never run: its node is replaced by the module's call."""
+def opaque_call(
+    tensors: Sequence[torch.Tensor], numbers: Sequence[int], number: int, registered: int
+) -> list[torch.Tensor]:
+    """Run a call of unknown inside; only captured, never run: its node is replaced by the call."""
     raise AssertionError("an opaque call is replaced before it runs")
 
 
 @opaque_call.register_fake
-def _(tensors: Sequence[torch.Tensor], number: int, registered: int) -> list[torch.Tensor]:
-    seen = _REGISTERED[registered].seen
-    samples: Any = None
-    for tensor, sizes in zip(tensors, (sizes for sizes in seen.given if sizes is not None), strict=True):
-        for dim, (constant, each) in enumerate(sizes):
-            if each and samples is None:
-                samples = (tensor.shape[dim] - constant) // each
-    made = [one for one in seen.made if one is not None]
-    return [
-        tensors[0].new_empty([constant + each * samples if each else constant for constant, each in sizes], dtype=dtype)
-        for sizes, dtype in made
-    ]
+def _(tensors: Sequence[torch.Tensor], numbers: Sequence[int], number: int, registered: int) -> list[torch.Tensor]:
+    return _REGISTERED[registered].made(tensors, numbers)
 
 
 OPAQUE = torch.ops.foreplan.opaque.default
-"""The operation in a captured graph: of some tensors, and of the number of the call."""
+"""The operation in a captured graph: of some tensors and sizes, and of the number of the call."""
+
+torch.fx.node.has_side_effect(OPAQUE)  # a hook's result is read by nobody until `own_gradients.hooked` puts it in place
 
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward, and none of its hooks: these run when the module is called as it is."""
+    kept = [(hooks, dict(hooks)) for hooks in hooks_of(module)]
+    for hooks, _ in kept:
+        hooks.clear()
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 def _joined(one: tuple[Any, Any], other: tuple[Any, Any], sizes: tuple[int, int]) -> Seen:

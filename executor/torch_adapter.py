@@ -306,8 +306,21 @@ def registered_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None
     return dict(module._buffers)
 
 
-def without_data(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and a dtype but no data."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def hooks_of(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """Return the hooks of a module's calls by number, of every kind; these are what the module asks, not copies."""
+    return [getattr(module, name) for name in HOOKS]
+
+
+def backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has hooks of its backward, which no graph of operations keeps."""
+    return bool(module._backward_pre_hooks or module._backward_hooks)
+
+
+def without_data(tensor: Any) -> bool:
+    """Whether something is a tensor with a shape and a dtype but no data."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor)

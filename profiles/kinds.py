@@ -18,12 +18,12 @@ from torch import fx, nn
 from executor.graph_layers import expression_of
 from executor.layer import Layer
 from executor.layers import LayeredModel, as_tuple
+from executor.torch_adapter import hooks_of
 from planner.values.profile import Value
 
 _SIMPLE = (int, float, str, bool, type(None), torch.dtype)
 _OWN = frozenset(vars(nn.Module()))
 """What every module has."""
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ def _module(module: nn.Module) -> Any:
                     key=lambda setting: setting[0],
                 )
             ),
-            tuple(id(hook) for k in _HOOKS for hook in getattr(part, k).values()),
+            tuple(id(hook) for hooks in hooks_of(part) for hook in hooks.values()),
             tuple((k, _tensor(t)) for k, t in part.named_parameters(recurse=False)),
             tuple((k, _tensor(t)) for k, t in part.named_buffers(recurse=False)),
         )

@@ -138,7 +138,7 @@ def _progress(tokens: int) -> Iterator[Callable[[str, int, int], None]]:
 def _notes(measured: Profile) -> Iterator[str]:
     """Say what of the model is not cut, and what nothing reads."""
     for path, why in measured.opaque:
-        yield f"{path or 'the model'} stays whole inside a layer, as its forward looks at values ({why})"
+        yield f"{path or 'the model'} stays whole inside a layer, as torch cannot follow it ({why})"
     if measured.unused:
         more = f" and {len(measured.unused) - 3} more" if len(measured.unused) > 3 else ""
         yield f"nothing reads {', '.join(measured.unused[:3])}{more}: no stage trains them"

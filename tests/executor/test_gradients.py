@@ -175,6 +175,8 @@ def cases(k: int) -> list[Case]:
         for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded"):
             own = f"{MODELS}:{name}"
             found.append(Case(name=name, model=own, plan=plan_of(own, "1f1b", 2)))
+        own = str(HERE / "gradient_models.py:adversary")
+        found.append(Case(name="adversary", model=own, plan=plan_of(own, "1f1b", 2)))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
     if k == 4:
         found.append(Case(name="turned", model=f"{MODELS}:turned", plan=plan_of(f"{MODELS}:turned", "gpipe", 4)))
