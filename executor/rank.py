@@ -98,11 +98,10 @@ class Rank:
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.held_by, group = mine, holding[self.stage_index]
         self.group = group
-        where = f"stage {self.stage_index} of plan {plan}"
         self.buckets = None
         if group is not None:
             start_alike(self.module, group)
-            self.buckets = Buckets(trained, group, plan.bucket_bytes, where, self.names)
+            self.buckets = Buckets(trained, group, plan.bucket_bytes)
         self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
         before = (p for first, own in self.shared.items() if first != self.stage_index for p in own.parameters)
         self.scaling = Scaling(backend.device) if plan.norm and file.precision == SCALED else None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-
-from planner.basis.errors import RUN_FAILED, PlanError
 
 
 def reduce_mean(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -32,23 +30,20 @@ class Buckets:
     """The gradients of one stage on one of the ranks that hold it.
 
     A parameter's gradient is a view of its bucket, so that nothing is copied: backwards add to it. Which parameters
-    take part is agreed on in the first reduction: those with a gradient on any rank, with zeros where a rank has none;
-    what nobody uses keeps no gradient, as in one process, and is not updated. Every step has to use the same ones: an
-    optimizer treats zeros otherwise than no gradient. `names` are those of the parameters in the model, by identity.
+    take part is agreed on in the first reduction: those with a gradient on any rank, with zeros where a rank has none.
+
+        first bucket   gradients ... | a number for each parameter: has it a gradient here?
+
+    The numbers are reduced with the gradients, so that all ranks know of each step what nobody uses: that has no
+    gradient, as in one process, because an optimizer treats zeros otherwise (decay, momentum). What is used later than
+    in the first step gets a bucket then.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[torch.nn.Parameter],
-        group: dist.ProcessGroup,
-        bucket_bytes: int,
-        where: str,
-        names: Mapping[int, str] | None = None,
-    ) -> None:
-        self.parameters, self.group, self.bucket_bytes, self.where = tuple(parameters), group, bucket_bytes, where
-        self.names = names or {}
-        self.unused = self.parameters
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], group: dist.ProcessGroup, bucket_bytes: int) -> None:
+        self.parameters, self.group, self.bucket_bytes = tuple(parameters), group, bucket_bytes
+        self.outside = self.parameters
         self.flats: list[torch.Tensor] = []
+        self.views: dict[torch.nn.Parameter, torch.Tensor] = {}
         self.reached: set[int] = set()
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._note)
@@ -57,49 +52,51 @@ class Buckets:
         self.reached.add(id(parameter))
 
     def reduce(self) -> None:
-        """Reduce all gradients to their means, bucket by bucket.
-
-        Raises `PlanError` (exit 6), with its name, when a parameter has a gradient in some steps only.
-        """
+        """Reduce all gradients to their means, bucket by bucket; what has none on any rank has none then."""
         if not self.parameters:
             return
-        first = not self.flats
-        if first:
-            self._agree()
-        late = [parameter for parameter in self.unused if parameter.grad is not None]
-        if late:
-            raise self._refused(late[0], "had no gradient in the first step and has one now")
+        here = [id(parameter) in self.reached for parameter in self.parameters]
+        self.reached.clear()
+        if not self.flats:
+            used = torch.tensor(here, dtype=torch.uint8, device=self.parameters[0].device)
+            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+            self._take(used.tolist(), numbers=len(here))
+        numbers = self.flats[0][-len(here) :]
+        if all(here):
+            numbers.fill_(1.0)
+        else:
+            numbers.copy_(torch.tensor(here, dtype=numbers.dtype))
         for flat in self.flats:
             reduce_mean(flat, self.group)
-        used = (p for p in self.parameters if p.grad is not None and id(p) not in self.reached)
-        missing = None if first else next((p for p in used if not p.grad.any()), None)  # type: ignore[union-attr]
-        if missing is not None:
-            raise self._refused(missing, "had a gradient in the first step and has none now, on no replica")
-        self.reached.clear()
-
-    def _refused(self, parameter: torch.nn.Parameter, what: str) -> PlanError:
-        return PlanError(
-            what=f"the parameter {self.names.get(id(parameter), '')} {what}".replace("  ", " "),
-            where=self.where,
-            why="replicas agree in their first step on the gradients that they reduce, and a parameter without one is "
-            "not updated: with other steps they would train another model than one process does",
-            fix="use every parameter in every step, freeze it (requires_grad = False), or plan without replicas",
-            code=RUN_FAILED,
-        )
+        if all(here) and not self.outside:
+            return  # whatever others have: nobody waits for the device to say the numbers
+        anywhere = (numbers > 0).tolist()
+        for flat in self._take(anywhere):
+            reduce_mean(flat, self.group)
+        for parameter, used_somewhere in zip(self.parameters, anywhere, strict=True):
+            if not used_somewhere:
+                parameter.grad = None
 
     def clear(self) -> None:
-        """Set all gradients to zero; they stay where they are."""
+        """Set all gradients to zero, in their places."""
         for flat in self.flats:
             flat.zero_()
+        for parameter in self.parameters:
+            parameter.grad = self.views.get(parameter)
 
-    def _agree(self) -> None:
-        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.uint8)
-        used = used.to(self.parameters[0].device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
-        taking = used.tolist()
-        self.unused = tuple(p for p, takes in zip(self.parameters, taking, strict=True) if not takes)
-        mine = [p for p, takes in zip(self.parameters, taking, strict=True) if takes]
-        self.flats = [_bucket(group) for group in _filled(reversed(mine), self.bucket_bytes)]
+    def _take(self, used: list[bool], numbers: int = 0) -> list[torch.Tensor]:
+        """Make buckets of those that are used and have none, the first of all with room for numbers."""
+        outside, wanted = set(self.outside), dict(zip(self.parameters, used, strict=True))
+        groups = list(_filled((p for p in reversed(self.parameters) if p in outside and wanted[p]), self.bucket_bytes))
+        self.outside = tuple(p for p in self.outside if not wanted[p])
+        if numbers and not groups:
+            groups = [[]]
+        kind = self.parameters[0]
+        made = [_bucket(own, numbers if own is groups[0] else 0, kind) for own in groups]
+        for flat, views in made:
+            self.flats.append(flat)
+            self.views |= views
+        return [flat for flat, _ in made]
 
 
 class Shared:
@@ -135,12 +132,17 @@ def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iter
         yield filled
 
 
-def _bucket(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Return a tensor of which the parameters' gradients are parts from now on."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+def _bucket(
+    parameters: list[torch.nn.Parameter], more: int, like: torch.Tensor
+) -> tuple[torch.Tensor, dict[torch.nn.Parameter, torch.Tensor]]:
+    """Return a tensor of which the parameters' gradients are parts from now on, with room for some `more` numbers."""
+    like = parameters[0] if parameters else like
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes) + more, dtype=like.dtype, device=like.device)
+    views = {}
+    for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes) if sizes else (), strict=True):
         own = part.view_as(parameter)
         if parameter.grad is not None:
             own.copy_(parameter.grad)
-        parameter.grad = own
-    return flat
+        parameter.grad = views[parameter] = own
+    return flat, views

@@ -58,6 +58,7 @@ def main(path: str) -> None:
 
         def watch(action: Action, when: str, me: Rank = me, found: dict[str, torch.Tensor] = found) -> None:
             if action.op == OPTIMIZER and when == "before":
+                found.clear()
                 found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
 
         if file.compiled:

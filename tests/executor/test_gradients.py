@@ -24,6 +24,7 @@ from executor.torch_adapter import pytree
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
+from tests.executor.small_models import routes
 
 HERE = Path(__file__).parent
 MODELS = str(HERE / "small_models.py")
@@ -171,6 +172,12 @@ def cases(k: int) -> list[Case]:
             steps = 3 if name == ":shifting" else 1  # targets are ignored from the second one on
             found.append(Case(name=f"{name[1:]}-{replicas}", model=MODELS + name, plan=plan, steps=steps))
         some = f"{MODELS}:sometimes"
+        experts = f"{MODELS}:routed"
+        for name, own in (
+            ("routed", plan_of(experts, "1f1b", 1, replicas=2)),
+            ("routed-2", plan_of(experts, "1f1b", 2)),
+        ):
+            found.append(Case(name=name, model=experts, plan=own, steps=6))
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
         for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded"):
             own = f"{MODELS}:{name}"
@@ -224,7 +231,7 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                         torch.equal(tensor, state[name]) if isinstance(tensor, torch.Tensor) else tensor == state[name]
                     )
                     assert same, f"{case.name}, {name}"
-                elif norm is not None or compiled:
+                elif norm is not None or compiled or case.model.endswith(":routed"):
                     torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
             assert found["scale"] is None or float(found["scale"]) == scale
             if norm is not None:
@@ -238,6 +245,15 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                 theirs = torch.load(tmp_path / f"{case.name}.torch.{rank}.pt", weights_only=True)
                 for name, gradient in theirs.items():
                     assert torch.equal(gradient, ranks[rank]["gradients"][name]), f"torch: {case.name}, {name}"
+
+
+def test_experts_are_idle_on_one_replica_in_a_step_and_on_all() -> None:
+    """What the case of experts is about: idle on one of two, on both, and on both in the first step but not later."""
+    feeds = feeds_of(f"{MODELS}:routed", 2)
+    busy = [[set(routes(feed.take().inputs[0]).tolist()) for feed in feeds] for _ in range(6)]
+    assert any(one ^ other for one, other in busy)
+    assert any(set(range(6)) - (one | other) for one, other in busy[1:])
+    assert set().union(*(one | other for one, other in busy[1:])) - (busy[0][0] | busy[0][1])
 
 
 def test_replicas_start_alike(tmp_path: Path) -> None:
