@@ -18,6 +18,7 @@ from torch import fx, nn
 from executor.capture import Captured
 from executor.layer import Layer
 from executor.opaque import OPAQUE
+from executor.statistics import changed_by, together, written
 
 SAMPLES = "samples"
 """The name under which a layer asks for the batch size."""
@@ -43,12 +44,21 @@ class Cutter:
         self.place = {node: i for i, node in enumerate(self.steps)}
         self.last = {node: self._last(node) for node in (*captured.inputs, *self.steps)}
         self.end, self.late = self._loss()
+        self.whole = together(map(self._changed, self.steps))
         self.count = [0] * (len(self.steps) + 1)
         for node in captured.trained & self.place.keys():
             for cut in range(self.place[node] + 1, self.last[node] + 1):
                 self.count[cut] += 1
         behind = {node: len(self.steps) for node in captured.wanted if node in self.last}
         self.last |= behind  # it passes wherever one cuts, and says nothing about where to
+
+    def _changed(self, node: fx.Node) -> list[int]:
+        """The identities of what a step changes of the model."""
+        if node.target is OPAQUE:
+            number: Any = node.args[2]
+            return [id(tensor) for tensor in changed_by(self.captured.opaque.calls[number])]
+        held = self.captured.held
+        return [id(held[target][1]) for target in written(node) if target in held]
 
     def _last(self, node: fx.Node) -> int:
         """The last step that reads a value; behind all of them for the loss."""
@@ -155,8 +165,11 @@ class Cutter:
     def possible(self, cut: int) -> bool:
         """Whether stages can meet here: something with a gradient passes, tensors only, and one tells the batch size.
 
-        Where values that pass share memory into which is written behind the cut, it must be that of one of them alone.
+        No statistics may be changed on both sides (`executor.statistics`). Where values that pass share memory into
+        which is written behind the cut, it must be that of one of them alone.
         """
+        if cut in self.whole:
+            return False
         passing = self.passing(cut)
         if not self.count[cut] or not all(isinstance(node.meta.get("val"), torch.Tensor) for node in passing):
             return False

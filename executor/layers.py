@@ -23,6 +23,7 @@ from executor.layer import Layer
 from executor.model_file import ModelFile
 from executor.outputs import Outputs
 from executor.precision import autocast, under
+from executor.statistics import changed_by, together
 from executor.torch_adapter import registered_buffers, replace_tensors
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
@@ -291,7 +292,9 @@ def _cut(file: ModelFile, model: nn.Module) -> LayeredModel:
         with explained(file.path, "layers(model)"):
             return _chain(_named(file.layers(model), model), model, drawn.names, file)
     if isinstance(model, nn.Sequential):
-        return _chain(list(model.named_children()), model, drawn.names, file)
+        every = model.named_modules(remove_duplicate=False)  # one may be called several times
+        children = [(name, module) for name, module in every if name and "." not in name]
+        return _chain(children, model, drawn.names, file)
     with torch.random.fork_rng(devices=[]), unchanged_buffers(model), explained(file.path, "the model's forward"):
         return cut_graph(file, model, drawn)
 
@@ -359,6 +362,7 @@ def _chain(
             why="layers(model) must return modules, or (name, module) pairs, in the order they are called",
             fix="return at least one nn.Module from layers(model)",
         )
+    named = _joined(named)
     probe, _ = file.draw(2, seed=0)
     values: tuple[Any, ...] = probe
     layers: list[Layer] = []
@@ -377,6 +381,32 @@ def _chain(
             layers.append(replace(layer, precision=file.precision))
             taken = made
     return LayeredModel(model=model, inputs=inputs, layers=tuple(layers), loss=under(file.precision, file.loss))
+
+
+class Row(nn.Module):
+    """Modules one after another, each of which takes what the one before returns."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.row = nn.ModuleList(modules)
+
+    def forward(self, *values: Any) -> Any:
+        """Call the modules."""
+        for module in self.row:
+            values = as_tuple(module(*values))
+        return values if len(values) != 1 else values[0]
+
+
+def _joined(named: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Let modules that change the same statistics, and those between them, be one layer with the first one's name."""
+    inside = together([id(buffer) for buffer in changed_by(module)] for _, module in named)
+    rows: list[list[tuple[str, nn.Module]]] = []
+    for i, entry in enumerate(named):
+        if i in inside:
+            rows[-1].append(entry)
+        else:
+            rows.append([entry])
+    return [(row[0][0], Row([module for _, module in row]) if len(row) > 1 else row[0][1]) for row in rows]
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from executor.precision import SCALED
 from executor.reduction import Buckets, Shared, start_alike
 from executor.saving import SavedAs
 from executor.scaling import Scaling
-from executor.statistics import check_whole
 from executor.torch_adapter import PipeStage, pytree, tensors_without_data
 from executor.updating import own_optimizer
 from planner.orders.action import Action, Row
@@ -91,7 +90,6 @@ class Rank:
             self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
             weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
         on(self.module, backend.device)
-        check_whole(file.path, layered, plan)
         self.names, self.parted = layered.parameter_names(), layered.parted
         own = layered.loss if self.is_last else None
         self.loss = on(own, backend.device) if isinstance(own, torch.nn.Module) else layered.loss
