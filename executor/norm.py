@@ -60,6 +60,11 @@ class AllGradients:
         dist.all_reduce(found)
         self.norm, self.overflown = found[0].sqrt().to(self.norm.dtype), (found[1] > 0).float()
 
+    @property
+    def found(self) -> torch.Tensor | None:
+        """The norm of all gradients of the last step before they were clipped; None where nobody asked for it."""
+        return self.norm if self.most else None
+
     def ready(self) -> bool:
         """Clip the gradients; return whether they may be used, or overflow somewhere and are to be left out."""
         if self.most:

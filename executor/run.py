@@ -168,9 +168,14 @@ def gather(
         step_times_s=times,
         losses=tuple(step.loss for step in steps),
         rates=() if any(map(math.isnan, rates)) else rates,
+        norms=() if all(math.isnan(s.norm) for s in steps) else tuple(_finite(s.norm) for s in steps),
         training_s=steps[-1].end - steps[0].begin - sum(steps[i].begin - steps[i - 1].end for i in paused),
         evaluations=tuple(evaluations),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _memory_trace(drawn: Trace, ranks: list[RankMemory]) -> Trace:

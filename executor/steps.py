@@ -1,8 +1,9 @@
-"""The steps of a run as its ranks write them while they train: a file per rank, four numbers per step.
+"""The steps of a run as its ranks write them while they train: a file per rank, five numbers per step.
 
-    rank0.steps   begin, end, loss, rate | begin, end, loss, rate | ...
+    rank0.steps   begin, end, loss, rate, norm | begin, end, loss, rate, norm | ...
 
-A rank's loss is its part of the mean; a step is known once every rank has written it (`joined`).
+A rank's loss is its part of the mean, the norm is the whole model's. A step is known once every rank has written it
+(`joined`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 from planner.basis.files import unwritable, write
 from planner.values.step import Step
 
-_FORMAT = struct.Struct("<4d")
+_FORMAT = struct.Struct("<5d")
 
 
 class Extent(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ def joined(folder: Path, ranks: int, skip: int = 0) -> list[Step]:
     >>> _ = file_of(folder, 0).write_bytes(encode([Step(0, 2, 0.0, 0.1), Step(2, 4, 0.0, 0.1)]))
     >>> _ = file_of(folder, 1).write_bytes(encode([Step(1, 3, 0.5, 0.1)]) + b"half")
     >>> joined(folder, 2)
-    [Step(begin=1.0, end=3.0, loss=0.5, rate=0.1)]
+    [Step(begin=1.0, end=3.0, loss=0.5, rate=0.1, norm=nan)]
     """
     found = [_read(file_of(folder, rank), skip) for rank in range(ranks)]
     return [
@@ -78,6 +79,7 @@ def joined(folder: Path, ranks: int, skip: int = 0) -> list[Step]:
             end=max(step.end for step in step_of),
             loss=sum(step.loss for step in step_of),
             rate=next((step.rate for step in step_of if not math.isnan(step.rate)), math.nan),
+            norm=next((step.norm for step in step_of if not math.isnan(step.norm)), math.nan),
         )
         for step_of in zip(*found, strict=False)
     ]

@@ -18,7 +18,9 @@ POINTS = 50
 
 
 class Curves:
-    """The scalars of a run of so many samples per step: loss, learning_rate, samples_per_s, validation/… over steps.
+    """The scalars of a run of so many samples per step.
+
+    They are loss, learning_rate, samples_per_s, validation/… and, where gradients are clipped, gradient_norm.
 
     Raises `PlanError` where the package is not installed. A disk that is full ends the curves, not the run: `lost`
     then says why.
@@ -46,6 +48,9 @@ class Curves:
             self.scalar("loss", statistics.fmean(step.loss for step in some), number)
             if not math.isnan(some[-1].rate):
                 self.scalar("learning_rate", some[-1].rate, number)
+            norms = [step.norm for step in some if not math.isnan(step.norm)]
+            if norms:
+                self.scalar("gradient_norm", statistics.fmean(norms), number)
             took = sum(step.end - step.begin for step in some)
             if took > 0:
                 self.scalar("samples_per_s", len(some) * self.batch / took, number)

@@ -2,7 +2,7 @@
 
      step   0 1 2   3 4 … 32            33 34 …
             warm-up recorded            the rest
-     kept   time, loss, rate of every step
+     kept   time, loss, rate, norm of every step
                     every action's time
 
 Recording every action of ten thousand steps would fill memories and disks, and take time; what a prediction is held
@@ -57,6 +57,7 @@ class _Done(msgspec.Struct):
     end: Any
     losses: list[torch.Tensor]
     rate: float
+    norm: torch.Tensor | None
     stamped: list[Stamped]
 
 
@@ -89,7 +90,8 @@ class Training:
             self.me.step(stamping=done in window)
             end = self.backend.stamp()
             losses, stamped = list(self.me.losses.values()), self.me.stamped
-            self.pending.append(_Done(begin, end, losses, rate, stamped))
+            norm = self.me.all_gradients.found if self.me.all_gradients is not None else None
+            self.pending.append(_Done(begin, end, losses, rate, norm, stamped))
             begin, done = end, done + 1
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
@@ -107,11 +109,11 @@ class Training:
     def flush(self) -> None:
         """Write what has been done since the last time."""
         self.backend.synchronize()
-        losses = self._losses()
+        losses, norms = self._losses(), self._norms()
         good = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
         steps, traces = [], []
-        for done, loss in zip(self.pending[:good], losses, strict=False):
-            steps.append(Step(self._seconds(done.begin), self._seconds(done.end), loss, done.rate))
+        for done, loss, norm in zip(self.pending[:good], losses, norms, strict=False):
+            steps.append(Step(self._seconds(done.begin), self._seconds(done.end), loss, done.rate, norm))
             if done.stamped:
                 found = events(self.me, done.stamped, self.rank, self.backend, self.offset)
                 traces.append(msgspec.json.encode(RankStep(step=self.written + len(steps) - 1, events=found)) + b"\n")
@@ -127,6 +129,12 @@ class Training:
         parts = [part for done in self.pending for part in done.losses]
         fetched = iter(torch.stack([part.reshape(()) for part in parts]).tolist() if parts else ())
         return [sum(next(fetched) for _ in done.losses) / self.me.plan.replicas for done in self.pending]
+
+    def _norms(self) -> list[float]:
+        """The norm of all gradients in each step, fetched at once."""
+        found = [done.norm for done in self.pending if done.norm is not None]
+        fetched = iter(torch.stack(found).tolist() if found else ())
+        return [math.nan if done.norm is None else next(fetched) for done in self.pending]
 
     def _seconds(self, stamp: Any) -> float:
         return self.backend.seconds(stamp) + self.offset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -433,6 +434,8 @@ def test_a_run_that_is_broken_off(measured: Path, how: str, start: Callable[...,
         kept = error["details"]
         assert kept["steps"] == len(kept["losses"]) < 100000
         assert error["what"] == f"interrupted after {kept['steps']} of 100000 steps"
+        assert kept["stopped"]
+        assert kept["asked_steps"] == 100000
         assert_trained(measured / "model.py", kept["losses"], measured / kept["weights"])
     elif how == "killed":
         assert "rank" in error["what"]
@@ -441,6 +444,7 @@ def test_a_run_that_is_broken_off(measured: Path, how: str, start: Callable[...,
     wait_for(lambda: not any(Path(f"/proc/{p}").exists() for p in below), 10)
     assert json.loads((run / "outcome.json").read_text())["partial"] is True
     plan(measured, "report", "--out", "partial.html")
+    assert re.search(r"The run was stopped after \d+ of 100000 steps", (measured / "partial.html").read_text())
 
 
 def assert_trained(model: Path, losses: list[float], weights: Path) -> None:

@@ -50,6 +50,12 @@ def test_the_line(predicted: Outcome, shown: io.StringIO, monkeypatch: pytest.Mo
     assert shown.getvalue() == f"step 4 of 100, loss 0.25, 4 samples/s ({speed}), 3 min 12 s left\n"
 
 
+def test_the_norm_is_shown_where_gradients_are_clipped(predicted: Outcome, shown: io.StringIO) -> None:
+    progress = Progress(predicted)
+    progress(Extent(steps=9), [step._replace(norm=1.25) for step in steps_of(1)])
+    assert progress.line(Extent(steps=9)).startswith("step 1 of 9, loss 1, gradient norm 1.25, 4 samples/s")
+
+
 def test_epochs_and_tokens(predicted: Outcome, shown: io.StringIO) -> None:
     plan = msgspec.structs.replace(predicted.plan, sequence=512)
     progress = Progress(msgspec.structs.replace(predicted, plan=plan))

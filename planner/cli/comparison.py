@@ -35,6 +35,8 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
     return {
         "plan": str(result.measured.plan),
         "steps": len(result.measured.losses),
+        "asked_steps": result.measured.asked_steps,
+        "stopped": result.measured.stopped,
         "recorded_steps": len(result.measured.steps),
         "training": {
             "predicted_s": len(result.measured.losses) * result.predicted.step_s,
@@ -55,6 +57,7 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
             for e in result.measured.evaluations
         ],
         "learning_rates": list(result.measured.rates),
+        "gradient_norms": list(result.measured.norms),
         "errors": {
             "total": error(comparison.total, "s"),
             "replay": error(comparison.replay, "s") if comparison.replay else None,
@@ -75,7 +78,8 @@ def show(result: Run, comparison: Comparison) -> None:
 
     predicted, measured = result.predicted, result.measured
     count = len(measured.losses)
-    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {count} steps", title_justify="left")
+    whole = f"stopped after {count} of {measured.asked_steps} steps" if measured.stopped else f"{count} steps"
+    table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {whole}", title_justify="left")
     table.add_column("")
     for name in ("predicted", "measured", "error"):
         table.add_column(name, justify="right")

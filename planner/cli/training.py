@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -77,10 +78,11 @@ class Progress:
         amount, unit = (self.plan.batch * tokens, "token") if tokens else (self.plan.batch, "sample")
         epochs = -(-extent.steps // extent.epoch) if extent.epoch else 0
         epoch = f" (epoch {(self.done - 1) // extent.epoch + 1} of {epochs})" if epochs else ""
+        norm = "" if math.isnan(self.latest[-1].norm) else f", gradient norm {self.latest[-1].norm:.3g}"
         left = duration((extent.steps - self.done) * each)
         return (
-            f"step {self.done} of {extent.steps}{epoch}, loss {self.latest[-1].loss:.4g}, {rate(amount / each, unit)} "
-            f"(predicted {rate(amount / self.predicted.step_s, unit)}), {left} left"
+            f"step {self.done} of {extent.steps}{epoch}, loss {self.latest[-1].loss:.4g}{norm}, "
+            f"{rate(amount / each, unit)} (predicted {rate(amount / self.predicted.step_s, unit)}), {left} left"
         )
 
     def _print(self, line: str, end: str) -> None:

@@ -54,6 +54,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     Of a measured run `steps` are those that were recorded, `step_times_s` have those behind them, too, and `losses` and
     `rates` are the mean loss and the learning rate of every step from the first on: the warm-up trains as all others.
+    `norms` are the gradients' before they were clipped, where they are; None where they overflow in float16.
     It took `training_s`, and was to have `asked_steps`; `evaluations` were made in between, and are in no time. Of a
     prediction for such a run `evaluation_rate` is with how many samples per second the plan's stages evaluate.
     """
@@ -73,6 +74,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     estimated: bool = False
     losses: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()
+    norms: tuple[float | None, ...] = ()
     training_s: float = 0.0
     asked_steps: int = 0
     evaluations: tuple[Evaluation, ...] = ()

@@ -147,6 +147,9 @@ def _sentences(report: Report) -> list[str]:
     if report.measured is not None:
         error = relative(_error(report, report.measured))
         found = figures(report.measured)
+        if report.measured.stopped:
+            done = f"{len(report.measured.losses)} of {report.measured.asked_steps} steps"
+            sentences.append(f"The run was stopped after {done}: what is measured is of these.")
         sentences.append(
             f"{report.measured.source.capitalize()}: {known(found.throughput_samples_per_s, rate)} at "
             f"{known(found.step_s, seconds)} per step"

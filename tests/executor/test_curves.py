@@ -80,6 +80,13 @@ def test_many_steps_at_once_are_means(remembering: type[Remembering]) -> None:
     assert "learning_rate" not in curves.writer.points
 
 
+def test_norms_of_gradients_are_a_curve_where_they_are_clipped(remembering: type[Remembering]) -> None:
+    curves = Curves(Path("there"), batch=8)
+    steps = [step._replace(norm=norm) for step, norm in zip(steps_of(3), (0.5, math.inf, 2.0), strict=True)]
+    curves(Extent(steps=3), steps)
+    assert curves.writer.points["gradient_norm"] == [(1, 0.5), (2, math.inf), (3, 2.0)]
+
+
 def test_a_full_disk_ends_the_curves_only(remembering: type[Remembering], monkeypatch: pytest.MonkeyPatch) -> None:
     curves = Curves(Path("there"), batch=8)
     curves(Extent(steps=5), steps_of(2))

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -52,8 +53,17 @@ def alone(tmp_path: Path) -> Iterator[Backend]:
     torch.set_num_threads(threads)
 
 
-def plain(model: str, plan: Plan, steps: int, asked: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, rates and weights of a plain loop that accumulates over the same micro-batches, for some of its steps."""
+class Plain(NamedTuple):
+    """What a plain loop has found in its steps, and its weights behind them."""
+
+    losses: list[float]
+    rates: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def plain(model: str, plan: Plan, steps: int, asked: int) -> Plain:
+    """Accumulate over the same micro-batches in a plain loop, for some of the steps that it was asked for."""
     file = load(model)
     whole = file.build(SEED)
     optimizer = file.optimizer([p for p in whole.parameters() if p.requires_grad])
@@ -62,7 +72,7 @@ def plain(model: str, plan: Plan, steps: int, asked: int) -> tuple[list[float], 
     feeds = [
         open_feed(file, plan.batch // plan.replicas, replicas=plan.replicas, replica=r, seed=SEED) for r in replicas
     ]
-    losses, rates = [], []
+    losses, rates, norms = [], [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(steps):
@@ -74,24 +84,28 @@ def plain(model: str, plan: Plan, steps: int, asked: int) -> tuple[list[float], 
                 loss.backward()
                 total += float(loss.detach())
         rates.append(optimizer.param_groups[0]["lr"])
+        if file.clip:
+            norms.append(float(nn.utils.clip_grad_norm_(whole.parameters(), file.clip)))
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
             scheduler.step()
         losses.append(total)
     torch.set_num_threads(threads)
-    return losses, rates, whole.state_dict()
+    return Plain(losses, rates, norms, whole.state_dict())
 
 
 def compare(case: Case, folder: Path, *, exact: bool) -> None:
     """Hold what a case's ranks have left against the plain loop of as many steps."""
     ranks = len(case.plan.devices)
     steps = joined(folder / case.name, ranks)
-    losses, rates, weights = plain(case.model, case.plan, len(steps), case.steps)
+    losses, rates, norms, weights = plain(case.model, case.plan, len(steps), case.steps)
     found: dict[str, torch.Tensor] = {}
     for rank in range(ranks):
         found |= torch.load(folder / case.name / f"rank{rank}.pt", weights_only=True)
     assert [step.rate for step in steps] == pytest.approx(rates, rel=1e-12)
+    known = [step.norm for step in steps if not math.isnan(step.norm)]
+    assert known == pytest.approx(norms, rel=1e-6)
     assert found.keys() == weights.keys()
     if exact:
         assert [step.loss for step in steps] == losses
@@ -102,7 +116,7 @@ def compare(case: Case, folder: Path, *, exact: bool) -> None:
             torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "halving"])
+@pytest.mark.parametrize("name", ["scheduled", "halving", "clipped"])
 def test_one_device_is_the_plain_loop(name: str, alone: Backend, tmp_path: Path) -> None:
     model = f"{MODELS}:{name}"
     case = Case(name=name, model=model, plan=plan_of(model, "1f1b", 1), steps=STEPS)
@@ -150,7 +164,7 @@ def test_stages_and_replicas_are_the_plain_loop(tmp_path: Path) -> None:
 def joined_alone(folder: Path, rank: int) -> list[Step]:
     """One rank's steps."""
     data = file_of(folder, rank).read_bytes()
-    return [Step(*numbers) for numbers in struct.iter_unpack("<4d", data)]
+    return [Step(*numbers) for numbers in struct.iter_unpack("<5d", data)]
 
 
 def test_schedulers_that_cannot_work_are_refused() -> None:

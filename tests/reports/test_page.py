@@ -19,7 +19,7 @@ from planner.basis.errors import ARTEFACT, PlanError
 from planner.simulate.limits import bounded_by
 from planner.simulate.predict import simulate
 from planner.values.evaluation import Evaluation
-from planner.values.outcome import Comparison, Error, Outcome
+from planner.values.outcome import Comparison, Error, Outcome, compare
 from planner.values.plan import Stage
 from planner.values.profile import Measuring
 from planner.values.trace import MemoryPoint
@@ -281,6 +281,20 @@ def test_evaluations_are_drawn_beside_the_loss_and_listed(whole: Report) -> None
     assert "accuracy" in text
     assert "200 ms" in text, "what 100 samples take as predicted"
     assert '"name":"validation"' in text.replace(": ", ":")
+
+
+def test_a_run_that_was_stopped_says_so(whole: Report) -> None:
+    """It has recorded no memory: that would have been behind its last step."""
+    assert whole.measured is not None
+    bare = tuple(msgspec.structs.replace(step, memory=()) for step in whole.measured.steps)
+    done = len(whole.measured.losses)
+    stopped = msgspec.structs.replace(whole.measured, asked_steps=10 * done, steps=bare, memory_step=None)
+    comparison = compare(whole.predicted, stopped)
+    text = text_of(msgspec.structs.replace(whole, measured=stopped, comparison=comparison))
+    assert f"The run was stopped after {done} of {10 * done} steps: what is measured is of these." in text
+    assert "The run recorded no memory, so the peaks cannot be compared." in text
+    finished = msgspec.structs.replace(whole.measured, asked_steps=done)
+    assert "was stopped" not in text_of(msgspec.structs.replace(whole, measured=finished))
 
 
 def test_a_long_run_is_drawn_by_means(whole: Report) -> None:
