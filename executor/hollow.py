@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from executor.model_file import ModelFile
+from executor.model_file import ModelFile, load
 from executor.torch_adapter import (
     copy_hooks,
     own_attributes,
@@ -22,6 +22,7 @@ from executor.torch_adapter import (
     watching_parameters,
     without_data,
 )
+from planner.basis.errors import RUN_FAILED, PlanError
 
 Make = Callable[[torch.Tensor], torch.Tensor]
 """From a tensor without data to a real one of the same shape and dtype."""
@@ -37,6 +38,26 @@ def build(file: ModelFile, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]), parameters_without_data():
         return file.build(seed)
+
+
+def real(file: ModelFile, seed: int) -> nn.Module:
+    """Make the user's model with storage, also where `model()` keeps what it has made without.
+
+    The file is then imported anew, and with it what it keeps. Raises `PlanError` where that does not help.
+    """
+    model = file.build(seed)
+    if hollow(model):
+        model = load(file.path, file.sequence).build(seed)
+    if hollow(model):
+        raise PlanError(
+            what="model() returns modules that it made in a call before",
+            where=file.path,
+            why="the model is made several times, once without memory for its parameters, and a file that it imports "
+            "keeps that one",
+            fix="make all modules anew in every call of model()",
+            code=RUN_FAILED,
+        )
+    return model
 
 
 class _TooLarge(KeyboardInterrupt):
@@ -63,7 +84,7 @@ def built_within(file: ModelFile, seed: int, limit_bytes: float) -> nn.Module:
     except _TooLarge:
         pass  # and let go of what was made: the exception's frames hold it
     model = build(file, seed)
-    return model if held_bytes(model) > limit_bytes else file.build(seed)  # one may be registered several times
+    return model if held_bytes(model) > limit_bytes else real(file, seed)  # one may be registered several times
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:

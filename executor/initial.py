@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from executor import devices, hollow
-from executor.hollow import is_hollow, places
+from executor.hollow import is_hollow, places, real
 from executor.layers import LayeredModel, cut
 from executor.model_file import ModelFile
-from planner.basis.errors import DEVICE, RUN_FAILED, PlanError
+from planner.basis.errors import DEVICE, PlanError
 from planner.basis.units import size
 
 FILE = "initial.pt"
@@ -81,12 +81,12 @@ def cut_hollow(file: ModelFile, seed: int, folder: Path, *, first: bool) -> tupl
         return read(file, seed, folder / FILE)
     except _Whole as reason:
         _LOG.warning("every rank builds the whole model: %s", reason)
-        return cut(file, whole(file, seed)), None
+        return cut(file, real(file, seed)), None
 
 
 def write(file: ModelFile, seed: int, path: Path) -> None:
     """Build a model and write its tensors, and the random state behind it; an empty file where they are not apart."""
-    model = whole(file, seed)
+    model = real(file, seed)
     part = path.with_suffix(".part")
     try:
         if _apart(model):
@@ -120,20 +120,6 @@ def check_room(needed: int, where: str) -> None:
         )
 
 
-def whole(file: ModelFile, seed: int) -> nn.Module:
-    """Build a model with storage. Raises `PlanError` also where `model()` returns what it has made before."""
-    model = file.build(seed)
-    if hollow.hollow(model):
-        raise PlanError(
-            what="model() returns modules that it made in a call before",
-            where=file.path,
-            why="the model is made several times, once without memory for its parameters",
-            fix="make all modules anew in every call of model()",
-            code=RUN_FAILED,
-        )
-    return model
-
-
 class _Whole(Exception):  # noqa: N818 - no error: a reason to take another way
     """Why a model has to be built whole on every rank."""
 
@@ -148,7 +134,7 @@ def read(file: ModelFile, seed: int, path: Path) -> tuple[LayeredModel, Weights]
     except PlanError as error:
         raise _Whole(f"it cannot be made without storage ({error.why})") from error
     if not hollow.hollow(model):
-        raise _Whole("it has no parameters that could be without storage")
+        _LOG.warning("every rank holds the whole model: model() returns what it has made before")
     _restore(model, saved["tensors"])
     weights = Weights(saved, model)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,15 +142,11 @@ class Aliased(nn.Module):
         return self.one(x) + self.two(x)
 
 
-MADE = nn.Linear(12, 4)
-
-
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (lambda: load(f"{MODELS}:partly").model(), "it cannot be cut without storage"),
         (Aliased, "cannot be written apart"),
-        (lambda: MADE, "no parameters that could be without storage"),
     ],
 )
 def test_what_cannot_be_so_is_built_whole_and_said(model, why: str, tmp_path: Path, caplog) -> None:
@@ -190,3 +187,67 @@ def test_a_model_too_large_for_the_host_is_refused_with_the_numbers(monkeypatch:
         check_room(28 * 2**30, "model.py")
     assert raised.value.code == DEVICE
     assert "take 28.00 GiB, and 10.00 GiB are free of 12.00 GiB" in raised.value.why
+
+
+KEPT = """
+import torch
+from torch import nn
+from kept import net as imported
+
+at_once, later = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)), None
+
+def model(): return at_once
+
+def lazily():
+    global later
+    later = later or nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4))
+    return later
+
+def elsewhere(): return imported()
+
+def batch(n): return torch.randn(n, 12), torch.randn(n, 4)
+"""
+NET = """
+import functools
+from torch import nn
+
+@functools.cache
+def net(): return nn.Sequential(nn.Linear(12, 4))
+"""
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "kept.py").write_text(NET)
+    (tmp_path / "model.py").write_text(KEPT)
+    monkeypatch.delitem(sys.modules, "kept", raising=False)
+    return str(tmp_path / "model.py")
+
+
+@pytest.mark.parametrize("name", ["model", "lazily"])
+def test_ranks_that_keep_their_model_start_with_the_first_ones_values(
+    kept: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Made at import, whose random state is each process' own, or in the first call, here without storage."""
+    path = f"{kept}:{name}"
+    found = []
+    for number in range(2):
+        layered, weights = cut_hollow(load(path), SEED, tmp_path, first=not number)
+        assert weights is not None
+        stage = layered.stage(range(3))
+        weights.load(layered, [stage, layered.loss], CPU)
+        found.append(nn.utils.parameters_to_vector(stage.parameters()))
+        weights.close()
+    assert torch.equal(*found)
+    assert caplog.messages[0].startswith("every rank holds the whole model")
+
+
+def test_a_model_that_is_kept_is_made_again_with_storage(kept: str) -> None:
+    file = load(f"{kept}:lazily")
+    assert hollow.hollow(hollow.build(file, SEED))
+    assert hollow.hollow(file.build(SEED)), "it keeps the one without"
+    assert not hollow.hollow(hollow.real(file, SEED))
+    file = load(f"{kept}:elsewhere")
+    hollow.build(file, SEED)
+    with pytest.raises(PlanError, match="made in a call before"):
+        hollow.real(file, SEED)
