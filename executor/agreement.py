@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,14 @@ COARSE = 4.0
 """The same where a precision has few bits: there both run the same kernels, and sums of several gradients differ."""
 
 
+class _Step(NamedTuple):
+    """What a step comes to: its loss, the parameters' gradients, and the buffers as it leaves them."""
+
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
 def agree(file: ModelFile, layered: LayeredModel) -> float:
     """Check that the layers compute the model's loss and gradients, before anything is measured of them.
 
@@ -36,31 +44,36 @@ def agree(file: ModelFile, layered: LayeredModel) -> float:
     """
     model = layered.model
     before = _numbers(model)
-    again, whole_loss, whole, sample_s = _whole(file, layered)
+    again, whole, sample_s = _whole(file, layered)
     counted = [name for name, number in _numbers(model).items() if before.get(name, number) != number]
     if counted and layered.surroundings is not None:
-        _check_constant(file, layered, counted[0], again.samples, (whole_loss, whole))
+        _check_constant(file, layered, counted[0], again.samples, whole)
     try:
-        loss, parts = _gradients(file, layered, again, cut=True)
+        parts = _step(file, layered, again, cut=True)
     except PlanError as error:
         raise _refused(file, f"their step fails, {error.where}: {error.why}") from error
     names = {name for name, _ in model.named_parameters()}
-    missing = sorted(name for name in names if (name in whole) and name not in parts)
+    missing = sorted(name for name in names if (name in whole.gradients) and name not in parts.gradients)
     if missing:
         raise _refused(file, f"no layer trains {_some(missing)}, which the model's own step trains")
-    added = sorted(name for name in names if name in parts and name not in whole)
+    added = sorted(name for name in names if name in parts.gradients and name not in whole.gradients)
     if added:
         raise _refused(file, f"the layers train {_some(added)}, which the model's own step does not")
     least = room(file)
-    if not close(loss, whole_loss, whole_loss, least):
-        raise _refused(file, f"the loss of a batch is {float(loss):.6g}, the model's {float(whole_loss):.6g}")
-    other = [name for name in sorted(whole) if not close(parts[name], whole[name], whole[name], least)]
-    if other:
-        raise _refused(file, f"the gradient of {_some(other)} is another one than the model's")
+    if not close(parts.loss, whole.loss, whole.loss, least):
+        raise _refused(file, f"the loss of a batch is {float(parts.loss):.6g}, the model's {float(whole.loss):.6g}")
+    for what, found, expected in (
+        ("the gradient of ", parts.gradients, whole.gradients),
+        ("what forward leaves in ", parts.buffers, whole.buffers),
+    ):
+        both = sorted(expected.keys() & found.keys())
+        other = [name for name in both if not close(found[name], expected[name], expected[name], least)]
+        if other:
+            raise _refused(file, f"{what}{_some(other)} is another one than the model's")
     return sample_s
 
 
-def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, torch.Tensor, dict[str, torch.Tensor], float]:
+def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, _Step, float]:
     """Run the whole model on one sample, and unless that is slow on several; return the batch once more, and what came.
 
     One sample alone may be too few: batch norm refuses it.
@@ -69,7 +82,7 @@ def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, torch.Tensor,
         drawn, again = _alike(file, samples)
         begun = time.monotonic()
         try:
-            loss, gradients = _gradients(file, layered, drawn, cut=False)
+            step = _step(file, layered, drawn, cut=False)
         except PlanError:
             if samples == 1:
                 continue
@@ -77,7 +90,7 @@ def _whole(file: ModelFile, layered: LayeredModel) -> tuple[Drawn, torch.Tensor,
         sample_s = (time.monotonic() - begun) / samples
         if samples == 1 and sample_s < SLOW_S:
             continue
-        return again, loss, gradients, sample_s
+        return again, step, sample_s
     raise AssertionError("the last number of samples always returns")
 
 
@@ -91,17 +104,11 @@ def _numbers(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _check_constant(
-    file: ModelFile,
-    layered: LayeredModel,
-    name: str,
-    samples: int,
-    before: tuple[torch.Tensor, dict[str, torch.Tensor]],
-) -> None:
+def _check_constant(file: ModelFile, layered: LayeredModel, name: str, samples: int, before: _Step) -> None:
     """Raise `PlanError` where loss or gradients follow from a number that forward changes: a graph has it constant."""
-    loss, gradients = _gradients(file, layered, _alike(file, samples)[0], cut=False)
-    same = all(torch.equal(gradient, before[1][name]) for name, gradient in gradients.items() if name in before[1])
-    if not (torch.equal(loss, before[0]) and same):
+    after = _step(file, layered, _alike(file, samples)[0], cut=False)
+    same = all(torch.equal(after.gradients[name], gradient) for name, gradient in before.gradients.items())
+    if not (torch.equal(after.loss, before.loss) and same):
         raise PlanError(
             what="the model's forward counts, and computes with the count",
             where=f"{file.path}, {name}",
@@ -128,9 +135,7 @@ def _alike(file: ModelFile, samples: int) -> tuple[Drawn, Drawn]:
     return drawn, again
 
 
-def _gradients(
-    file: ModelFile, layered: LayeredModel, drawn: Drawn, *, cut: bool
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _step(file: ModelFile, layered: LayeredModel, drawn: Drawn, *, cut: bool) -> _Step:
     model = layered.model
     drawn = drawn.on(next((p.device for p in model.parameters()), torch.device("cpu")))
     kept = {name: p.grad for name, p in model.named_parameters()}
@@ -142,7 +147,8 @@ def _gradients(
                 loss = _cut_loss(layered, drawn.inputs, drawn.targets) if cut else _whole_loss(file, model, drawn)
                 _check_trains(file, model, loss)
                 loss.backward()
-        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            return _Step(loss.detach(), found, {name: b.detach().clone() for name, b in model.named_buffers()})
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = kept[name]
@@ -189,6 +195,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor, leas
     """
     if found.shape != expected.shape:
         return False
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(found, expected)
     relative = max(least, ROUNDING * torch.finfo(expected.dtype).eps)
     most = relative * max(1e-30, float(scale.detach().abs().max()))
     return bool(torch.allclose(found, expected, rtol=0.0, atol=most, equal_nan=True))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from executor.batch import Drawn, tensors
 from executor.labels import NO_ENDS, Ends, LossOf, check_mean, ends_of, ignores, labels_of, share
 from executor.labels import ROUNDING as OF_LABELS
+from executor.layers import unchanged_buffers
 from executor.model_file import ModelFile
 from executor.modes import evaluating
 from executor.precision import DTYPES, autocast
@@ -140,7 +141,7 @@ def _loss(file: ModelFile, model: torch.nn.Module, drawn: Drawn) -> torch.Tensor
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
     drawn = drawn.clone().on(where)
     args, keywords = drawn.arguments()
-    with autocast(file.precision, drawn.given):
+    with unchanged_buffers(model), autocast(file.precision, drawn.given):
         return file.loss(model(*args, **keywords), drawn.targets)
 
 

@@ -262,12 +262,23 @@ def following() -> Iterator[None]:
     """Let torch follow a model on tensors without data: quietly, and without looking whether a mask is causal.
 
     `nn.Transformer` compares its mask with a causal one to choose a faster kernel, which needs data. `len()` of a
-    tensor, which Python makes a plain number, stays a size that is not known yet.
+    tensor, which Python makes a plain number, stays a size that is not known yet. A buffer that a forward replaces
+    (`self.count = self.count + 1`) is written into instead, for a graph writes nowhere else.
     """
     from torch.nn.modules import transformer
 
     length = builtins.len
     builtins.len = lambda of: of.shape[0] if isinstance(of, torch.Tensor) and of.dim() else length(of)
+    assign = torch.nn.Module.__setattr__
+
+    def assigned(module: torch.nn.Module, name: str, value: Any) -> None:
+        buffer = vars(module).get("_buffers", {}).get(name)
+        if value is not buffer and without_data(value) and without_data(buffer) and value.shape == buffer.shape:
+            buffer.copy_(value)
+        else:
+            assign(module, name, value)
+
+    torch.nn.Module.__setattr__ = assigned  # type: ignore[method-assign, assignment]
     before = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     logging.disable(logging.WARNING)
@@ -277,6 +288,7 @@ def following() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        torch.nn.Module.__setattr__ = assign  # type: ignore[method-assign]
         transformer._detect_is_causal_mask = before
         builtins.len = length
 

@@ -179,11 +179,13 @@ def cases(k: int) -> list[Case]:
         ):
             found.append(Case(name=name, model=experts, plan=own, steps=6))
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
-        for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded"):
+        for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded", "warming"):
             own = f"{MODELS}:{name}"
             found.append(Case(name=name, model=own, plan=plan_of(own, "1f1b", 2)))
         own = str(HERE / "gradient_models.py:adversary")
         found.append(Case(name="adversary", model=own, plan=plan_of(own, "1f1b", 2)))
+        own = f"{MODELS}:warming"
+        found.append(Case(name="warming-True", model=own, plan=plan_of(own, "gpipe", 2, recompute=True), steps=2))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
     if k == 4:
         found.append(Case(name="turned", model=f"{MODELS}:turned", plan=plan_of(f"{MODELS}:turned", "gpipe", 4)))

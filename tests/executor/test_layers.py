@@ -226,6 +226,30 @@ def test_how_many_samples_there_are_is_nothing_fixed() -> None:
         layered(f"{MODELS}:fixed")
 
 
+class Forgetful(nn.Module):
+    """Replaces a buffer in a way that no graph follows; its first loss does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(12, 8), nn.Linear(8, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = 1 + self.seen
+        self._buffers["seen"] = self.seen + 1
+        return self.out(self.into(x) * scale)
+
+
+def test_what_a_forward_leaves_in_buffers_is_compared() -> None:
+    file = load(f"{MODELS}:warming")
+    agree(file, cut(file, file.build(0)))
+    averaging.check(file, file.build(0))
+    file = dataclasses.replace(file, model=Forgetful)
+    with pytest.raises(PlanError, match="do not compute") as raised:
+        agree(file, cut(file, file.build(0)))
+    assert raised.value.why == "what forward leaves in seen is another one than the model's"
+
+
 def test_a_slow_model_is_checked_with_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one sample takes long a cut is checked with it alone, which still tells another network; not batch norm."""
     drawn: list[int] = []
