@@ -147,14 +147,14 @@ def _tensors(module: nn.Module) -> Sequence[torch.Tensor]:
     return (*module.parameters(), *module.buffers())
 
 
-def agree_evaluated(file: ModelFile, layered: LayeredModel) -> None:
-    """Check that a model cut in evaluation mode computes what the whole one does: loss and metrics of a batch.
+def agree_evaluated(file: ModelFile, layered: LayeredModel, samples: int = SAMPLES) -> None:
+    """Check that a model cut in evaluation mode computes what the whole one does: loss and metrics of so many samples.
 
     Raises `PlanError` (exit 2) that says what differs.
     """
     evaluated, model = cut_evaluated(file, layered), layered.model
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
-    drawn = file.drawn(SAMPLES, SEED).on(where)
+    drawn = file.drawn(samples, SEED).on(where)
     inputs, _ = evaluated.layered.parted(drawn.inputs, drawn.targets)
     stage = evaluated.layered.stage(range(len(evaluated.layered.layers)))
     with evaluating(model), evaluating(stage), torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -19,16 +19,22 @@ from planner.values.profile import Loading, Timing
 
 ROUNDS = 8
 """Shares of each size that are taken at most; the first is not counted."""
+LEAST = 2
+"""Shares of each size that are taken at least."""
 WORTH = 0.25
 """A worker process has to save this share of the making at least, beyond what it costs to take from it."""
 
 
 class Loaded(NamedTuple):
-    """`load` are seconds of LOAD by samples, `batch_bytes` bytes of inputs and targets, `loading` how data are made."""
+    """`load` are seconds of LOAD by samples, `batch_bytes` bytes of inputs and targets, `loading` how data are made.
+
+    Sizes that were `left_out` for want of time follow from smaller ones, in proportion.
+    """
 
     load: tuple[Timing, ...]
     batch_bytes: tuple[tuple[int, int, int], ...]
     loading: Loading | None
+    left_out: tuple[int, ...] = ()
 
 
 class _Taken(NamedTuple):
@@ -45,20 +51,30 @@ def measure_loading(
     between: Callable[[], object],
     budget_s: float,
 ) -> Loaded:
-    """Measure the loading of shares of each size, within about `budget_s`.
+    """Measure the loading of shares of each size, of as many as there is time for within `budget_s`: of one at least.
 
     `between` two shares the model computes, as it does in training: it evicts what the loading left in the caches.
     Raises `PlanError` when the data fail or have not one whole batch of the largest size.
     """
-    each = budget_s / len(sizes) / (1 if file.data is None else 2)
-    made = [_taken(file, backend, samples, 0, between, each) for samples in sizes]
+    begun, kinds = time.monotonic(), 1 if file.data is None else 2
+    made: list[_Taken] = []
+    for samples in sizes:
+        if made:
+            expected = kinds * LEAST * statistics.median(made[-1].seconds) * samples / made[-1].share.samples
+            if time.monotonic() - begun + expected > budget_s:
+                break
+        made.append(_taken(file, backend, samples, 0, between, budget_s / len(sizes) / kinds))
+    sizes, left_out = sizes[: len(made)], tuple(sizes[len(made) :])
     timings = tuple(Timing.of(n, taken.seconds) for n, taken in zip(sizes, made, strict=True))
     bytes_ = tuple(_bytes(layered, taken.share) for taken in made)
+    last, inputs, targets = bytes_[-1]
+    bytes_ += tuple((n, inputs * n // last, targets * n // last) for n in left_out)
     if file.data is None:
-        return Loaded(timings, bytes_, None)
+        return Loaded(_longer(timings, left_out), bytes_, None, left_out)
     source, largest = file.data.source, made[-1]
     busy = min(1.0, sum(largest.busy) / (sum(largest.seconds) or 1.0))
     workers = source.workers or 0
+    each = max(0.0, budget_s - (time.monotonic() - begun)) / len(sizes)
     ready = [_taken(file, backend, n, workers or 1, between, each, taken) for n, taken in zip(sizes, made, strict=True)]
     if not workers:
         making, taking = (statistics.median(taken.seconds) for taken in (largest, ready[-1]))
@@ -67,8 +83,19 @@ def measure_loading(
     workers = min(workers, 1) if source.streams else workers
     if workers:
         making_s, timings = timings, tuple(Timing.of(n, taken.seconds) for n, taken in zip(sizes, ready, strict=True))
-    loading = Loading(workers=workers, making=making_s if workers else (), busy=busy, samples=source.samples or 0)
-    return Loaded(timings, bytes_, loading)
+    loading = Loading(
+        workers=workers,
+        making=_longer(making_s, left_out) if workers else (),
+        busy=busy,
+        samples=source.samples or 0,
+    )
+    return Loaded(_longer(timings, left_out), bytes_, loading, left_out)
+
+
+def _longer(timings: tuple[Timing, ...], more: Sequence[int]) -> tuple[Timing, ...]:
+    """Return timings, and behind them those of more samples in proportion to the last."""
+    last = timings[-1]
+    return (*timings, *(last.scaled(n / last.samples, samples=n) for n in more))
 
 
 def _taken(
@@ -87,7 +114,7 @@ def _taken(
     busy: list[float] = []
     begun = time.monotonic()
     for i in range(ROUNDS):
-        if i > 1 and time.monotonic() - begun > budget_s:
+        if i >= LEAST and time.monotonic() - begun > budget_s:
             break
         between()
         time.sleep(wait)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from planner.values.profile import LayerProfile, Measuring, Profile, ProfileKey
 from profiles import crowding, machine, subject
 from profiles.chain import Chain
 from profiles.kinds import Kinds
-from profiles.loading import measure_loading
+from profiles.loading import Loaded, measure_loading
 from profiles.machine import Machine
 from profiles.passes import InPlace, OneByOne, Passes
 from profiles.rates import rate_s
@@ -58,9 +58,9 @@ def measure(
     `sizes` are micro-batch sizes in samples, at least three; by default as many of the powers of two up to the batch as
     curves need, from 2 where batch norm refuses 1. `budget_s` bounds the wall seconds of all measuring of the model,
     from its first byte to its last pass, to within the last pass begun; one pass of the smallest size is run, and the
-    bytes of two are counted, whatever it takes. Before it come importing, building and checking the model, and once per
-    machine what is the machine's own, unless that is to be measured again; and compiling, of one layer of each kind,
-    where the model file asks for it.
+    bytes of two are counted, whatever it takes. Before it come importing, building and checking the model (what
+    checking takes beyond `subject.CHECKS_S` is part of the budget), and once per machine what is the machine's own,
+    unless that is to be measured again; and compiling, of one layer of each kind, where the model file asks for it.
 
     `one_by_one` is whether only one layer at a time is to be in memory, `fold` whether one layer of each kind is run;
     None decides by memory and budget. Raises `PlanError` when the model file fails.
@@ -71,7 +71,7 @@ def measure(
     backend = devices.open_device(device)
     if file.compiled:
         check_compiler(path, device)
-    model = subject.prepare(file, device, one_by_one=one_by_one)
+    model = subject.prepare(file, device, one_by_one=one_by_one, budget_s=budget_s)
     if file.compiled and not model.resident:
         raise PlanError(
             what="compiled layers cannot be profiled one at a time",
@@ -85,12 +85,14 @@ def measure(
     progress("links and overheads", 1, 1)
 
     progress("seconds of every layer", 0, 100)
+    budget_s = max(0.0, budget_s - model.late_s)
     budget = Budget(budget_s)
     crowded = device == "cpu" and not file.compiled and _crowded(model, probed, budget_s, candidates[0])
-    layers_s = budget_s * (1 - LOADS) - (_crowd_s(model, probed, budget_s) if crowded else 0.0)
+    layers_s = budget_s * (1 - LOADS) - (_crowd_s(model, probed, CROWD * budget_s) if crowded else 0.0)
     fold = file.compiled or _slow(model, device, candidates, layers_s) if fold is None else fold
     kinds = model.kinds(fold=fold or not model.resident)
-    passes = _passes(file, kinds, backend, resident=model.resident)
+    unsplit = 2 * model.sample_s * candidates[0] <= layers_s
+    passes = _passes(file, kinds, backend, resident=model.resident, unsplit=unsplit)
     if file.compiled:
         progress("compiling", 0, 1)
         passes.chain.compile(candidates[:2], _threads(device))
@@ -103,12 +105,13 @@ def measure(
     def told(done: int, of: int) -> None:
         progress("seconds of every layer", done, of)
 
-    timer = LayerTimer(passes, _threads(device), candidates, told, every=bool(chosen))
+    timer = LayerTimer(passes, _threads(device), candidates, told, every=bool(chosen), sample_s=model.sample_s)
     timer.run(budget, layers_s)
     loads_s = max(0.0, min(LOADS * budget_s, budget.left))
     loaded = measure_loading(file, model.layered, backend, _batches(file.batch_size), _displace, loads_s)
     cluster = probed.cluster
-    if crowded and not kinds.folded and not timer.interrupted:
+    crowd_s = _crowd_s(model, probed, CROWD_PASSES * timer.step_s(timer.looked_at[0]))
+    if crowded and not kinds.folded and not timer.interrupted and crowd_s <= budget.left:
         progress("contention", 0, 1)
         cluster = _busy(path, tokens, timer, min(CROWD * budget_s, budget.left), cluster, file.batch_size)
         progress("contention", 1, 1)
@@ -161,7 +164,7 @@ def measure(
             between=timer.between,
             beyond=timer.left_out,
             unlike=timer.unlike(kinds.alike) if kinds.folded else 0.0,
-            derived=timer.derived,
+            derived=(*timer.derived, *_not_run(model, loaded, unsplit=unsplit)),
             one_by_one=not model.resident,
             interrupted=timer.interrupted,
         ),
@@ -180,9 +183,20 @@ def _candidates(path: str, sizes: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _passes(file: ModelFile, kinds: Kinds, backend: Backend, *, resident: bool) -> Passes:
+def _passes(file: ModelFile, kinds: Kinds, backend: Backend, *, resident: bool, unsplit: bool) -> Passes:
     chain = Chain(file, kinds.short, backend.device, resident=resident)
-    return (InPlace if resident else OneByOne)(chain, backend, Stopwatch(backend))
+    watch = Stopwatch(backend)
+    return InPlace(chain, backend, watch, unsplit=unsplit) if resident else OneByOne(chain, backend, watch)
+
+
+def _not_run(model: Subject, loaded: Loaded, *, unsplit: bool) -> Iterator[str]:
+    """Say in words what of a model, beside its layers, there was no time for."""
+    yield from model.unchecked
+    if model.resident and not unsplit:
+        yield "the unsplit model was not run beside its layers, so what is lost between them is part of their times"
+    if loaded.left_out:
+        sizes = " or ".join(map(str, loaded.left_out))
+        yield f"batches of {sizes} samples were not drawn: loading them follows from fewer, in proportion"
 
 
 def _slow(model: Subject, device: str, sizes: Sequence[int], layers_s: float) -> bool:
@@ -192,15 +206,15 @@ def _slow(model: Subject, device: str, sizes: Sequence[int], layers_s: float) ->
     return WANTED_ROUNDS * 2 * model.sample_s * factor > layers_s
 
 
-def _crowd_s(model: Subject, probed: Machine, budget_s: float) -> float:
-    """Seconds that it takes to run the model in as many processes as crowd the cores."""
-    return probed.launch_s + model.build_s * crowding.processes() / devices.cores() + CROWD * budget_s
+def _crowd_s(model: Subject, probed: Machine, seconds: float) -> float:
+    """Seconds that it takes to run the model in as many processes as crowd the cores, for so many seconds."""
+    return probed.launch_s + model.build_s * crowding.processes() / devices.cores() + seconds
 
 
 def _crowded(model: Subject, probed: Machine, budget_s: float, samples: int) -> bool:
     """Whether there is time and memory for that; otherwise a standard load has said how busy cores slow each other."""
     passes_s = CROWD_PASSES * model.sample_s * samples
-    in_time = max(passes_s - CROWD * budget_s, 0.0) + _crowd_s(model, probed, budget_s) <= CROWD_SHARE * budget_s
+    in_time = _crowd_s(model, probed, max(passes_s, CROWD * budget_s)) <= CROWD_SHARE * budget_s
     return model.resident and in_time and subject.crowds(model, crowding.processes())
 
 

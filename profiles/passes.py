@@ -19,7 +19,8 @@ from executor.layers import unchanged_buffers
 from executor.norm import norm_of
 from executor.user_code import explained
 from planner.values.profile import LayerSizes
-from profiles.chain import Chain, Flow, update
+from profiles.chain import Chain, Flow, Tensors, update
+from profiles.dataless import Counted, count, following
 from profiles.sizes import PartCounter, Static, measure_sizes, measure_static, static_of
 from profiles.watch import WHOLE, Setting, Stopwatch
 
@@ -38,17 +39,44 @@ class Passes(Protocol):
     def count(self, samples: int) -> None:
         """Count the bytes of every part at one micro-batch size."""
 
+    def reckon(self, samples: int) -> bool:
+        """Count them without data, in time that hardly grows with a model; return whether that is possible."""
+
     def timed(self, setting: Setting, *, extra: bool) -> None:
         """Run everything once under the stopwatch, with `extra` also what only some plans need."""
 
 
-class InPlace:
-    """Passes over a model that is in memory."""
+class _Counts:
+    """What has been counted of a chain, with data or without."""
 
-    def __init__(self, chain: Chain, backend: Backend, watch: Stopwatch) -> None:
-        self.chain, self.backend, self.watch = chain, backend, watch
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
         self.sizes: dict[int, list[LayerSizes]] = {}
         self.values: dict[int, dict[str, tuple[int, bool]]] = {}
+        self.reckoned: set[int] = set()
+        self.without: dict[int, Counted | None] = {}
+
+    def reckon(self, samples: int) -> bool:
+        """Count the bytes of every part without data; peaks as far as they can be told from what has been counted."""
+        known = max(self.sizes.keys() - self.reckoned, default=samples)
+        for n in {samples, known} - self.without.keys():
+            self.without[n] = count(self.chain, n)
+        found, less = self.without[samples], self.without[known]
+        if found is None or less is None:
+            return False
+        self.reckoned.add(samples)
+        self.sizes[samples], self.values[samples] = (
+            found if known == samples else following(found, less, self.sizes[known])
+        )
+        return True
+
+
+class InPlace(_Counts):
+    """Passes over a model that is in memory; the `unsplit` model is run beside its layers."""
+
+    def __init__(self, chain: Chain, backend: Backend, watch: Stopwatch, *, unsplit: bool = True) -> None:
+        super().__init__(chain)
+        self.backend, self.watch, self.unsplit = backend, watch, unsplit
         self.batches: dict[int, Any] = {}
         self.compiled: set[tuple[Setting, bool]] = set()
 
@@ -78,12 +106,8 @@ class InPlace:
             self.batches[samples] = chain.draw(samples)
         inputs, targets = self.batches[samples]
         with unchanged_buffers(chain.layered.model):
-            with explained(chain.file.path, "the model's forward"), around(WHOLE, "forward"):
-                loss = chain.loss(chain.whole(*inputs), targets)
-            with around(WHOLE, "backward"):
-                loss.backward()
-            del loss
-            _update(chain, watch, WHOLE, chain.whole_optimizer, chain.whole)
+            if self.unsplit:
+                self._run_whole(watch, inputs, targets)
             done = chain.forward(inputs, targets, around)
             chain.backward(done, around)
             for i, optimizer in enumerate(chain.optimizers):
@@ -96,14 +120,22 @@ class InPlace:
                 for i, stamps in enumerate(chain.repeats(done, watch.backend.stamp)):
                     watch.note_pair(i, "recompute", stamps)
 
+    def _run_whole(self, watch: Stopwatch, inputs: Tensors, targets: Any) -> None:
+        chain, around = self.chain, watch.around
+        with explained(chain.file.path, "the model's forward"), around(WHOLE, "forward"):
+            loss = chain.loss(chain.whole(*inputs), targets)
+        with around(WHOLE, "backward"):
+            loss.backward()
+        del loss
+        _update(chain, watch, WHOLE, chain.whole_optimizer, chain.whole)
 
-class OneByOne:
+
+class OneByOne(_Counts):
     """Passes over a model without data, of which one layer at a time is given some."""
 
     def __init__(self, chain: Chain, backend: Backend, watch: Stopwatch) -> None:
-        self.chain, self.backend, self.watch = chain, backend, watch
-        self.sizes: dict[int, list[LayerSizes]] = {}
-        self.values: dict[int, dict[str, tuple[int, bool]]] = {}
+        super().__init__(chain)
+        self.backend, self.watch = backend, watch
         self.make = harmless(backend.device)
 
     @contextmanager

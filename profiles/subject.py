@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from executor import averaging, devices
-from executor.agreement import SLOW_S, agree
+from executor.agreement import BACKWARD, SLOW_S, Allowance, agree
+from executor.evaluated import SAMPLES as EVALUATED
 from executor.evaluated import agree_evaluated
 from executor.hollow import build, built_within, held_bytes, hollow
 from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import ModelFile
+from profiles.dataless import without_data
 from profiles.kinds import Kinds, every, find
 
 STATES = 6
@@ -21,6 +23,10 @@ STATES = 6
 layers and for the unsplit model."""
 SHARE = 0.8
 """Of the free memory, for that; the rest is for activations."""
+CHECKS_S, CHECKS = 30.0, 0.5
+"""Seconds for comparing the cut model with the whole one, or where that is more, the share of a budget."""
+QUICK_S = 1.0
+"""Seconds per sample under which a model is run to find its kinds of layers; others are looked at without data."""
 
 
 _REFUSING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -31,7 +37,8 @@ class Subject:
     """A model that has been cut; `resident` if its parameters are in memory, and it was compared with its cut.
 
     `sample_s` are the seconds of forward and backward per sample, roughly, as that comparison took; 0 without.
-    `build_s` is what a process takes to get as far.
+    `build_s` is what a process takes to get as far. `unchecked` says in words what was not compared, for want of time,
+    and `late_s` by how much comparing took longer than it may beside a budget.
     """
 
     file: ModelFile
@@ -39,18 +46,25 @@ class Subject:
     resident: bool
     sample_s: float
     build_s: float
+    unchecked: tuple[str, ...] = ()
+    late_s: float = 0.0
 
     def kinds(self, *, fold: bool) -> Kinds:
         """Return its kinds of layers; unless they are to be folded, each layer is one."""
         if not fold:
             return every(self.layered)
         inputs, _ = self.layered.parted(*self.file.draw(2, seed=0))
+        found = without_data(self.layered, inputs, self._found) if self.sample_s > QUICK_S else None
+        return found or self._found(inputs)
+
+    def _found(self, inputs: tuple[torch.Tensor, ...]) -> Kinds:
         return find(self.layered, inputs)
 
 
-def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None) -> Subject:
-    """Build the model, cut it, and compare it with its cut, if it fits into memory.
+def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None, budget_s: float = float("inf")) -> Subject:
+    """Build the model, cut it, and compare it with its cut, if it fits into memory: as far as there is time.
 
+    Comparing takes `CHECKS_S`, or half of a longer budget, and one forward of one sample whatever it takes.
     `one_by_one` says whether it is to be treated as if it did not; None decides. Raises `PlanError` when it fails.
     """
     begun = time.monotonic()
@@ -58,12 +72,33 @@ def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None) -> Su
     layered = cut(file, model)
     build_s, sample_s = time.monotonic() - begun, 0.0
     resident = not hollow(model)
+    allowance = Allowance(max(CHECKS_S, CHECKS * budget_s))
     if resident:
-        sample_s = agree(file, layered)
-        if file.evaluate is not None:
-            agree_evaluated(file, layered)
-        averaging.check(file, layered.model, 2 if sample_s > SLOW_S else averaging.SAMPLES)
-    return Subject(file=file, layered=layered, resident=resident, sample_s=sample_s, build_s=build_s)
+        sample_s = agree(file, layered, allowance)
+        _compare_losses(file, layered, sample_s, allowance)
+    return Subject(
+        file=file,
+        layered=layered,
+        resident=resident,
+        sample_s=sample_s,
+        build_s=build_s,
+        unchecked=tuple(allowance.left_out),
+        late_s=max(0.0, allowance.spent - CHECKS_S),
+    )
+
+
+def _compare_losses(file: ModelFile, layered: LayeredModel, sample_s: float, allowance: Allowance) -> None:
+    """Check how losses of micro-batches add up, and the model as it is evaluated."""
+    slow, forward_s = sample_s > SLOW_S, sample_s / (1.0 + BACKWARD)
+    samples = 2 if slow else averaging.SAMPLES
+    said = "whether the loss of a batch is the mean of its micro-batches' was not checked"
+    if allowance.allows(averaging.forwards(file, samples) * forward_s, otherwise=said):
+        averaging.check(file, layered.model, samples)
+    if file.evaluate is not None:
+        samples = 1 if slow else EVALUATED
+        said = "the model cut in evaluation mode was not compared with the whole one"
+        if allowance.allows(2 * samples * forward_s, otherwise=said):
+            agree_evaluated(file, layered, samples)
 
 
 def _fitting(file: ModelFile, kind: str) -> nn.Module:

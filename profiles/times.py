@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import msgspec
 import torch
@@ -23,6 +24,8 @@ EXTRA_ROUNDS = 3
 """Rounds of the measurements that only some plans need: halves of the backward, recomputes."""
 WANTED_ROUNDS = 5
 """Rounds that one wants of every size, before more sizes are measured than curves need."""
+COUNT_SHARE, COUNTING = 0.25, 3.0
+"""Of the budget, for counting the bytes of one size with data; and how many passes that is about."""
 FIRST_SHARE = 0.5
 """Of the budget, for the first looks at sizes; the rest is for repeating them."""
 BEND = 0.05
@@ -37,7 +40,8 @@ class LayerTimer:
     """Measures what some passes run. `progress` is told after every pass how much of the budget is spent, in per cent.
 
     `sizes` are candidates, all of them to be measured if `every`; `measured` says how often each setting was. What is
-    `left_out` is larger than all that were measured, `between` lies between them.
+    `left_out` is larger than all that were measured, `between` lies between them. A pass takes some `sample_s` seconds
+    per sample, if that is known.
     """
 
     def __init__(
@@ -48,8 +52,9 @@ class LayerTimer:
         progress: Callable[[int, int], None],
         *,
         every: bool = False,
+        sample_s: float = 0.0,
     ) -> None:
-        self.passes, self.watch, self.progress = passes, passes.watch, progress
+        self.passes, self.watch, self.progress, self.sample_s = passes, passes.watch, progress, sample_s
         self.threads, self.sizes, self.every = sorted(threads, reverse=True), sorted(sizes), every
         self.measured: dict[Setting, int] = {}
         self.extras: set[Setting] = set()
@@ -59,6 +64,8 @@ class LayerTimer:
         """Seconds of the first look at each size."""
         self.counts: dict[int, float] = {}
         """Seconds of counting the bytes of each size."""
+        self.reckoned: list[int] = []
+        """Sizes whose bytes were counted without data."""
         self.interrupted = False
         self.budget, self.limit_s = Budget(0.0), 0.0
 
@@ -66,7 +73,8 @@ class LayerTimer:
         """Measure until so many seconds of a budget are spent; one pass of the smallest size whatever it takes.
 
         The bytes of a second size are counted whatever it takes, too: not all that a layer holds grows with the batch
-        (what autocast copies of its weights does not), so one size says nothing about others. A Ctrl-C behind the first
+        (what autocast copies of its weights does not), so one size says nothing about others. Where counting would take
+        long it is done without data, if the model can do without. A Ctrl-C behind the first
         pass ends the measuring, as the end of the budget does.
         """
         before = torch.get_num_threads()
@@ -113,7 +121,7 @@ class LayerTimer:
     def _look_around(self) -> None:
         self._look(self.sizes[0])
         second = self.sizes[1] if len(self.sizes) > 1 else 2 * self.sizes[0]
-        if second not in self.sizes or not self._affordable(second):
+        if second not in self.counts and (second not in self.sizes or not self._affordable(second)):
             self._count(second)
         if self.every:
             for samples in self.sizes[1:]:
@@ -181,6 +189,8 @@ class LayerTimer:
         begun = self.budget.spent
         if samples not in self.counts:
             self._count(samples)  # also warms up
+            if samples in self.reckoned and not self.measured:
+                self._reckon_on()
         for extra in (False, True):
             for threads in self.threads:
                 setting = threads, samples
@@ -191,10 +201,33 @@ class LayerTimer:
                     self._timed(setting, extra=extra)
         self.looks[samples] = self.budget.spent - begun
 
-    def _count(self, samples: int) -> None:
-        begun = self.budget.spent
-        self.passes.count(samples)
+    def _count(self, samples: int, *, quickly: bool = False) -> bool:
+        """Count the bytes of a size, without data where it takes long with it; return whether, if only `quickly`."""
+        begun, long = self.budget.spent, self._long(self._counting(samples))
+        if long and self.passes.reckon(samples):
+            self.reckoned.append(samples)
+        elif long and quickly:
+            return False
+        else:
+            self.passes.count(samples)
         self.counts[samples] = self.budget.spent - begun
+        return True
+
+    def _reckon_on(self) -> None:
+        """Count the bytes of all sizes before a pass takes the time for it."""
+        for last, samples in pairwise(self.sizes):
+            if self.budget.spent + self.counts[last] > FIRST_SHARE * self.limit_s:
+                return
+            self._count(samples, quickly=True)
+
+    def _counting(self, samples: int) -> float:
+        """Seconds that counting the bytes of a size with data would take."""
+        known = [n for n in self.counts if n not in self.reckoned]
+        return self.counts[known[-1]] * samples / known[-1] if known else COUNTING * self.sample_s * samples
+
+    def _long(self, seconds: float) -> bool:
+        """Whether counting for so long would take too much of the budget."""
+        return seconds > COUNT_SHARE * self.limit_s or self.budget.spent + seconds > FIRST_SHARE * self.limit_s
 
     def _count_on(self) -> None:
         """Count the bytes of larger sizes than there is time to look at, as far as that is quick enough.
@@ -202,12 +235,9 @@ class LayerTimer:
         What a layer needs at its worst is the largest of several lines: the slope of small sizes is too low for others.
         """
         for samples in self.left_out:
-            last = max(self.counts)
-            expected = self.counts[last] * samples / last
-            if samples > last and self.budget.spent + expected > FIRST_SHARE * self.limit_s:
+            reckoning = self.counts[self.reckoned[-1]] if self.reckoned else 0.0
+            if samples not in self.counts and not (self._fits(reckoning) and self._count(samples, quickly=True)):
                 return
-            if samples not in self.counts:
-                self._count(samples)
 
     # Round and round
 
@@ -263,6 +293,11 @@ class LayerTimer:
             found.append(f"times with {', '.join(missing)} threads follow from those with {min(known)}, in proportion")
         if not self.extras:
             found.append("halves of a backward and recomputes were not run: they follow from the whole passes")
+        if self.reckoned:
+            sizes = ", ".join(map(str, sorted(self.reckoned)))
+            counted = [n for n in self.counts if n not in self.reckoned]
+            peaks = f"peaks follow those of {max(counted)}" if counted else "peaks are those of tensors alone"
+            found.append(f"bytes of {sizes} samples were counted without computing: {peaks}")
         return tuple(found)
 
     def layer(self, part: int) -> tuple[LayerTimes, ...]:
@@ -291,7 +326,7 @@ class LayerTimer:
                 whole = self.watch.timing(other, part, of).median_s
                 share = self.watch.timing(other, part, kind).median_s / whole if whole > 0 else 0.0
                 break
-            return tuple(_scaled(timing, share) for timing in timings(of))
+            return tuple(timing.scaled(share) for timing in timings(of))
 
         return LayerTimes(
             threads=threads,
@@ -357,25 +392,14 @@ class LayerTimer:
         return statistics.median(spreads) if spreads else 0.0
 
 
-def _scaled(timing: Timing, factor: float) -> Timing:
-    return Timing(
-        samples=timing.samples,
-        low_s=timing.low_s * factor,
-        lower_s=timing.lower_s * factor,
-        median_s=timing.median_s * factor,
-        upper_s=timing.upper_s * factor,
-        high_s=timing.high_s * factor,
-    )
-
-
 def _slower(times: LayerTimes, threads: int, factor: float) -> LayerTimes:
     """The times of fewer threads, so many times longer."""
     rows = ("forward", "backward", "backward_input", "backward_weight", "recompute")
-    changed = {row: tuple(_scaled(timing, factor) for timing in getattr(times, row)) for row in rows}
+    changed = {row: tuple(timing.scaled(factor) for timing in getattr(times, row)) for row in rows}
     return msgspec.structs.replace(
         times,
         threads=threads,
-        optimizer=_scaled(times.optimizer, factor),
-        norm=_scaled(times.norm, factor) if times.norm else None,
+        optimizer=times.optimizer.scaled(factor),
+        norm=times.norm.scaled(factor) if times.norm else None,
         **changed,
     )

@@ -45,6 +45,17 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
         low, lower, median, upper, high = (quantile(share) for share in (0.1, 0.25, 0.5, 0.75, 0.9))
         return cls(samples=samples, low_s=low, lower_s=lower, median_s=median, upper_s=upper, high_s=high)
 
+    def scaled(self, factor: float, *, samples: int = 0) -> Timing:
+        """Return so many times the seconds, of other `samples` where these are given."""
+        return Timing(
+            samples=samples or self.samples,
+            low_s=self.low_s * factor,
+            lower_s=self.lower_s * factor,
+            median_s=self.median_s * factor,
+            upper_s=self.upper_s * factor,
+            high_s=self.high_s * factor,
+        )
+
 
 def _sound(timings: Sequence[Timing]) -> bool:
     """Whether all seconds are finite and not negative."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -264,3 +266,58 @@ def test_a_slow_model_is_checked_with_one_sample(monkeypatch: pytest.MonkeyPatch
         assert drawn == expected
     with pytest.raises(PlanError, match="do not compute what the model computes"):
         agree(file, dataclasses.replace(parts, layers=(parts.layers[0], *parts.layers[2:])))
+
+
+class Reversed(torch.autograd.Function):
+    """Returns what it gets, and turns its gradient round: no loss tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return -gradient
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(Reversed.apply(self.first(x)))
+
+
+class ForForwards(agreement.Allowance):
+    """There is time for two forwards, and not for gradients."""
+
+    def allows(self, seconds: float, *, otherwise: str) -> bool:
+        return "gradients" not in otherwise or super().allows(math.inf, otherwise=otherwise)
+
+
+@pytest.mark.parametrize(("name", "why"), [("forgets", "no layer trains"), ("reorders", "the loss of a batch is")])
+def test_without_time_for_gradients_the_loss_and_what_is_trained_are_compared(name: str, why: str) -> None:
+    """What was not compared is said."""
+    file, allowance = load(f"{MODELS}:{name}"), ForForwards(1e9)
+    with pytest.raises(PlanError, match="do not compute what the model computes") as raised:
+        agree(file, cut(file, file.build(0)), allowance)
+    assert why in raised.value.why
+    assert "the gradients of the layers were not compared" in allowance.left_out[0]
+
+
+def test_a_gradient_that_follows_from_no_forward_is_compared_whatever_it_takes() -> None:
+    file = dataclasses.replace(
+        load(str(MODELS)), model=Turned, layers=lambda model: [model.first, model.second], batch=vectors
+    )
+    none = agreement.Allowance(0.0)
+    with pytest.raises(PlanError, match="do not compute what the model computes") as raised:
+        agree(file, cut(file, file.build(0)), none)
+    assert "the gradient of first.bias" in raised.value.why
+    plain = dataclasses.replace(file, model=lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4)), layers=None)
+    assert agree(plain, cut(plain, plain.build(0)), none) > 0
+    assert [words.partition(" were ")[0] for words in none.left_out] == ["the gradients of the layers", "the layers"]
+
+
+def vectors(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 12), torch.randn(n, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,12 +111,15 @@ def ignored(done: int, of: int) -> None:
 class ByHand:
     """Passes on a clock by hand: a pass takes `seconds(samples)` with 2 threads and twice that with one."""
 
-    def __init__(self, seconds: Callable[[int], float], interrupt_at: float = float("inf")) -> None:
+    def __init__(
+        self, seconds: Callable[[int], float], interrupt_at: float = float("inf"), needs_data: bool = True
+    ) -> None:
         self.chain = chain_of(nn.Sequential(nn.Linear(2, 2)), 2)
         self.watch = Stopwatch(devices.Cpu())
         self.sizes: dict[int, list[LayerSizes]] = {}
         self.values: dict[int, dict[str, tuple[int, bool]]] = {}
         self.now, self.seconds, self.interrupt_at = 0.0, seconds, interrupt_at
+        self.needs_data = needs_data
         self.longest, self.passes = 0.0, list[tuple[Setting, bool]]()
 
     def static(self) -> list[Static]:
@@ -129,6 +133,13 @@ class ByHand:
     def count(self, samples: int) -> None:
         self._take(2 * self.seconds(samples))
         self.sizes[samples], self.values[samples] = [], {}
+
+    def reckon(self, samples: int) -> bool:
+        if self.needs_data:
+            return False
+        self._take(0.01)
+        self.sizes[samples], self.values[samples] = [], {}
+        return True
 
     def timed(self, setting: Setting, *, extra: bool) -> None:
         threads, samples = setting
@@ -146,11 +157,15 @@ class ByHand:
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LayerTimer, ByHand]]:
     """Runs a timer over 1 to 64 samples, with 2 threads and 1."""
 
-    def run(seconds: Callable[[int], float], budget_s: float, **more: float) -> tuple[LayerTimer, ByHand]:
+    def run(
+        seconds: Callable[[int], float], budget_s: float, sample_s: float = 0.0, **more: Any
+    ) -> tuple[LayerTimer, ByHand]:
         passes = ByHand(seconds, **more)
         monkeypatch.setattr("profiles.watch.time.monotonic", lambda: passes.now)
         told: list[int] = []
-        timer = LayerTimer(passes, [2, 1], [2**i for i in range(7)], lambda done, of: told.append(done))
+        timer = LayerTimer(
+            passes, [2, 1], [2**i for i in range(7)], lambda done, of: told.append(done), sample_s=sample_s
+        )
         timer.run(Budget(budget_s), budget_s)
         assert told == sorted(told)
         return timer, passes
@@ -211,6 +226,20 @@ def test_bytes_are_counted_of_sizes_that_there_is_no_time_to_look_at(by_hand: Ti
     timer, passes = by_hand(lambda n: 1.0 * n, 80.0)
     assert timer.looked_at == [1]
     assert sorted(passes.sizes) == [1, 2, 4]
+
+
+def test_bytes_of_a_slow_model_are_counted_without_data(by_hand: Timed) -> None:
+    """Where a pass takes as long as the budget, one pass and hardly more is run; quick models are counted as ever."""
+    timer, passes = by_hand(lambda n: 30.0 * n, 30.0, needs_data=False, sample_s=30.0)
+    assert passes.passes == [((2, 1), False)]
+    assert passes.now < 30.0 + 1.0
+    assert sorted(passes.sizes) == timer.sizes
+    assert "bytes of 1, 2, 4, 8, 16, 32, 64 samples were counted without computing: peaks are" in timer.derived[-1]
+    timer, _ = by_hand(lambda n: 1.0 * n, 80.0, needs_data=False, sample_s=1.0)
+    assert timer.reckoned == [8, 16, 32, 64], "after 1, 2 and 4 with data, as far as a share of the budget reaches"
+    assert "peaks follow those of 4" in timer.derived[-1]
+    timer, _ = by_hand(lambda n: 0.01 * n, 80.0, needs_data=False, sample_s=0.01)
+    assert timer.reckoned == []
 
 
 def test_bytes_of_two_sizes_are_counted_of_a_model_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
