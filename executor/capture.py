@@ -56,7 +56,8 @@ class Captured:
 
     They stand in the order in which they run. `ambient` are the other nodes with tensors, `sizes` those with numbers,
     as expressions of `batch`, the batch size. `inputs` and `targets` are the batch's tensors, `held` the parameters',
-    buffers' and constants' nodes with their names and tensors. `trained` are the nodes whose values have gradients.
+    buffers' and constants' nodes with their names and tensors. `trained` are the nodes whose values have gradients, and
+    `grown` those that would if no parameter were frozen.
     `owner` tells whose memory a node's value lies in: its own, or that of the node it is a view of; `changed` has the
     steps that write into another node's memory, with that node. `wanted` are the outputs that are, besides the `loss`.
     """
@@ -70,6 +71,7 @@ class Captured:
     targets: tuple[fx.Node, ...]
     held: dict[fx.Node, tuple[str, torch.Tensor]]
     trained: frozenset[fx.Node]
+    grown: frozenset[fx.Node]
     owner: dict[fx.Node, fx.Node]
     changed: dict[fx.Node, fx.Node]
     loss: fx.Node
@@ -159,12 +161,17 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
     batch = next((size for size in sizes if sympy.sympify(size).free_symbols), None)
     if batch is None:
         raise _FixedSizeError
-    for node in graph.find_nodes(op="call_function", target=OPAQUE):
-        if any(p.requires_grad for p in opaque.calls[node.args[2]].parameters()):
-            trained.add(node)
+    grown = {node for node in held if node.name in signature.inputs_to_parameters}
     found = _Values(batch, [n for n in graph.nodes if n.op == "call_function"])
+    for node in graph.find_nodes(op="call_function", target=OPAQUE):
+        parameters = [p.requires_grad for p in opaque.calls[node.args[2]].parameters()]
+        trained |= {node} if any(parameters) else set()
+        grown |= {node} if parameters else set()
     for node in found.nodes:
         found.add(node, varying, trained)
+    for node in found.steps:
+        if any(arg in grown for arg in node.all_input_nodes):
+            grown.add(node)
     loss, *outputs = graph.output_node().args[0]
     return Captured(
         modules=program.graph_module,
@@ -176,6 +183,7 @@ def _sorted_out(program: ExportedProgram, step: nn.Module, arguments: Any, input
         targets=tuple(tensors[inputs:]),
         held=held,
         trained=frozenset(trained),
+        grown=frozenset(grown),
         owner=found.owner,
         changed=found.changed,
         loss=loss,

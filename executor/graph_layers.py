@@ -2,7 +2,8 @@
 
 The graph is cut at the borders of the model's own modules: between all children of the model, and between the entries
 of lists (`nn.Sequential`, `nn.ModuleList`) inside them as long as no more values with gradients pass there than around
-the module: a block's residual and its branch are not parted. What follows a child belongs to it.
+the module: a block's residual and its branch are not parted. What follows a child belongs to it. Frozen modules are cut
+as they would be unfrozen.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Cutter:
         self.end, self.late = self._loss()
         self.whole = together(map(self._changed, self.steps))
         self.count = [0] * (len(self.steps) + 1)
-        for node in captured.trained & self.place.keys():
+        for node in captured.grown & self.place.keys():
             for cut in range(self.place[node] + 1, self.last[node] + 1):
                 self.count[cut] += 1
         behind = {node: len(self.steps) for node in captured.wanted if node in self.last}
@@ -154,16 +155,16 @@ class Cutter:
         return frozenset(node for node, numbers in readers.items() if len(numbers) > 2)
 
     def width(self, cut: int, context: frozenset[fx.Node] = frozenset()) -> int:
-        """Return how many values with gradients pass a cut, what is `context` aside."""
+        """Return how many values pass a cut that have gradients, or would unfrozen, what is `context` aside."""
         return self.count[cut] - sum(
-            node in self.captured.trained and self.place[node] < cut <= self.last[node] for node in context
+            node in self.captured.grown and self.place[node] < cut <= self.last[node] for node in context
         )
 
     def _parent(self, path: str) -> nn.Module:
         return self.model.get_submodule(path.rpartition(".")[0])
 
     def possible(self, cut: int) -> bool:
-        """Whether stages can meet here: something with a gradient passes, tensors only, and one tells the batch size.
+        """Whether stages can meet here: something that layers have made passes, all tensors; one tells the batch size.
 
         No statistics may be changed on both sides (`executor.statistics`). Where values that pass share memory into
         which is written behind the cut, it must be that of one of them alone.

@@ -194,6 +194,24 @@ def warming() -> nn.Module:
     return Warming()
 
 
+class Frozen(nn.Module):
+    """A head on a backbone that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(12, 12).requires_grad_(False)
+        self.backbone = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+        self.backbone.requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.backbone(torch.tanh(self.into(x)))))
+
+
+def frozen() -> nn.Module:
+    return Frozen()
+
+
 class Fields(nn.Module):
     """Takes its inputs by name, an optional one among them, and returns its own loss beside a cache."""
 

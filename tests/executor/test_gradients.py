@@ -179,7 +179,7 @@ def cases(k: int) -> list[Case]:
         ):
             found.append(Case(name=name, model=experts, plan=own, steps=6))
         found.append(Case(name="sometimes", model=some, plan=plan_of(some, "1f1b", 1, replicas=2)))
-        for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded", "warming"):
+        for name in ("tied", "twice", "kept", "fields", "odd", "asleep", "bare", "padded", "warming", "frozen"):
             own = f"{MODELS}:{name}"
             found.append(Case(name=name, model=own, plan=plan_of(own, "1f1b", 2)))
         own = str(HERE / "gradient_models.py:adversary")
@@ -188,6 +188,8 @@ def cases(k: int) -> list[Case]:
         found.append(Case(name="warming-True", model=own, plan=plan_of(own, "gpipe", 2, recompute=True), steps=2))
         found.append(Case(name="listed", model=f"{MODELS}:listed", plan=plan_of(f"{MODELS}:listed", "1f1b", 2)))
     if k == 4:
+        own = f"{MODELS}:frozen"
+        found.append(Case(name="frozen", model=own, plan=plan_of(own, "1f1b", 4)))
         found.append(Case(name="turned", model=f"{MODELS}:turned", plan=plan_of(f"{MODELS}:turned", "gpipe", 4)))
         found.append(Case(name="skips", model=f"{MODELS}:skips", plan=plan_of(f"{MODELS}:skips", "1f1b", 4)))
         found.append(

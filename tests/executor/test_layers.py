@@ -228,6 +228,12 @@ def test_how_many_samples_there_are_is_nothing_fixed() -> None:
         layered(f"{MODELS}:fixed")
 
 
+def test_what_is_frozen_is_cut_as_it_would_be_unfrozen() -> None:
+    parts = layered(f"{MODELS}:frozen")
+    names = ["into", *(f"backbone.{i}" for i in range(4)), *(f"head.{i}" for i in range(3))]
+    assert [layer.name for layer in parts.layers] == names
+
+
 class Forgetful(nn.Module):
     """Replaces a buffer in a way that no graph follows; its first loss does not show it."""
 
