@@ -128,13 +128,14 @@ class Source:
                 fix="let the dataset return (inputs, targets), inputs as a tuple or a dict where there are several; or "
                 "a dict, for a model that returns its own loss",
             )
-        wrong = next((t for t in batch.inputs if not t.dim() or t.shape[0] != samples), None)
+        every = [("an input", t) for t in batch.inputs] + [("a target", t) for t in tensors(batch.targets)]
+        wrong = next(((of, t) for of, t in every if not t.dim() or t.shape[0] != samples), None)
         if not batch.inputs or wrong is not None:
             raise PlanError(
                 what=f"a batch of {samples} samples of {self.call} has other than {samples} of them",
                 where=self.path,
-                why="it has no tensors" if wrong is None else f"an input is {tuple(wrong.shape)}",
-                fix="let the collate_fn return tensors whose first dimension is the number of samples",
+                why="its inputs have no tensors" if wrong is None else f"{wrong[0]} is {tuple(wrong[1].shape)}",
+                fix="let the collate_fn return inputs and targets whose first dimension is the number of samples",
             )
         return batch
 

@@ -282,6 +282,18 @@ BAD = [
         "an input is (3, 3)",
     ),
     (
+        "def short(items): return torch.ones(len(items), 3), torch.ones(len(items) - 1)\n"
+        "def data(): return DataLoader(Numbers(), 8, collate_fn=short)",
+        "has other than",
+        "a target is (",
+    ),
+    (
+        "def one(items): return torch.ones(len(items), 3), {'class': torch.tensor(1)}\n"
+        "def data(): return DataLoader(Numbers(), 8, collate_fn=one)",
+        "has other than",
+        "a target is ()",
+    ),
+    (
         "class Short(Counting):\n    def __len__(self): return 90\n"
         "def data(): return Short()",
         "the stream of data() ends before its epoch does",
