@@ -84,13 +84,13 @@ class Dealt:
     def __init__(self, shares: Making, like: Drawn, *, workers: int, device: torch.device) -> None:
         self.shares, self.like, self.workers, self.device = shares, like, workers, device
         self.steps = shares.steps
-        self.epoch = 0
+        self.addresses = _Anew(shares)
         self.made: Iterator[Any] | None = None
         self.loader: DataLoader[Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Go on with the first step of an epoch."""
-        self.epoch, self.made = epoch, None
+        self.addresses.epoch, self.made = epoch, None
 
     def take(self) -> Drawn:
         """Return the share of the next step.
@@ -99,7 +99,7 @@ class Dealt:
         `StopIteration` behind the last one, where there is one.
         """
         if self.made is None:
-            self.made = self._ready() if self.workers else map(self.shares.__getitem__, self._addresses())
+            self.made = self._ready() if self.workers else map(self.shares.__getitem__, iter(self.addresses))
         try:
             found = next(self.made)
         except RuntimeError as error:  # torch's words about its workers
@@ -122,9 +122,6 @@ class Dealt:
         """End the processes that make batches."""
         self.made = self.loader = None
 
-    def _addresses(self) -> Iterator[Address]:
-        return self.shares.addresses(self.epoch)
-
     def _ready(self) -> Iterator[Any]:
         source = self.shares.source
         with warnings.catch_warnings():
@@ -133,7 +130,7 @@ class Dealt:
                 self.loader = DataLoader(
                     _Said(self.shares),
                     batch_size=None,
-                    sampler=_Anew(self._addresses),
+                    sampler=self.addresses,
                     num_workers=self.workers,
                     collate_fn=_as_it_is,
                     pin_memory=source.pinned and self.device.type == "cuda",
@@ -172,13 +169,17 @@ class _Said(Dataset[Any]):
 
 
 class _Anew(Iterable[Address]):
-    """An iterable that begins anew each time."""
+    """The addresses of shares, which begin anew with an epoch each time.
 
-    def __init__(self, begin: Callable[[], Iterator[Address]]) -> None:
-        self.begin = begin
+    It knows nothing of who takes them: in a circle of references the garbage collector would close the pipe to a worker
+    before the worker is told to end, and its end be waited for in vain, for 5 s.
+    """
+
+    def __init__(self, shares: Making) -> None:
+        self.shares, self.epoch = shares, 0
 
     def __iter__(self) -> Iterator[Address]:
-        return self.begin()
+        return self.shares.addresses(self.epoch)
 
 
 class _Begun:

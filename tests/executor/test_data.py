@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -381,6 +383,20 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_feed_that_nobody_holds_is_gone(written: Make) -> None:
+    """No circle leaves it to the garbage collector, which closes the pipes of its workers before they are told."""
+    file = written("def data(): return DataLoader(Numbers(), batch_size=8, num_workers=1)")
+    gc.disable()
+    try:
+        feed = open_feed(file, 8)
+        feed.take()
+        gone = weakref.ref(feed)
+        del feed
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_closed_feed_has_ended_its_workers(written: Make) -> None:

@@ -63,10 +63,16 @@ class Plain(NamedTuple):
 
 
 def plain(model: str, plan: Plan, steps: int, asked: int) -> Plain:
-    """Accumulate over the same micro-batches in a plain loop, for some of the steps that it was asked for."""
+    """Accumulate over the same micro-batches in a plain loop, for some of the steps that it was asked for.
+
+    The gradients of each replica's share are added up apart, and then their means, as DDP does, so that all is equal to
+    the last digit. Another order of additions has other last digits, and AdamW, which divides by a gradient's own size,
+    makes much of them: added up as one, 50 steps have losses that are 1.04e-6 of themselves off, and weights 9.5e-7.
+    """
     file = load(model)
     whole = file.build(SEED)
-    optimizer = file.optimizer([p for p in whole.parameters() if p.requires_grad])
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    optimizer = file.optimizer(trained)
     scheduler = file.scheduler(optimizer, asked) if file.scheduler else None
     replicas = range(plan.replicas)
     feeds = [
@@ -76,13 +82,19 @@ def plain(model: str, plan: Plan, steps: int, asked: int) -> Plain:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(steps):
-        total = 0.0
+        total, gradients = 0.0, list[list[torch.Tensor]]()
         for feed in feeds:
+            mean = 0.0
             for part in feed.take().split(plan.microbatches // plan.replicas):
                 args, keywords = part.arguments()
-                loss = file.loss(whole(*args, **keywords), part.targets) / plan.microbatches
+                loss = file.loss(whole(*args, **keywords), part.targets) / (plan.microbatches // plan.replicas)
                 loss.backward()
-                total += float(loss.detach())
+                mean += float(loss.detach())
+            total += mean / plan.replicas
+            gradients.append([p.grad / plan.replicas for p in trained if p.grad is not None])
+            optimizer.zero_grad()
+        for parameter, own in zip(trained, zip(*gradients, strict=True), strict=True):
+            parameter.grad = sum(own[1:], start=own[0])
         rates.append(optimizer.param_groups[0]["lr"])
         if file.clip:
             norms.append(float(nn.utils.clip_grad_norm_(whole.parameters(), file.clip)))
@@ -95,7 +107,7 @@ def plain(model: str, plan: Plan, steps: int, asked: int) -> Plain:
     return Plain(losses, rates, norms, whole.state_dict())
 
 
-def compare(case: Case, folder: Path, *, exact: bool) -> None:
+def compare(case: Case, folder: Path) -> None:
     """Hold what a case's ranks have left against the plain loop of as many steps."""
     ranks = len(case.plan.devices)
     steps = joined(folder / case.name, ranks)
@@ -107,13 +119,8 @@ def compare(case: Case, folder: Path, *, exact: bool) -> None:
     known = [step.norm for step in steps if not math.isnan(step.norm)]
     assert known == pytest.approx(norms, rel=1e-6)
     assert found.keys() == weights.keys()
-    if exact:
-        assert [step.loss for step in steps] == losses
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
-    else:
-        assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-5)
-        for name in weights:
-            torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-6)
+    assert [step.loss for step in steps] == losses
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("name", ["scheduled", "halving", "clipped"])
@@ -121,7 +128,7 @@ def test_one_device_is_the_plain_loop(name: str, alone: Backend, tmp_path: Path)
     model = f"{MODELS}:{name}"
     case = Case(name=name, model=model, plan=plan_of(model, "1f1b", 1), steps=STEPS)
     train(case, tmp_path, alone)
-    compare(case, tmp_path, exact=True)
+    compare(case, tmp_path)
     lines = recording_of(tmp_path / name, 0).read_bytes().splitlines()
     assert [msgspec.json.decode(line, type=RankStep).step for line in lines] == list(recorded(STEPS))
 
@@ -135,7 +142,7 @@ def test_who_asks_before_the_first_step_gets_one(alone: Backend, tmp_path: Path)
     assert ask(tmp_path / "asked")
     train(case, tmp_path, alone)
     assert len(joined(tmp_path / "asked", 1)) == 1
-    compare(case, tmp_path, exact=True)
+    compare(case, tmp_path)
 
 
 def test_stages_and_replicas_are_the_plain_loop(tmp_path: Path) -> None:
@@ -154,7 +161,7 @@ def test_stages_and_replicas_are_the_plain_loop(tmp_path: Path) -> None:
     spec.write_bytes(msgspec.json.encode(Cases(folder=str(tmp_path), cases=tuple(some))))
     launch(main, str(spec), 2, tmp_path / "logs")
     for case in some:
-        compare(case, tmp_path, exact=case.plan.replicas == 1)
+        compare(case, tmp_path)
         done = [len(joined_alone(tmp_path / case.name, rank)) for rank in range(2)]
         assert done[0] == done[1], "all ranks end behind the same step"
         assert done[0] < 10**6
