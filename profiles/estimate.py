@@ -41,7 +41,7 @@ from profiles.kinds import find
 from profiles.sizes import Static, recorded_sizes
 from profiles.splits import splits_of
 from profiles.states import static_of, tied_of
-from profiles.subject import needs_two
+from profiles.subject import check_batch, needs_two
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -112,6 +112,7 @@ def estimate(
     devices.get(hardware)
     file = load(path, sequence)
     file = dataclasses.replace(file, compiled=False)  # operations are counted one by one
+    check_batch(file)
     if dtype is not None:
         file = dataclasses.replace(file, precision="")  # another precision is asked for
     counted = count(file, sizes, dtype, progress)

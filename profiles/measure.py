@@ -68,6 +68,7 @@ def measure(
     chosen = _candidates(path, sizes)
     file = load(path, sequence)
     tokens = file.tokens()
+    subject.check_batch(file)
     backend = devices.open_device(device)
     if file.compiled:
         check_compiler(path, device)
@@ -105,7 +106,15 @@ def measure(
     def told(done: int, of: int) -> None:
         progress("seconds of every layer", done, of)
 
-    timer = LayerTimer(passes, _threads(device), candidates, told, every=bool(chosen), sample_s=model.sample_s)
+    timer = LayerTimer(
+        passes,
+        _threads(device),
+        candidates,
+        told,
+        every=bool(chosen),
+        sample_s=model.sample_s,
+        room_bytes=subject.SHARE * devices.free_bytes(device),
+    )
     timer.run(budget, layers_s)
     loads_s = max(0.0, min(LOADS * budget_s, budget.left))
     loaded = measure_loading(file, model.layered, backend, _batches(file.batch_size), _displace, loads_s)

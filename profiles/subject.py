@@ -10,17 +10,23 @@ from torch import nn
 
 from executor import averaging, devices
 from executor.agreement import BACKWARD, SLOW_S, Allowance, agree
+from executor.batch import tensors
 from executor.evaluated import SAMPLES as EVALUATED
 from executor.evaluated import agree_evaluated
 from executor.hollow import build, built_within, held_bytes, hollow
 from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import ModelFile
+from planner.basis.errors import DEVICE, PlanError
+from planner.basis.units import size
+from planner.costs.host_room import fitting
 from profiles.dataless import without_data
 from profiles.kinds import Kinds, every, find
 
 STATES = 6
 """Times the parameters' bytes that profiling a model in memory takes: themselves, gradients, and two moments for the
 layers and for the unsplit model."""
+ALONE = 4
+"""Times a layer's bytes that it takes alone: itself, its gradients, and two moments."""
 SHARE = 0.8
 """Of the free memory, for that; the rest is for activations."""
 CHECKS_S, CHECKS = 30.0, 0.5
@@ -72,6 +78,8 @@ def prepare(file: ModelFile, kind: str, *, one_by_one: bool | None = None, budge
     layered = cut(file, model)
     build_s, sample_s = time.monotonic() - begun, 0.0
     resident = not hollow(model)
+    if not resident:
+        check_layers(layered, kind)
     allowance = Allowance(max(CHECKS_S, CHECKS * budget_s))
     if resident:
         sample_s = agree(file, layered, allowance)
@@ -99,6 +107,40 @@ def _compare_losses(file: ModelFile, layered: LayeredModel, sample_s: float, all
         said = "the model cut in evaluation mode was not compared with the whole one"
         if allowance.allows(2 * samples * forward_s, otherwise=said):
             agree_evaluated(file, layered, samples)
+
+
+def check_batch(file: ModelFile) -> None:
+    """Raise `PlanError` (exit 5) where a step's inputs and targets alone are more than this host's memory."""
+    samples, memory = 2, devices.memory_bytes("cpu")
+    drawn = file.drawn(samples, seed=0)
+    taken = sum(t.nbytes for t in tensors((drawn.given, drawn.targets))) / samples * file.batch_size
+    if taken > memory:
+        raise PlanError(
+            what="a step's batch is too large for this host's memory",
+            where=f"{file.path}, batch_size",
+            why=f"{file.batch_size:,} samples take {size(taken)} of inputs and targets alone, and the host has "
+            f"{size(memory)}",
+            fix=f"batch_size = {fitting(memory * file.batch_size / taken)}",
+            code=DEVICE,
+        )
+
+
+def check_layers(layered: LayeredModel, kind: str) -> None:
+    """Raise `PlanError` (exit 5) where a layer is too much that is to be alone in memory, with gradients and state.
+
+    These are counted as two moments of an optimizer, as Adam has.
+    """
+    largest = max(layered.layers, key=lambda layer: held_bytes(layer.module))
+    needed, free = ALONE * held_bytes(largest.module), min(devices.free_bytes("cpu"), devices.free_bytes(kind))
+    if needed > free:
+        raise PlanError(
+            what="the model is too large for this host's memory",
+            where=f"layer '{largest.name}'",
+            why=f"one layer at a time is held, and this one takes {size(needed)} with gradients and two moments; "
+            f"{size(free)} are free",
+            fix="cut it into smaller layers (layers(model) in the model file), or profile where there is more memory",
+            code=DEVICE,
+        )
 
 
 def _fitting(file: ModelFile, kind: str) -> nn.Module:

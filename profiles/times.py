@@ -8,6 +8,7 @@ interpolated between sizes by who reads the profile, or follows from other times
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -41,7 +42,7 @@ class LayerTimer:
 
     `sizes` are candidates, all of them to be measured if `every`; `measured` says how often each setting was. What is
     `left_out` is larger than all that were measured, `between` lies between them. A pass takes some `sample_s` seconds
-    per sample, if that is known.
+    per sample, if that is known, and what layers keep for their backward has to fit into `room_bytes`.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class LayerTimer:
         *,
         every: bool = False,
         sample_s: float = 0.0,
+        room_bytes: float = math.inf,
     ) -> None:
         self.passes, self.watch, self.progress, self.sample_s = passes, passes.watch, progress, sample_s
+        self.room_bytes = room_bytes
         self.threads, self.sizes, self.every = sorted(threads, reverse=True), sorted(sizes), every
         self.measured: dict[Setting, int] = {}
         self.extras: set[Setting] = set()
@@ -169,12 +172,20 @@ class LayerTimer:
 
     def _affordable(self, samples: int, rounds: int = 0) -> bool:
         """Whether a look at a size would end in its share of the budget, with so many rounds over all behind it."""
+        if not self._roomy(samples):
+            return False
         near = max((n for n in self.looks if n < samples), default=self.sizes[0])
         expected = self.looks[near] * self._growth(near, samples)
         if not rounds:
             return self.budget.spent + expected <= FIRST_SHARE * self.limit_s
         again = sum(self._expected(setting, extra=False) for setting in [*self.measured, (self.threads[-1], samples)])
         return self._fits(expected + rounds * again)
+
+    def _roomy(self, samples: int) -> bool:
+        """Whether a size would fit into memory, by what the largest that was counted keeps."""
+        last = max(n for n in self.counts if n in self.passes.sizes)
+        kept = sum(size.saved_bytes + size.output_bytes for size in self.passes.sizes[last])
+        return kept * samples / last <= self.room_bytes
 
     def _growth(self, near: int, samples: int) -> float:
         """How much longer a pass takes than at a size that was looked at: on the line through those that were."""
@@ -216,7 +227,7 @@ class LayerTimer:
     def _reckon_on(self) -> None:
         """Count the bytes of all sizes before a pass takes the time for it."""
         for last, samples in pairwise(self.sizes):
-            if self.budget.spent + self.counts[last] > FIRST_SHARE * self.limit_s:
+            if self.budget.spent + self.counts[last] > FIRST_SHARE * self.limit_s or not self._roomy(samples):
                 return
             self._count(samples, quickly=True)
 
@@ -236,7 +247,9 @@ class LayerTimer:
         """
         for samples in self.left_out:
             reckoning = self.counts[self.reckoned[-1]] if self.reckoned else 0.0
-            if samples not in self.counts and not (self._fits(reckoning) and self._count(samples, quickly=True)):
+            if samples in self.counts:
+                continue
+            if not (self._roomy(samples) and self._fits(reckoning) and self._count(samples, quickly=True)):
                 return
 
     # Round and round
@@ -293,6 +306,9 @@ class LayerTimer:
             found.append(f"times with {', '.join(missing)} threads follow from those with {min(known)}, in proportion")
         if not self.extras:
             found.append("halves of a backward and recomputes were not run: they follow from the whole passes")
+        tight = [str(n) for n in self.left_out if not self._roomy(n)]
+        if tight:
+            found.append(f"{', '.join(tight)} samples would take more memory than there is")
         if self.reckoned:
             sizes = ", ".join(map(str, sorted(self.reckoned)))
             counted = [n for n in self.counts if n not in self.reckoned]

@@ -17,6 +17,7 @@ from planner.cli.line import LINE, again
 from planner.cli.measured import warn_beyond
 from planner.cli.opened import opened
 from planner.cli.progress import shown
+from planner.costs.host_room import check_hosts
 from planner.search.answer import Answer, Found, Progress, State
 from planner.search.cost import HOUR_S, Terms, with_prices
 from planner.search.front import cost_front
@@ -99,6 +100,7 @@ def run(
     for number, batch in itertools.product(question.axes.get("ks") or (1,), batches):
         check(measured, k=number, m=1, batch=batch)
         hardware.take(number)
+    check_hosts(measured, hardware, batches)
     for number in question.axes.get("ms") or ():
         whole = (batch for batch in batches if number > 0 and batch % number == 0)
         check(measured, k=1, m=number, batch=next(whole, batches[0]))

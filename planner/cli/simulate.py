@@ -39,6 +39,7 @@ from planner.cli.options import (
 )
 from planner.cli.progress import shown
 from planner.cli.searching import Question, run
+from planner.costs.host_room import check_hosts
 from planner.placement import strategies
 from planner.placement.devices import choose
 from planner.placement.mapping import MAPPINGS
@@ -193,6 +194,7 @@ def _one(reference: str, profile: str | None, cluster: str | None, faults: Fault
     store = Store(catalogue=shipped)
     question = meant(reference, profile, cluster)
     plan, measured = question.plan, question.profile
+    check_hosts(measured, question.cluster, [plan.batch])
     faulty, failures = faults.on(question.cluster, plan.device_names)
     outcome = predict(measured, plan, faulty, samples=draws.samples, seed=draws.seed, failures=failures)
     ranking = Ranking(
@@ -224,6 +226,7 @@ def _ranked(
     batch = measured.batch if batch is None else batch
     check(measured, k=k, m=m, batch=batch)
     hardware.take(k)
+    check_hosts(measured, hardware, [batch])
     faulty, failures = faults.on(hardware, [device.name for device in choose(hardware, k)] if any(faults) else ())
     shapes = itertools.product(
         asked["replicas"] or (1,),

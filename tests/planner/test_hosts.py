@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from planner.basis.errors import PlanError
+from planner.basis.errors import DEVICE, PlanError
+from planner.costs.host_room import check_hosts
 from planner.costs.placed import Placed
 from planner.placement.question import Question
 from planner.placement.savings import apply
@@ -103,3 +104,19 @@ def test_optimizers_on_the_host_share_its_memory(k: int) -> None:
     outcome = simulate(costs, plan, cluster)
     updates = [e.work for e in outcome.trace.events if e.op == "OPTIMIZER"]
     assert updates == pytest.approx([max(2 + 7 / 9, k * 1.0)] * k)
+
+
+def test_this_machine_holds_the_model_and_a_batch_or_says_so() -> None:
+    """Two layers of 1000 bytes; a sample is 3 bytes of inputs and 1 of targets, so 500 samples fill 2000 bytes."""
+    machine = msgspec.structs.replace(with_host(devices(2), memory_bytes=2000), elastic=True)
+    costs = msgspec.structs.replace(profile([1.0] * 2), machine=machine, batch_bytes=((1, 3, 1), (2, 6, 2)))
+    check_hosts(costs, machine, [500])
+    with pytest.raises(PlanError, match="batch is too large for this host") as raised:
+        check_hosts(costs, machine, [8, 501])
+    assert (raised.value.code, raised.value.where) == (DEVICE, "a batch of 501 samples")
+    assert raised.value.fix == "--batch 64", "a quarter of 500, as a power of two"
+    less = with_host(machine, memory_bytes=1999)
+    with pytest.raises(PlanError, match="model is too large for this host") as raised:
+        check_hosts(msgspec.structs.replace(costs, machine=less), less, [])
+    assert "take 1.95 KiB, and the host has 1.95 KiB" in raised.value.why
+    check_hosts(costs, with_host(machine, memory_bytes=1), [10**9])  # of other hardware nobody says how it is fed

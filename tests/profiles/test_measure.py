@@ -242,6 +242,17 @@ def test_bytes_of_a_slow_model_are_counted_without_data(by_hand: Timed) -> None:
     assert timer.reckoned == []
 
 
+def test_sizes_that_memory_does_not_hold_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 4 numbers per sample, and a loss of one: there is room for twice what 8 samples take."""
+    chain = chain_of(nn.Sequential(nn.Linear(4, 4)), 4)
+    passes = InPlace(chain, devices.Cpu(), Stopwatch(devices.Cpu()))
+    monkeypatch.setattr("profiles.times.MAX_ROUNDS", 1)
+    timer = LayerTimer(passes, [1], [1, 2, 4, 8, 16, 32], ignored, every=True, room_bytes=2 * (8 * 16 + 4))
+    timer.run(Budget(1e6), 1e6)
+    assert (timer.looked_at, sorted(passes.sizes)) == ([1, 2, 4, 8, 16], [1, 2, 4, 8, 16])
+    assert timer.derived == ("32 samples would take more memory than there is",)
+
+
 def test_bytes_of_two_sizes_are_counted_of_a_model_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = ByHand(lambda n: 1.0)
     monkeypatch.setattr("profiles.watch.time.monotonic", lambda: passes.now)

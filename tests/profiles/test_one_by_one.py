@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from executor import devices, hollow
 from executor.layers import cut
 from executor.model_file import ModelFile
+from planner.basis.errors import DEVICE, PlanError
 from planner.values.cluster import Cluster, Host
 from planner.values.profile import Profile
 from profiles import machine, measure, subject
@@ -132,6 +134,33 @@ def test_a_model_that_does_not_fit_is_taken_one_by_one(monkeypatch: pytest.Monke
     for free, resident in ((needed * 1.01, True), (needed * 0.99, False)):
         monkeypatch.setattr(devices, "free_bytes", lambda kind, free=free: free)
         assert subject.prepare(file, "cpu").resident is resident
+
+
+def test_a_layer_that_does_not_fit_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients and two moments: a linear layer of 16 x 16 and a bias takes 4 * 4 * 272 bytes."""
+    file = file_of(lambda: nn.Sequential(nn.Linear(WIDTH, 16), nn.Linear(16, 16), nn.Linear(16, WIDTH)))
+    needed = subject.ALONE * 4 * (16 * 16 + 16)
+    monkeypatch.setattr(devices, "free_bytes", lambda kind: needed)
+    assert not subject.prepare(file, "cpu", one_by_one=True).resident
+    monkeypatch.setattr(devices, "free_bytes", lambda kind: needed - 1)
+    with pytest.raises(PlanError, match="too large for this host") as raised:
+        subject.prepare(file, "cpu", one_by_one=True)
+    assert (raised.value.where, raised.value.code) == ("layer '1'", DEVICE)
+
+
+def test_a_batch_that_no_host_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = file_of(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    (inputs,), targets = file.draw(1, seed=0)
+    each = inputs.nbytes + targets.nbytes
+    monkeypatch.setattr(devices, "memory_bytes", lambda kind: 64 * each)
+    for samples, fits in ((64, True), (65, False)):
+        of = dataclasses.replace(file, batch_size=samples)
+        if fits:
+            subject.check_batch(of)
+            continue
+        with pytest.raises(PlanError, match="batch is too large for this host") as raised:
+            subject.check_batch(of)
+        assert (raised.value.where, raised.value.fix) == ("by hand, batch_size", "batch_size = 16")
 
 
 def test_a_model_that_needs_two_samples_is_measured_from_two_on() -> None:
