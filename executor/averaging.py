@@ -8,7 +8,7 @@ ignore them. Whether that is so is checked before a profile is measured, and in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,44 +32,46 @@ ROUNDING = 1e-3
 class Averaging:
     """What the micro-batches of one replica count, on the rank that has their losses.
 
-    `group` joins the ranks that do, of several replicas. In every step they add up their weights while the first
-    micro-batch is on its way to its loss; only targets that cannot be ignored weigh the same everywhere.
+    `group` joins the ranks that do, of all `microbatches` of a step. In every step they add up their weights while the
+    first micro-batch is on its way to its loss; only targets that cannot be ignored weigh the same everywhere.
     """
 
-    def __init__(self, file: ModelFile, group: dist.ProcessGroup | None, replicas: int, device: torch.device) -> None:
-        self.file, self.group, self.replicas, self.device = file, group, replicas, device
+    def __init__(
+        self, file: ModelFile, group: dist.ProcessGroup | None, microbatches: int, device: torch.device
+    ) -> None:
+        self.file, self.group, self.microbatches, self.device = file, group, microbatches, device
         self.ends: Ends | None = None
-        self.parts: list[Drawn] = []
-        self.weights: list[float] | None = None
+        self.parts: Mapping[int, Drawn] = {}
+        self.weights: dict[int, float] | None = None
         self.total: torch.Tensor | None = None
         self.adding: dist.Work | None = None
 
-    def begin(self, parts: list[Drawn]) -> None:
+    def begin(self, parts: Mapping[int, Drawn]) -> None:
         """Begin a step with these micro-batches: weigh them, as far as is possible without the outputs for one."""
         self.parts, self.weights = parts, None
-        if not any(map(self._asks, parts)):
+        if not any(map(self._asks, parts.values())):
             self._weigh()
 
-    def shared(self, place: int, loss_of: LossOf, loss: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-        """Return the `loss` of the step's micro-batch of that place as its share of the whole batch's.
+    def shared(self, microbatch: int, loss_of: LossOf, loss: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Return the `loss` of one of the step's micro-batches as its part of the whole batch's.
 
-        Of all replicas' shares their mean is the batch's loss. None where nothing of the micro-batch counts: its loss
+        All parts add up to the batch's loss. None where nothing of the micro-batch counts: its loss
         is a mean of nothing. `loss_of` gives what its loss would be with other targets.
         """
         if self.weights is None:
-            self._learn(self.parts[place], loss_of)
+            self._learn(self.parts[microbatch], loss_of)
             self._weigh()
         assert self.weights is not None, "they have been weighed"
-        weight = self.weights[place]
+        weight = self.weights[microbatch]
         if self.adding is not None:
             self.adding.wait()
             self.adding = None
         if not weight:
             return None
-        if self.total is None:
-            return loss() * (weight / sum(self.weights))
-        found = loss()
-        return found * (self.replicas * weight / self.total).to(found.dtype)
+        if self.total is not None:
+            found = loss()
+            return found * (weight / self.total).to(found.dtype)
+        return loss() * (weight / sum(self.weights.values()) if self.group is None else 1 / self.microbatches)
 
     def weight(self, part: Drawn, loss_of: LossOf) -> float:
         """Return how much a batch weighs, of which `loss_of` gives what its loss would be with other targets."""
@@ -89,9 +91,10 @@ class Averaging:
             check_mean(self.file.path, part, loss_of, self.ends, max(OF_LABELS, 4 * torch.finfo(lowest).eps))
 
     def _weigh(self) -> None:
-        self.weights = [weight_of(self.file, part, self.ends or NO_ENDS) for part in self.parts]
-        if self.group is not None and (self.file.weight is not None or labels_of(self.parts[0]) is not None):
-            self.total = torch.tensor(sum(self.weights), dtype=torch.float64, device=self.device)
+        self.weights = {m: weight_of(self.file, part, self.ends or NO_ENDS) for m, part in self.parts.items()}
+        any_part = next(iter(self.parts.values()))
+        if self.group is not None and (self.file.weight is not None or labels_of(any_part) is not None):
+            self.total = torch.tensor(sum(self.weights.values()), dtype=torch.float64, device=self.device)
             self.adding = dist.all_reduce(self.total, group=self.group, async_op=True)
 
 

@@ -13,6 +13,11 @@ from executor.torch_adapter import pytree
 from planner.basis.errors import PlanError
 
 
+def to(value: Any, device: torch.device) -> Any:
+    """Return a tensor on a device, anything else as it is."""
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
 def tensors(tree: Any) -> tuple[torch.Tensor, ...]:
     """Return the tensors of a structure, in its order."""
     return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from executor.batch import tensors
+from executor.boundaries import Described
 from executor.layer import Layer
 from executor.layers import LayeredModel, StageModule, unchanged_buffers
 from executor.opaque import Call
@@ -28,15 +29,19 @@ COMPILERS = ("g++", "clang++")
 
 
 def compiled_layers(layered: LayeredModel) -> LayeredModel:
-    """Return a model whose layers are compiled, each when it is run first; its modules stay as they are.
+    """Return a model whose layers are compiled (`compile_layers`); its modules stay as they are."""
+    return replace(layered, layers=compile_layers(layered.layers))
+
+
+def compile_layers(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Return layers that are compiled, each when it is run first.
 
     Layers whose modules are of one class share code where torch finds that they can. One that it cannot compile runs as
     far as needed without (a "graph break"), one with a call that torch could not follow (`executor.opaque`) wholly.
     The loss is not compiled, as in a plain loop over `torch.compile(model)`.
     """
     kinds: dict[type[nn.Module], int] = {}
-    layers = (_compiled(layer, kinds.setdefault(type(layer.module), len(kinds))) for layer in layered.layers)
-    return replace(layered, layers=tuple(layers))
+    return tuple(_compiled(layer, kinds.setdefault(type(layer.module), len(kinds))) for layer in layers)
 
 
 def _compiled(layer: Layer, kind: int) -> Layer:
@@ -52,15 +57,13 @@ def _compiled(layer: Layer, kind: int) -> Layer:
     return replace(layer, compiled=compiled(run))
 
 
-def compile_now(stage: StageModule, taken: Iterable[torch.Tensor], device: torch.device) -> None:
+def compile_now(stage: StageModule, taken: Iterable[Described], device: torch.device) -> None:
     """Run a stage of compiled layers forward and backward on zeros like what it takes, so that all code is there.
 
     Once like a step's first micro-batch, and once like those behind it, when parameters have gradients: torch may tell
     these apart. Nothing else stays of it. A layer that fails on zeros is left to the first step, which has data.
     """
-    given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).zero_() for t in taken]
-    for tensor, like in zip(given, taken, strict=True):
-        tensor.requires_grad_(like.requires_grad)
+    given = [one.empty(device).zero_().requires_grad_(one.gradient) for one in taken]
     wanted = [t for t in (*given, *stage.parameters()) if t.requires_grad]
     without = [p for p in stage.parameters() if p.requires_grad and p.grad is None]
     devices = [device] if device.type == "cuda" else []

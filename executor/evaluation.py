@@ -1,6 +1,6 @@
 """Evaluation of a model while it trains: its loss and metrics over all validation data, by the stages that train it.
 
-Micro-batches pass the stages in the order of the schedule `forward-only`; nothing is kept for a backward. In every
+Micro-batches pass the stages in the order of the training's forwards; nothing is kept for a backward. In every
 round each replica takes as many of them as in a training step, in the last round fewer, and the last micro-batch has
 the samples that are left: none is dropped, and none counts twice.
 
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -26,20 +26,22 @@ import torch.distributed as dist
 from torch import nn
 
 from executor.batch import Drawn
+from executor.boundaries import Described
 from executor.evaluated import Evaluated, cut_evaluated, dealt
 from executor.hollow import places
 from executor.layers import LayeredModel, as_tuple, on
-from executor.messages import Messages
+from executor.mailbox import Mailbox, Tensors
 from executor.model_file import ModelFile
 from executor.modes import evaluating
 from executor.rank import Rank
 from executor.seeding import seeded
-from executor.torch_adapter import post
 from executor.validation import Validation
 from planner.basis.errors import RUN_FAILED, PlanError
+from planner.orders import codes
+from planner.orders.action import Action
 from planner.orders.operations import FORWARD, RECV_FORWARD, SEND_FORWARD
-from planner.programs.lowering import lower
-from planner.values.evaluation import Evaluation, forward_only
+from planner.programs.program import Program
+from planner.values.evaluation import Evaluation
 from planner.values.plan import Plan
 
 SEED = 0
@@ -55,50 +57,57 @@ Key = tuple[tuple[int, ...], ...]
 
 
 def prepare(file: ModelFile, layered: LayeredModel, plan: Plan) -> Callable[[Rank], Evaluator]:
-    """Cut a model as it is evaluated, before a rank takes its stage of it; return what makes the rank's evaluator.
+    """Cut a model as it is evaluated, before a rank takes its stages of it; return what makes the rank's evaluator.
 
     Raises `PlanError` when its forward cannot be followed in evaluation mode, or needs other stages.
     """
     evaluated = cut_evaluated(file, layered)
     layers = dealt(plan, layered, evaluated.layered)
-    return lambda me: Evaluator(me, evaluated, layers[me.stage_index])
+    return lambda me: Evaluator(me, evaluated, layers)
 
 
 class Evaluator:
-    """What one rank does whenever the model is evaluated.
+    """What one rank does whenever the model is evaluated: the forwards of its row of the training's program.
 
     All ranks must be made, and evaluate, at the same time. `evaluated` was cut before `me` was made (`prepare`), and
-    `layers` are the stage's of it.
+    `layers` are every stage's of it.
     """
 
-    def __init__(self, me: Rank, evaluated: Evaluated, layers: range) -> None:
+    def __init__(self, me: Rank, evaluated: Evaluated, layers: Sequence[range]) -> None:
         self.me, self.evaluated = me, evaluated
-        plan, stage, replica = me.plan, me.stage_index, me.replica
-        self.device = me.backend.device
-        self.module = evaluated.layered.stage(layers)
+        plan, self.device = me.plan, me.backend.device
+        self.modules = {index: evaluated.layered.stage(layers[index]) for index in me.stages}
         self._share()
+        self.last = len(plan.stages) - 1
         loss: Any = evaluated.layered.loss
+        judging = [loss] if self.last in me.stages else []
         if me.weights is not None:  # what only the evaluation reads
-            me.weights.load(evaluated.layered, [self.module, *([loss] if me.is_last else [])], self.device)
-        on(self.module, self.device)
-        self.loss = on(loss, self.device) if isinstance(loss, nn.Module) and me.is_last else loss
-        self.program = lower(forward_only(plan), in_turn=me.backend.in_turn)
-        self.row = self.program.rows[dist.get_rank()]
-        self.messages = Messages(self.program)
-        line = [holders[replica] for holders in plan.holders]
-        self.origin, self.before, self.behind = line[0], line[stage - 1], line[(stage + 1) % len(line)]
-        self.alone, self.share = len(line) == 1, plan.microbatches // plan.replicas
+            me.weights.load(evaluated.layered, [*self.modules.values(), *judging], self.device)
+        for module in self.modules.values():
+            on(module, self.device)
+        self.loss = on(loss, self.device) if isinstance(loss, nn.Module) and judging else loss
+        self.program = _forwards(me.program, plan.microbatches)
+        self.rank = dist.get_rank()
+        self.row = self.program.rows[self.rank]
+        self.mailbox = Mailbox(self.program, me.groups.all, self.device)
+        self.first, self.share = me.replica * me.microbatches, me.microbatches
+        self.origin = self._holder(0, 0)
         self.validation = None
-        if me.is_first or me.is_last:
-            self.validation = Validation(me.file, plan.samples, replicas=plan.replicas, replica=replica)
-        self.sizes: dict[Key, list[tuple[tuple[int, ...], torch.dtype]]] = {}
+        if me.loading:
+            self.validation = Validation(me.file, plan.samples, replicas=plan.pipelines, replica=me.replica)
+        self.sizes: dict[Key, list[tuple[Described, ...]]] = {}
+
+    def _holder(self, stage: int, m: int) -> int:
+        """The rank that computes a stage of the m-th micro-batch of this pipeline."""
+        return self.program.where[Action(stage, FORWARD, self.first + m)]
 
     def _share(self) -> None:
         """Let the stage in evaluation mode have the tensors of the one that trains, wherever these are by now."""
-        for part, name, tensor in places([self.module]):
-            place = self.me.places.get(id(tensor))
-            if place is not None:
-                setattr(part, name, getattr(*place))
+        for index, module in self.modules.items():
+            trained = self.me.stages[index].places
+            for part, name, tensor in places([module]):
+                if id(tensor) in trained:
+                    setattr(part, name, getattr(*trained[id(tensor)]))
 
     def run(self, step: int) -> Evaluation:
         """Evaluate the model as it is after `step` steps; the same on all ranks.
@@ -108,10 +117,14 @@ class Evaluator:
         begin = time.perf_counter()
         sums: dict[str, float] = defaultdict(float)
         devices = [self.device] if self.device.type == "cuda" else []
-        quiet = torch.random.fork_rng(devices=devices), seeded(SEED), evaluating(self.module), torch.no_grad()
+        quiet: tuple[AbstractContextManager[Any], ...]
+        quiet = torch.random.fork_rng(devices=devices), seeded(SEED), torch.no_grad()
         with ExitStack() as stack:
-            for one in (*quiet, self._statistics()):
+            for one in quiet:
                 stack.enter_context(one)
+            for module in self.modules.values():
+                stack.enter_context(evaluating(module))
+            stack.enter_context(self._statistics())
             for keys, parts in self._rounds():
                 for name, value in self._round(keys, parts):
                     sums[name] += value
@@ -135,15 +148,13 @@ class Evaluator:
     @contextmanager
     def _statistics(self) -> Iterator[None]:
         """Take the first replica's buffers while inside: each counts its own, and those are what is saved."""
-        if self.me.group is None:
-            yield
-            return
-        buffers = list(self.module.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        for buffer in buffers:
-            dist.broadcast(buffer, self.me.held_by[0], group=self.me.group)
+        copied = [(i, module) for i, module in self.modules.items() if self.me.groups.holding[i] is not None]
+        buffers = [(i, buffer) for i, module in copied for buffer in module.buffers()]
+        before = [buffer.clone() for _, buffer in buffers]
+        for i, buffer in buffers:
+            dist.broadcast(buffer, self.me.plan.holders[i][0], group=self.me.groups.holding[i])
         yield
-        for buffer, value in zip(buffers, before, strict=True):
+        for (_, buffer), value in zip(buffers, before, strict=True):
             buffer.copy_(value)
 
     def _rounds(self) -> Iterator[tuple[list[Key], list[Drawn]]]:
@@ -152,9 +163,9 @@ class Evaluator:
         while True:
             mine = list(islice(parts, self.share))
             keys: list[Any] = [[tuple(tuple(t.shape) for t in part.inputs) for part in mine]]
-            if not self.alone:
-                dist.broadcast_object_list(keys, src=self.origin, group=self.me.pipeline, device=self.device)
-            if self.me.is_last and len(mine) != len(keys[0]):
+            if self.me.groups.pipeline is not None:
+                dist.broadcast_object_list(keys, src=self.origin, group=self.me.groups.pipeline, device=self.device)
+            if self.last in self.modules and len(mine) != len(keys[0]):
                 raise self._refused(
                     "evaluate() gives other samples in every process",
                     "inputs are used in one process and targets in another",
@@ -166,51 +177,62 @@ class Evaluator:
     def _round(self, keys: list[Key], parts: list[Drawn]) -> Iterator[tuple[str, float]]:
         """Perform the row, as far as there are micro-batches; yield what the last stage's results add to the sums."""
         for m, key in enumerate(keys):
-            if key not in self.sizes and not self.alone:
-                self._learn(key, parts[m] if self.me.is_first else None)
-        held: dict[int, tuple[torch.Tensor, ...]] = {}
+            if key not in self.sizes and self.me.groups.pipeline is not None:
+                self._learn(m, key, parts)
+        arrived: dict[tuple[int, int], Tensors] = {}
+        made: dict[tuple[int, int], Tensors] = {}
         for action in self.row:
-            m = (action.microbatch or 0) - self.me.replica * self.share
-            if action.op not in (FORWARD, SEND_FORWARD, RECV_FORWARD) or m >= len(keys):
+            s, m = action.stage, (action.microbatch or 0) - self.first
+            if m >= len(keys):
                 continue
             if action.op == RECV_FORWARD:
-                held[m] = self._empty(self.sizes[keys[m]])
-                self.messages.receiving[action] = self._post(dist.irecv, held[m], self.before)
+                self.mailbox.receive(action, self.sizes[keys[m]][s])
             elif action.op == SEND_FORWARD:
-                sent = held.pop(m)
-                self.messages.sending[action] = self._post(dist.isend, sent, self.behind), list(sent)
-                self.messages.finish(but=SENT_AHEAD)
+                self.mailbox.send(action, made.pop((s, m)))
+                self.mailbox.finish(but=SENT_AHEAD)
             else:
-                self.messages.arrive(action)
-                result = self.module(*(self._inputs(parts[m]) if self.me.is_first else held.pop(m)))
-                if self.me.is_last:
+                result = self.modules[s](*self._taken(action, m, parts, arrived))
+                if s == self.last:
                     yield from self._judged(result, parts[m])
+                elif self._holder(s + 1, m) == self.rank:
+                    arrived[s + 1, m] = as_tuple(result)
                 else:
-                    held[m] = as_tuple(result)
-        self.messages.finish()
+                    made[s, m] = as_tuple(result)
+        self.mailbox.finish()
 
-    def _learn(self, key: Key, part: Drawn | None) -> None:
-        """Learn the sizes of what this stage is sent of a micro-batch: one passes all stages, with its sizes."""
-        if part is None:
-            said: list[Any] = [None]
-            dist.recv_object_list(said, self.before, device=self.device)
-            self.sizes[key] = said[0]
-            values = self._empty(said[0])
-            for value in values:
-                dist.recv(value, self.before)
-        else:
-            self.sizes[key], values = [], self._inputs(part)
-        if not self.me.is_last:
-            made = as_tuple(self.module(*values))
-            dist.send_object_list([[(tuple(t.shape), t.dtype) for t in made]], self.behind, device=self.device)
-            for value in made:
-                dist.send(value.contiguous(), self.behind)
+    def _taken(
+        self, action: Action, m: int, parts: list[Drawn], arrived: dict[tuple[int, int], Tensors]
+    ) -> tuple[torch.Tensor, ...]:
+        """What a stage takes of a micro-batch: from the data, from the stage before it here, or from another rank."""
+        if action.stage == 0:
+            return self._inputs(parts[m])
+        if (action.stage, m) in arrived:
+            return arrived.pop((action.stage, m))
+        self.mailbox.arrive(action)
+        return self.mailbox.take(Action(action.stage, RECV_FORWARD, action.microbatch))
 
-    def _empty(self, sizes: list[tuple[tuple[int, ...], torch.dtype]]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in sizes)
-
-    def _post(self, how: Callable[..., Any], values: tuple[torch.Tensor, ...], peer: int) -> list[dist.Work]:
-        return post([dist.P2POp(how, value, peer, self.me.pipeline) for value in values])
+    def _learn(self, m: int, key: Key, parts: list[Drawn]) -> None:
+        """Learn what passes between stages of a micro-batch: it goes through all of them, with its sizes."""
+        path = [self._holder(s, m) for s in range(self.last + 1)]
+        said: list[Any] = [[]]
+        values: Tensors = self._inputs(parts[m]) if path[0] == self.rank else ()
+        for s, (here, there) in enumerate(pairwise(path)):
+            if here == self.rank:
+                values = as_tuple(self.modules[s](*values))
+                said[0].append(tuple(Described(t.shape, t.dtype, gradient=False) for t in values))
+            if here == there:
+                continue
+            if here == self.rank:
+                dist.send_object_list(said, there, device=self.device)
+                for value in values:
+                    dist.send(value.contiguous(), there)
+            elif there == self.rank:
+                dist.recv_object_list(said, here, device=self.device)
+                values = tuple(one.empty(self.device) for one in said[0][-1])
+                for value in values:
+                    dist.recv(value, here)
+        dist.broadcast_object_list(said, src=path[-1], group=self.me.groups.pipeline, device=self.device)
+        self.sizes[key] = [(), *said[0]]
 
     def _inputs(self, part: Drawn) -> tuple[torch.Tensor, ...]:
         inputs, _ = self.evaluated.layered.parted(part.inputs, None)
@@ -237,3 +259,12 @@ class Evaluator:
             fix="return a Dataset or a DataLoader with validation data, the same in every process",
             code=RUN_FAILED,
         )
+
+
+def _forwards(program: Program, microbatches: int) -> Program:
+    """Return a program's forwards of the first so many micro-batches, with their messages, in its order."""
+    kept = (
+        row[codes.has(row, FORWARD, SEND_FORWARD, RECV_FORWARD) & (codes.microbatches(row) < microbatches)]
+        for row in program.order
+    )
+    return Program(tuple(kept), program.edges, program.roles)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import multiprocessing
 import os
 import signal
 import uuid
@@ -64,7 +66,9 @@ def launch(
         if not asked[0] and stop():
             asked[0] = True
             return
-        raise SignalException(f"signal {number}", sigval=signal.SIGTERM)  # which ends ranks that wait in C++, too
+        for child in multiprocessing.active_children():  # the agent of torch 2.11 waits 30 s for one that is stopped
+            child.kill()
+        raise SignalException(f"signal {number}", sigval=signal.SIGTERM)
 
     handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     before = logging.root.manager.disable
@@ -75,8 +79,10 @@ def launch(
                 signal.signal(number, interrupted)
         elastic_launch(config, entry)(argument)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise _failed(rank, failure, logs, kept=kept) from None
+        first, failure = error.get_first_failure()
+        found = getattr(failure, "error_file_data", None)
+        rank, said_first = (_first_words(logs) if found else None) or (first, found)
+        raise _failed(rank, said_first, getattr(failure, "exitcode", "?"), logs, kept=kept) from None
     except SignalException as error:
         raise KeyboardInterrupt from error
     finally:
@@ -85,15 +91,28 @@ def launch(
             signal.signal(number, handler)
 
 
-def _failed(rank: int, failure: object, logs: Path, *, kept: bool) -> PlanError:
-    data = getattr(failure, "error_file_data", None) or {}
+def _first_words(logs: Path) -> tuple[int, object] | None:
+    """Return the rank that was the first to write down why it fails, and what it wrote.
+
+    The agent knows those that have ended. Who fails because a peer has gone may end before that peer is seen to have.
+    """
+    written = sorted(logs.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in written:
+        try:
+            return int(path.parent.name), json.loads(path.read_text())
+        except ValueError:  # killed while it wrote
+            continue
+    return None
+
+
+def _failed(rank: int, data: object, exitcode: object, logs: Path, *, kept: bool) -> PlanError:
     message = data.get("message", {}) if isinstance(data, dict) else {}
     printed = last_words(logs, rank)
     if isinstance(message, dict) and message.get("message"):
         why = str(message["message"])
         traceback = str(message.get("extraInfo", {}).get("py_callstack", "")).strip()
     else:
-        why = f"it ended with exit code {getattr(failure, 'exitcode', '?')}, without an exception (killed?)"
+        why = f"it ended with exit code {exitcode}, without an exception (killed?)"
         traceback = ""
     details = {"rank": rank, "traceback": traceback, "printed": printed}
     known = said(why, code=RUN_FAILED, details=details)

@@ -21,6 +21,7 @@ from executor.capture import EXAMPLE, capture
 from executor.graph_layers import SAMPLES, Cutter
 from executor.layer import Layer
 from executor.model_file import ModelFile
+from executor.noise import Noise
 from executor.outputs import Outputs
 from executor.precision import autocast, under
 from executor.statistics import changed_by, together
@@ -98,6 +99,7 @@ class LayeredModel:
             () if last else self.crossing(layers.stop),
             recompute=recompute,
             surroundings=self.surroundings,
+            first=layers.start,
         )
 
     def saved_names(self) -> dict[int, tuple[str, ...]]:
@@ -144,7 +146,8 @@ class StageModule(nn.Module):
     """Layers run one after another; a value is dropped after its last use.
 
     With `recompute` the layers run under `torch.utils.checkpoint`; `on_repeat` is then called before and after each
-    repetition, so that it can be stamped.
+    repetition, so that it can be stamped. Where there is `noise`, layers draw from it; the `first` has that number in
+    the model.
     """
 
     def __init__(
@@ -155,13 +158,15 @@ class StageModule(nn.Module):
         *,
         recompute: bool,
         surroundings: Surroundings | None = None,
+        first: int = 0,
     ) -> None:
         super().__init__()
         self.body = nn.ModuleList(layer.module for layer in layers)
         self.written = Written(self.body)
         self.layers, self.inputs, self.outputs, self.recompute = tuple(layers), inputs, outputs, recompute
         self.on_repeat: Callable[[], None] | None = None
-        self.surroundings = surroundings
+        self.noise: Noise | None = None
+        self.first, self.surroundings = first, surroundings
         self.precision = layers[0].precision if layers else ""
         self.ambient = tuple(dict.fromkeys(name for layer in layers for name in layer.ambient))
         self.changed = frozenset(name for layer in layers for name in layer.changes) & set(inputs)
@@ -181,26 +186,36 @@ class StageModule(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Take the values named `inputs`, return those named `outputs`, or on the last stage the model's output."""
+        noise = self.noise  # that of this micro-batch, also when it is repeated behind others
         with autocast(self.precision, tensors):
             if self.recompute and torch.is_grad_enabled():
-                return checkpoint(self._run, *tensors, use_reentrant=False, context_fn=self.written.contexts)
-            return self._run(*tensors)
+                return checkpoint(
+                    self._run,
+                    noise,
+                    *tensors,
+                    use_reentrant=False,
+                    context_fn=self.written.contexts,
+                    preserve_rng_state=noise is None,
+                )
+            return self._run(noise, *tensors)
 
-    def _run(self, *tensors: torch.Tensor) -> Any:
+    def _run(self, noise: Noise | None, *tensors: torch.Tensor) -> Any:
         if self.on_repeat is None:
-            return self._walk(*tensors)
+            return self._walk(noise, *tensors)
         self.on_repeat()
         try:
-            return self._walk(*tensors)
+            return self._walk(noise, *tensors)
         finally:
             self.on_repeat()
 
-    def _walk(self, *tensors: torch.Tensor) -> Any:
+    def _walk(self, noise: Noise | None, *tensors: torch.Tensor) -> Any:
         live: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
         live.update({name: live[name].clone() for name in self.changed})
         live.update(self.surrounded(live))
         result: Any = None
-        for layer, dropped in zip(self.layers, self._dropped, strict=True):
+        for number, (layer, dropped) in enumerate(zip(self.layers, self._dropped, strict=True), self.first):
+            if noise is not None:
+                noise.at(number)
             result = layer.run(*(live[name] for name in (*layer.inputs, *layer.ambient)))
             for name in dropped:
                 live.pop(name, None)

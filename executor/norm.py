@@ -6,7 +6,7 @@ counts once, however many stages or replicas hold it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -26,37 +26,47 @@ def scale(parameters: Iterable[nn.Parameter], most: float, norm: torch.Tensor) -
 
 
 class AllGradients:
-    """The gradients of one rank's stage on their way to an update, as a part of all.
+    """The gradients of one rank's stages on their way to an update, as a part of all.
 
     `most` is the norm to which all are clipped, 0 where they are not; they are divided by the scale of the loss where
-    there is `scaling`. `trained` are the stage's parameters. Those that an earlier stage holds, too, are `elsewhere`:
-    they count there. As many ranks as `holders` have the same gradients.
+    there is `scaling`.
     """
 
-    def __init__(
-        self,
-        most: float,
-        scaling: Scaling | None,
-        trained: Sequence[nn.Parameter],
-        elsewhere: Iterable[nn.Parameter],
-        holders: int,
-        device: torch.device,
-    ) -> None:
-        others = {id(parameter) for parameter in elsewhere}
-        self.most, self.scaling, self.trained, self.holders, self.device = most, scaling, trained, holders, device
-        self.counted = [parameter for parameter in trained if id(parameter) not in others]
+    def __init__(self, most: float, scaling: Scaling | None, device: torch.device) -> None:
+        self.most, self.scaling, self.device = most, scaling, device
+        self.trained: dict[int, list[nn.Parameter]] = {}
+        self.counted: dict[int, tuple[list[nn.Parameter], int]] = {}
+        self.squares, self.overflowing = torch.zeros((), device=device), torch.zeros((), device=device)
         self.norm, self.overflown = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.waiting: set[int] = set()
 
-    def measure(self) -> None:
-        """Look at this rank's gradients, and divide them by the scale of the loss."""
+    def add(self, stage: int, trained: Iterable[nn.Parameter], elsewhere: Iterable[nn.Parameter], holders: int) -> None:
+        """Add a stage with the parameters that it trains, of which as many ranks as `holders` have the same gradients.
+
+        Those that an earlier stage holds, too, are `elsewhere`: they count there.
+        """
+        others = {id(parameter) for parameter in elsewhere}
+        own = self.trained[stage] = list(trained)
+        self.counted[stage] = [parameter for parameter in own if id(parameter) not in others], holders
+
+    def measure(self, stage: int) -> None:
+        """Look at a stage's gradients, and divide them by the scale of the loss."""
+        if not self.waiting:
+            self.squares, self.overflowing = torch.zeros_like(self.squares), torch.zeros_like(self.overflowing)
+            self.squares = self.squares.double()
         if self.scaling is not None:
-            self.overflown = self.scaling.unscale(self.trained).to(self.device)
+            self.overflowing = self.overflowing + self.scaling.unscale(self.trained[stage]).to(self.device)
         if self.most:
-            self.norm = norm_of(self.counted).to(self.device)
+            counted, holders = self.counted[stage]
+            own = norm_of(counted).to(self.device)
+            self.squares = self.squares + own.double() ** 2 / holders
+            self.norm = own if len(self.trained) == 1 else self.squares.sqrt().to(own.dtype)
+        self.waiting.add(stage)
+        self.overflown = (self.overflowing > 0).float()
 
     def agree(self) -> None:
         """Make what all ranks have found into what holds for the whole model."""
-        found = torch.stack([self.norm.double() ** 2 / self.holders, self.overflown.double()])
+        found = torch.stack([self.squares, self.overflowing.double()])
         dist.all_reduce(found)
         self.norm, self.overflown = found[0].sqrt().to(self.norm.dtype), (found[1] > 0).float()
 
@@ -65,11 +75,12 @@ class AllGradients:
         """The norm of all gradients of the last step before they were clipped; None where nobody asked for it."""
         return self.norm if self.most else None
 
-    def ready(self) -> bool:
-        """Clip the gradients; return whether they may be used, or overflow somewhere and are to be left out."""
+    def ready(self, stage: int) -> bool:
+        """Clip a stage's gradients; return whether they may be used, or overflow somewhere and are to be left out."""
         if self.most:
-            scale(self.trained, self.most, self.norm)
-        if self.scaling is None:
-            return True
-        self.scaling.update(self.overflown)
-        return not self.overflown.item()
+            scale(self.trained[stage], self.most, self.norm)
+        self.waiting.discard(stage)
+        usable = self.scaling is None or not self.overflown.item()
+        if self.scaling is not None and not self.waiting:
+            self.scaling.update(self.overflown)
+        return usable

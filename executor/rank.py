@@ -1,37 +1,38 @@
-"""One rank of a run: its stage, its row of the program, its stamps. The loop over the actions is `Rank.step`."""
+"""One rank of a run: its stages, its row of the program, its stamps. The loop over the actions is `Rank.step`."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
 from executor.abilities import PERFORMS
 from executor.allocator import AllocationRecorder
 from executor.averaging import Averaging, zero
-from executor.batch import Drawn, tensors
-from executor.compiling import compile_now, compiled_layers
+from executor.batch import Drawn, tensors, to
+from executor.boundaries import Described, boundaries
+from executor.compiling import compile_now
 from executor.devices import Backend
 from executor.feed import open_feed
-from executor.hollow import places
+from executor.groups import Groups, among
 from executor.initial import Weights, extra_states
-from executor.layers import LayeredModel, StageModule, aim, as_tuple, on, unchanged_buffers
-from executor.messages import Messages
+from executor.layers import LayeredModel
+from executor.mailbox import Mailbox
 from executor.model_file import ModelFile
+from executor.noise import UPDATE, Noise
 from executor.norm import AllGradients
 from executor.precision import SCALED
-from executor.reduction import Buckets, Shared, start_alike
+from executor.reduction import Shared
 from executor.saving import SavedAs
 from executor.scaling import Scaling
-from executor.torch_adapter import PipeStage, pytree, tensors_without_data
-from executor.updating import own_optimizer
+from executor.stage import Sources, Stage, Tensors
+from executor.torch_adapter import pytree
 from planner.orders.action import Action, Row
+from planner.orders.operations import FORWARD, RECV_BACKWARD, RECV_FORWARD, SEND_BACKWARD
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
 
@@ -69,74 +70,82 @@ class Rank:
         self.file, self.plan, self.backend = file, plan, backend
         self.program = lower(plan, in_turn=backend.in_turn)
         self.row: Row = self.program.rows[rank]
-        self.messages = Messages(self.program)
-        (self.stage_index,) = plan.stages_of[rank]
-        mine, count = plan.holders[self.stage_index], len(plan.stages)
-        self.replica = mine.index(rank)
-        layers = plan.layer_ranges([layer.name for layer in layered.layers])[self.stage_index]
-        self.is_first, self.is_last = self.stage_index == 0, self.stage_index == count - 1
-        pipelines = [dist.new_group([rows[r] for rows in plan.holders]) for r in range(plan.replicas)]
-        self.pipeline = pipelines[self.replica]
-        holding = [dist.new_group(list(rows)) if len(rows) > 1 else None for rows in plan.holders]
-        inputs, outputs = _boundaries(file, layered, layers, plan.samples, backend.device)
-        running = compiled_layers(layered) if file.compiled else layered
-        self.module, self.taken = running.stage(layers, recompute=plan.recompute), inputs
-        self.places = {id(tensor): (part, name) for part, name, tensor in places([self.module])}
-        self.saved = _places(self.module, layered.saved_names())
-        self.unheld, self.weights = layered.unheld() if rank == 0 else {}, weights
-        self.extra = _extra(layered, self.module, weights, first=rank == 0)
+        self.groups = Groups(plan)
+        self.replica = self.groups.replicas[rank]
+        self.mailbox = Mailbox(self.program, self.groups.all, backend.device)
         self.saved_as = SavedAs(shared=layered.shared_names(), pretrained=hasattr(layered.model, "save_pretrained"))
-        if weights is not None:
-            self.unheld = {name: weights.real(tensor) for name, tensor in self.unheld.items()}
-            weights.load(layered, [self.module, *([layered.loss] if self.is_last else [])], backend.device)
-        on(self.module, backend.device)
-        self.names, self.parted = layered.parameter_names(), layered.parted
-        own = layered.loss if self.is_last else None
-        self.loss = on(own, backend.device) if isinstance(own, torch.nn.Module) else layered.loss
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.held_by, group = mine, holding[self.stage_index]
-        self.group = group
-        self.buckets = None
-        if group is not None:
-            start_alike(self.module, group)
-            self.buckets = Buckets(trained, group, plan.bucket_bytes)
-        self.shared = _shared(plan, layered, self.stage_index, self.replica, self.module)
-        before = (p for first, own in self.shared.items() if first != self.stage_index for p in own.parameters)
+        self.unheld, self.weights, self.parted = layered.unheld() if rank == 0 else {}, weights, layered.parted
+        self.stages = self._stages(layered, rank)
+        self.extra = _extra(layered, [stage.module for stage in self.stages.values()], weights, first=rank == 0)
+        self.shared = _shared(plan, layered, self.groups, self.stages, self.replica)
         self.scaling = Scaling(backend.device) if plan.norm and file.precision == SCALED else None
-        self.all_gradients = None
-        if plan.norm:
-            self.all_gradients = AllGradients(file.clip, self.scaling, trained, before, len(mine), backend.device)
-        self.stage = PipeStage(
-            self.module,
-            self.stage_index,
-            count,
-            backend.device,
-            input_args=inputs,
-            output_args=outputs,
-            group=self.pipeline,
-        )
-        self.stage.prepare(plan.microbatches)
-        self.optimizer = own_optimizer(file, layered.model, self.names, trained)
-        self.share = plan.microbatches // plan.replicas
+        self.all_gradients = self._all_gradients()
         self.feed = open_feed(
             file,
-            plan.loaded(self.stage_index),
-            replicas=plan.replicas,
+            plan.batch // plan.pipelines,
+            replicas=plan.pipelines,
             replica=self.replica,
             seed=seed,
-            workers=workers if self.is_first or self.is_last else 0,
+            workers=workers if self.loading else 0,
             device=backend.device,
         )
-        self.averaging = Averaging(file, holding[-1], plan.replicas, backend.device)
-        self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.microbatches = plan.microbatches // plan.pipelines
+        self.averaging = Averaging(file, self.groups.judging, plan.microbatches, backend.device)
+        self.drawn: Drawn | None = None
+        self.inputs: dict[int, Tensors] = {}
         self.targets: dict[int, Any] = {}
+        self.unsent: dict[tuple[int, int], Tensors] = {}
         self.losses: dict[int, torch.Tensor] = {}
+        """Every micro-batch's part of the last step's mean loss, where the last stage is."""
+        self.seed, self.steps = seed, 0
         self.stamped: list[Stamped] = []
         self.stamping = True
-        self.updated = nothing
-        """Called behind every update: a run sets the next step's learning rate there."""
+        self.updated: Callable[[int], object] = nothing
+        """Called behind every update of a stage: a run sets its next step's learning rate there."""
         self.repeats: list[Any] = []
-        self.backwards = 0
+
+    def _stages(self, layered: LayeredModel, rank: int) -> dict[int, Stage]:
+        """Make the stages that the rank holds, and give them their values."""
+        plan, device = self.plan, self.backend.device
+        ranges = plan.layer_ranges([layer.name for layer in layered.layers])
+        passing = boundaries(self.file, layered, ranges, plan.samples, device)
+        found = {}
+        for index in plan.stages_of[rank]:
+            module = layered.stage(ranges[index], recompute=plan.recompute)
+            loss = layered.loss if not module.outputs else None
+            found[index] = Stage(index, module, passing[index], loss, self.groups.holding[index])
+        sources = Sources(self.file, layered)
+        if self.weights is not None:
+            self.unheld = {name: self.weights.real(tensor) for name, tensor in self.unheld.items()}
+            parts = [part for stage in found.values() for part in (stage.module, stage.loss)]
+            self.weights.load(layered, parts, device)
+        taken = set[int]()
+        for stage in found.values():
+            stage.settle(sources, taken, device, plan.bucket_bytes)
+        return found
+
+    def _all_gradients(self) -> AllGradients | None:
+        """What the update has to know of the gradients of all stages, where it has to know anything."""
+        if not self.plan.norm:
+            return None
+        found = AllGradients(self.file.clip, self.scaling, self.backend.device)
+        for index, stage in self.stages.items():
+            before = (p for first, own in self.shared.items() if first != index for p in own.parameters)
+            found.add(index, stage.trained.values(), before, len(self.plan.holders[index]))
+        if self.scaling is not None:
+            for stage in self.stages.values():
+                stage.scale = self.scaling.scale
+        return found
+
+    @property
+    def optimizers(self) -> dict[int, torch.optim.Optimizer]:
+        """The optimizers of its stages, of those that train anything."""
+        return {index: own.optimizer for index, own in self.stages.items() if own.optimizer is not None}
+
+    @property
+    def loading(self) -> bool:
+        """Whether it takes batches from the data: inputs for the first stage, or targets for the last."""
+        return any(stage.is_first or stage.is_last for stage in self.stages.values())
 
     def step(
         self,
@@ -149,8 +158,8 @@ class Rank:
 
         `recorder` marks each action's range; `watch` is called with the action before and after it.
         """
-        self.stamped, self.backwards, self.stamping = [], 0, stamping
-        self.losses.clear()
+        self.stamped, self.stamping, self.drawn = [], stamping, None
+        self.losses = {}
         for action in self.row:
             if watch:
                 watch(action, "before")
@@ -158,15 +167,18 @@ class Rank:
                 self._perform(action)
             if watch:
                 watch(action, "after")
-        self.messages.finish()
-        self.stage.clear_runtime_states()
+        self.mailbox.finish()
+        for stage in self.stages.values():
+            self.losses |= stage.losses
+            stage.forget()
         self.inputs, self.targets = {}, {}
+        self.steps += 1
 
     def _perform(self, action: Action) -> None:
         start = self._stamp()
-        self.messages.arrive(action)
+        self.mailbox.arrive(action)
         ready = self._stamp()
-        self.messages.let_go(action)
+        self.mailbox.let_go(action)
         self.repeats = []
         ended = OPS[action.op](self, action)
         end = self._stamp() if ended is None else ended
@@ -181,43 +193,71 @@ class Rank:
         return record_function(f"PP:{action}") if self.stamping else nullcontext()
 
     def compile(self) -> None:
-        """Compile the stage's layers, which takes seconds each; the rank's own state stays as it is."""
-        compile_now(self.module, self.taken, self.backend.device)
+        """Compile the stages' layers, which takes seconds each; the rank's own state stays as it is."""
+        for stage in self.stages.values():
+            compile_now(stage.module, stage.boundary.taken, self.backend.device)
 
     # The actions. Each returns the stamp of its end where that is not simply now.
 
     def load(self, action: Action) -> None:
-        """Take this replica's share of the step's batch and keep this stage's part of it, cut into micro-batches."""
-        drawn = self.feed.take()
+        """Take this replica's share of the step's batch and keep a stage's part of it, cut into micro-batches.
+
+        A rank that holds the first stage and the last takes one share for both.
+        """
+        stage = self.stages[action.stage]
+        self.drawn = drawn = self.drawn or self.feed.take()
+        first = self.replica * self.microbatches
+        held = [_microbatch(a) for a in self.row if a.op == FORWARD and a.stage == action.stage]
         inputs, targets = self.parted(drawn.inputs, drawn.targets)
-        mine = range(self.replica * self.share, (self.replica + 1) * self.share)
-        if self.is_first:
-            chunks = [_to(tensor, self.backend.device).chunk(self.share) for tensor in inputs]
-            self.inputs = dict(zip(mine, zip(*chunks, strict=True), strict=True))
-        if self.is_last:
-            parts = split(pytree.tree_map(lambda t: _to(t, self.backend.device), targets), self.share)
-            self.targets = dict(zip(mine, parts, strict=True))
-            self.averaging.begin(drawn.split(self.share))
+        if stage.is_first:
+            chunks = list(zip(*(tensor.chunk(self.microbatches) for tensor in inputs), strict=True))
+            self.inputs = {m: tuple(to(part, self.backend.device) for part in chunks[m - first]) for m in held}
+        if stage.is_last:
+            parts = split(targets, self.microbatches)
+            self.targets = {m: self._moved(parts[m - first]) for m in held}
+            whole = drawn.split(self.microbatches)
+            self.averaging.begin({m: whole[m - first] for m in held})
+
+    def _moved(self, tree: Any) -> Any:
+        return pytree.tree_map(lambda value: to(value, self.backend.device), tree)
 
     def forward(self, action: Action) -> None:
-        """One micro-batch through the stage's layers; on the last stage also its loss, as its share of the step's."""
-        m = _microbatch(action)
-        inputs = self.inputs[m] if self.is_first else ()
-        try:
-            output = self.stage.forward_one_chunk(m, inputs, {}, save_forward_output=False)
-        except RuntimeError as error:  # torch wraps what the user's layer raised
-            raise error.__cause__ or error from None
-        if self.is_last:
-            place = m - self.replica * self.share
-            found = self.averaging.shared(
-                place, lambda part: self._loss(output, part), lambda: self.loss(output, self.targets[m])
-            )
-            self.losses[m] = zero(output) if found is None else found
+        """One micro-batch through a stage's layers; on the last stage also its loss, as its share of the step's."""
+        stage, m = self.stages[action.stage], _microbatch(action)
+        noise = Noise(self.seed, self.steps, m, self.backend.device)
+        if not stage.is_last:
+            stage.forward(m, self._arrived(stage, m), noise)
+            return
+        stage.forward(m, self._arrived(stage, m), noise, lambda result: self._judged(stage, m, result))
 
-    def _loss(self, output: Any, part: Drawn) -> torch.Tensor:
-        """The loss of some outputs with the targets of a batch."""
-        _, targets = self.parted(part.inputs, part.targets)
-        return self.loss(output, pytree.tree_map(lambda t: _to(t, self.backend.device), targets))
+    def _judged(self, stage: Stage, m: int, result: Any) -> torch.Tensor:
+        """The loss of a micro-batch as its part of the step's."""
+
+        def loss_of(part: Drawn) -> torch.Tensor:
+            _, targets = self.parted(part.inputs, part.targets)
+            found: torch.Tensor = stage.loss(result, self._moved(targets))
+            return found
+
+        found = self.averaging.shared(m, loss_of, lambda: stage.loss(result, self.targets[m]))
+        return zero(result) if found is None else found
+
+    def _arrived(self, stage: Stage, m: int) -> Tensors:
+        """What goes into a stage: from the batch, from another rank, or from the stage before it on this one."""
+        if stage.is_first:
+            return self.inputs[m]
+        receive = Action(stage.index, RECV_FORWARD, m)
+        if receive in self.mailbox.arriving:
+            return self.mailbox.take(receive)
+        return tuple(value.detach() for value in self.stages[stage.index - 1].passing[m].outputs)
+
+    def _returned(self, stage: Stage, m: int) -> Tensors:
+        """The gradients of what came out of a stage: from another rank, or from the stage behind it on this one."""
+        if stage.is_last:
+            return ()
+        receive = Action(stage.index, RECV_BACKWARD, m)
+        if receive in self.mailbox.arriving:
+            return self.mailbox.take(receive)
+        return self.unsent.pop((stage.index + 1, m))
 
     def recompute(self, action: Action) -> Any:
         """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
@@ -225,49 +265,61 @@ class Rank:
 
     def backward(self, action: Action) -> None:
         """The whole backward of a micro-batch."""
-        m = _microbatch(action)
-        self.backwards += 1
-        last = self.backwards == self.share
-        if self.plan.recompute:
-            self.module.on_repeat = lambda: self.repeats.append(self._stamp())
-        loss = self.losses[m] if self.is_last else None
-        if loss is not None and self.scaling is not None:
-            loss = loss * self.scaling.scale
-        self.stage.backward_one_chunk(m, loss=loss, full_backward=True, last_backward=last)
-        self.module.on_repeat = None
-        self.stage.release(m)
-        if self.is_last:
-            self.losses[m] = self.losses[m].detach()
+        stage, m = self.stages[action.stage], _microbatch(action)
+        gradients = self._returned(stage, m)
+        self._keep(stage, m, stage.backward(m, gradients, self._on_repeat()))
+
+    def backward_input(self, action: Action) -> None:
+        """The half of a micro-batch's backward that the stage before is waiting for."""
+        stage, m = self.stages[action.stage], _microbatch(action)
+        gradients = self._returned(stage, m)
+        self._keep(stage, m, stage.backward_input(m, gradients, self._on_repeat()))
+
+    def backward_weight(self, action: Action) -> None:
+        """The other half, for the stage's parameters."""
+        self.stages[action.stage].backward_weight(_microbatch(action))
+
+    def _on_repeat(self) -> Callable[[], None] | None:
+        return (lambda: self.repeats.append(self._stamp())) if self.plan.recomputes else None
+
+    def _keep(self, stage: Stage, m: int, gradients: Tensors) -> None:
+        """Keep the gradients of what went into a stage until they are sent or taken."""
+        if not stage.is_first:
+            self.unsent[stage.index, m] = gradients
 
     def send_forward(self, action: Action) -> None:
-        """Post the send of the stage's output."""
-        self.messages.sending[action] = self.stage.post_send(_microbatch(action), forward=True)
-
-    def receive_forward(self, action: Action) -> None:
-        """Post the receive of the stage's input."""
-        self.messages.receiving[action] = self.stage.post_receive(_microbatch(action), forward=True)
+        """Post the send of a stage's outputs."""
+        self.mailbox.send(action, self.stages[action.stage].passing[_microbatch(action)].outputs)
 
     def send_backward(self, action: Action) -> None:
-        """Post the send of the input's gradient."""
-        self.messages.sending[action] = self.stage.post_send(_microbatch(action), forward=False)
+        """Post the send of the gradients of a stage's inputs."""
+        self.mailbox.send(action, self.unsent.pop((action.stage, _microbatch(action))))
 
-    def receive_backward(self, action: Action) -> None:
-        """Post the receive of the output's gradient."""
-        self.messages.receiving[action] = self.stage.post_receive(_microbatch(action), forward=False)
+    def receive(self, action: Action) -> None:
+        """Post a receive."""
+        self.mailbox.receive(action, self.passed(action))
+
+    def passed(self, action: Action) -> tuple[Described, ...]:
+        """Return what is received by an action: a stage's inputs, or the gradients of its outputs."""
+        boundary = self.stages[action.stage].boundary
+        if action.op == RECV_FORWARD:
+            return boundary.taken
+        return tuple(one for one in boundary.made if one.gradient)
 
     def reduce_gradients(self, action: Action) -> None:
-        """Replace the stage's gradients by their means over the ranks that hold it."""
-        assert self.buckets is not None, action
-        self.buckets.reduce()
+        """Add up a stage's gradients over the ranks that hold it."""
+        buckets = self.stages[action.stage].buckets
+        assert buckets is not None, action
+        buckets.reduce()
 
     def add_up_gradients(self, action: Action) -> None:
         """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
         self.shared[action.stage].add_up()
 
     def measure_norm(self, action: Action) -> None:
-        """Take the norm of the stage's gradients, and look whether they overflow."""
+        """Take the norm of a stage's gradients, and look whether they overflow."""
         assert self.all_gradients is not None, action
-        self.all_gradients.measure()
+        self.all_gradients.measure(action.stage)
 
     def agree_on_norm(self, action: Action) -> None:
         """Make the norms of all ranks' gradients into one."""
@@ -275,49 +327,49 @@ class Rank:
         self.all_gradients.agree()
 
     def optimize(self, action: Action) -> None:
-        """Clip the gradients where the model does, update the parameters and clear the gradients.
+        """Clip a stage's gradients where the model does, update its parameters and clear the gradients.
 
-        What overflows is left out. Gradients that are reduced stay in their buckets, as zeros. All are cleared, also
-        those of parameters that the user's optimizer leaves out: they would count in the next step's norm.
+        What overflows is left out.
         """
-        usable = self.all_gradients is None or self.all_gradients.ready()
-        if self.optimizer is not None:
-            if usable:
-                self.optimizer.step()
-            self.updated()
-        if self.buckets is None:
-            self.module.zero_grad()
-        else:
-            self.buckets.clear()
+        stage = self.stages[action.stage]
+        usable = self.all_gradients is None or self.all_gradients.ready(action.stage)
+        Noise(self.seed, self.steps, UPDATE, self.backend.device).at(action.stage)
+        stage.update(usable=usable)
+        self.updated(action.stage)
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
-        parameters = {id(p): p for p in self.module.parameters()}.values()
-        state = self.optimizer.state.values() if self.optimizer is not None else ()
-        held = [t for _, tensors in self.messages.sending.items() if _.op == "SEND_B" for t in tensors[1]]
-        batch = tensors((self.inputs, self.targets))
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in batch}
+        modules = [stage.module for stage in self.stages.values()]
+        parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+        state = [entry for optimizer in self.optimizers.values() for entry in optimizer.state.values()]
+        sending = [sent for action, (_, sent) in self.mailbox.sending.items() if action.op == SEND_BACKWARD]
+        arrived = [
+            passing.inputs
+            for stage in self.stages.values()
+            if not stage.is_first and stage.index - 1 not in self.stages
+            for passing in stage.passing.values()
+        ]
         return {
             "parameters": sum(p.nbytes for p in parameters),
-            "buffers": sum(b.nbytes for b in self.module.buffers()),
+            "buffers": sum(b.nbytes for module in modules for b in module.buffers()),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)),
-            "communication": self.stage.communication_bytes() + sum(t.nbytes for t in held),
-            "input": sum(storages.values()),
+            "communication": _stored((self.mailbox.held(), arrived, sending, list(self.unsent.values()))),
+            "input": _stored((self.inputs, self.targets)),
         }
 
     def state(self) -> dict[str, Any]:
-        """The stage's part of the whole model's `state_dict`; the first rank's with what no stage holds."""
-        own = {name: getattr(*place) for name, place in self.saved.items()}
-        tensors = {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
-        return {**tensors, **{name: state() for name, state in self.extra.items()}}
+        """The stages' part of the whole model's `state_dict`; the first rank's with what no stage holds."""
+        own = {name: getattr(*place) for stage in self.stages.values() for name, place in stage.saved.items()}
+        found = {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
+        return {**found, **{name: state() for name, state in self.extra.items()}}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients under the same names."""
-        return {self.names[id(p)]: p.grad.cpu() for p in self.module.parameters() if p.grad is not None}
+        return {name: value for stage in self.stages.values() for name, value in stage.gradients().items()}
 
 
-def nothing() -> None:
+def nothing(stage: int) -> None:
     """Do nothing."""
 
 
@@ -331,35 +383,33 @@ def split(tree: Any, parts: int) -> list[Any]:
     return [pytree.tree_unflatten([c[i] for c in chunks], shape) for i in range(parts)]
 
 
-def _shared(plan: Plan, layered: LayeredModel, stage: int, replica: int, module: torch.nn.Module) -> dict[int, Shared]:
+def _stored(tree: Any) -> int:
+    """Bytes of the memory behind some tensors, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(tree)}
+    return sum(storages.values())
+
+
+def _shared(
+    plan: Plan, layered: LayeredModel, groups: Groups, stages: dict[int, Stage], replica: int
+) -> dict[int, Shared]:
     """Return what a rank shares with other stages of its replica, by the first of them. Makes process groups."""
     stage_of = {name: s for s, own in enumerate(plan.stages) for name in own.layers}
-    names, found = layered.parameter_names(), dict[int, Shared]()
-    for group in plan.tied:
-        between = {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(group)}
-        for r in range(plan.replicas):
-            ranks = dist.new_group([plan.holders[s][r] for s in group])
-            if stage in group and r == replica:
-                held = {names[id(p)]: p for p in module.parameters()}
-                found[group[0]] = Shared({name: held[name] for name in between}, ranks)
+    found = dict[int, Shared]()
+    for tied in plan.tied:
+        names = {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(tied)}
+        for r in range(plan.pipelines):
+            group = among({row for s in tied for row in plan.holders[s] if groups.replicas[row] == r})
+            held = [stages[s].named for s in tied if s in stages]
+            if held and r == replica:
+                found[tied[0]] = Shared([{name: own[name] for name in names} for own in held], group)
     return found
 
 
-def _places(module: torch.nn.Module, names: dict[int, tuple[str, ...]]) -> dict[str, tuple[torch.nn.Module, str]]:
-    """Return where what is saved under each name is held: a module and its attribute, as tensors may be moved."""
-    return {
-        name: (part, attribute)
-        for part in module.modules()
-        for attribute, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        for name in names.get(id(tensor), ())
-    }
-
-
 def _extra(
-    layered: LayeredModel, stage: torch.nn.Module, weights: Weights | None, *, first: bool
+    layered: LayeredModel, stages: list[torch.nn.Module], weights: Weights | None, *, first: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Return what gives the extra state of a stage's modules, by name; of the first rank also of those in no stage."""
-    held = set(stage.modules())
+    """Return what gives the extra state of the stages' modules, by name; of the first rank also of all others."""
+    held = {module for stage in stages for module in stage.modules()}
     every = extra_states(layered.model)
     own = {name: part.get_extra_state for name, part in every.items() if part in held}
     if not first:
@@ -371,73 +421,3 @@ def _extra(
 def _microbatch(action: Action) -> int:
     assert action.microbatch is not None, action
     return action.microbatch
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-def _boundaries(
-    file: ModelFile, layered: LayeredModel, layers: range, samples: int, device: torch.device
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Return empty tensors with the shapes, dtypes and gradient flags of a stage's inputs and outputs.
-
-    One micro-batch goes through the whole model as far as the stage's end, without data unless the model needs some. In
-    a lower precision each kind of device chooses dtypes of its own: there it goes through copies of the layers on it.
-    """
-    values, _ = layered.parted(*file.draw(samples, seed=0))
-    there = bool(file.precision) and device.type != "cpu"
-    runs = [own for own in (range(layers.start), layers) if own]
-
-    def passed() -> list[list[_Described]]:
-        modules = [_copied(layered, own, device) if there else layered.stage(own) for own in runs]
-        return _passed(modules, tuple(_to(value, device) for value in values) if there else values)
-
-    try:
-        with unchanged_buffers(layered.model), tensors_without_data(layered.model.parameters()):
-            found = passed()
-    except Exception:  # a layer looks at values: those that there are will do, as they did when it was cut
-        with unchanged_buffers(layered.model):
-            found = passed()
-    finally:
-        if layered.surroundings is not None:
-            layered.surroundings.made.clear()  # what they hold may be without data, too
-    taken, made = (
-        tuple(
-            torch.empty_strided(shape, stride, dtype=dtype, device="meta", requires_grad=gradient)
-            for shape, stride, dtype, gradient in side
-        )
-        for side in found
-    )
-    return taken, made
-
-
-_Described = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]
-"""A tensor's shape, strides and dtype, and whether it has a gradient."""
-
-
-def _passed(modules: list[StageModule], values: tuple[torch.Tensor, ...]) -> list[list[_Described]]:
-    """Say what goes into the last of some modules that are run one after another, and what comes out of it."""
-    passing = [values]
-    with torch.random.fork_rng(devices=[]):
-        for module in modules:
-            inputs = [v.detach().requires_grad_(v.requires_grad) for v in passing[-1]]
-            passing.append(as_tuple(module(*inputs)))
-    return [
-        [(v.shape, v.stride(), v.dtype, v.requires_grad) for v in side if isinstance(v, torch.Tensor)]
-        for side in passing[-2:]
-    ]
-
-
-def _copied(layered: LayeredModel, run: range, device: torch.device) -> StageModule:
-    """Return a run of layers as a module on a device, of copies; without data where tensors are made without."""
-    layers = list(layered.layers)
-    for i in run:
-        module = copy.deepcopy(layers[i].module)
-        aim(module, device)
-        for part, name, tensor in places([module]):
-            there = tensor.detach().to(device)
-            whole = isinstance(tensor, torch.nn.Parameter)
-            setattr(part, name, torch.nn.Parameter(there, requires_grad=tensor.requires_grad) if whole else there)
-        layers[i] = replace(layers[i], module=module)
-    return replace(layered, layers=tuple(layers)).stage(run)

@@ -10,7 +10,6 @@ from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.rank import Rank, Stamped
 from planner.orders.action import Action
-from planner.orders.operations import RECV_FORWARD
 from planner.programs.program import RECEIVES
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
 
@@ -58,11 +57,11 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             found.append(msgspec.structs.replace(repeat, end=start))
         elif action.op in RECEIVES:
             posted[action] = end
-        for receive in me.messages.takes.get(action, ()):
+        for receive in me.mailbox.takes.get(action, ()):
             if receive not in posted:
                 continue
             since = posted.pop(receive)
-            size = me.stage.message_bytes(receive.microbatch or 0, forward=receive.op == RECV_FORWARD)
+            size = sum(one.nbytes for one in me.passed(receive))
             found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))
         found.append(Event(rank, COMPUTE, str(action), start, ready, end))
     return tuple(found)

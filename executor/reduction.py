@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 
-def reduce_mean(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Replace a tensor by its mean over a group's ranks: what a run does with a bucket, and what the profiler times.
+def add_up(flat: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace a tensor by its sum over a group's ranks: what a run does with a bucket, and what the profiler times.
 
-    Divided first, as DDP does, so that the sum of many halves does not overflow.
+    Each rank's losses are parts of the whole step's mean, so a sum of gradients is that of one process, and overflows
+    where that would.
     """
-    flat.div_(dist.get_world_size(group))
     dist.all_reduce(flat, group=group)
 
 
@@ -51,8 +51,20 @@ class Buckets:
     def _note(self, parameter: torch.Tensor) -> None:
         self.reached.add(id(parameter))
 
+    def added(self, work: Callable[[], object]) -> None:
+        """Do work that adds to gradients behind autograd's back: notice to which."""
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        work()
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            if parameter.grad is not None:
+                self._note(parameter)
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
     def reduce(self) -> None:
-        """Reduce all gradients to their means, bucket by bucket; what has none on any rank has none then."""
+        """Add up all gradients over the ranks, bucket by bucket; what has none on any rank has none then."""
         if not self.parameters:
             return
         here = [id(parameter) in self.reached for parameter in self.parameters]
@@ -67,12 +79,12 @@ class Buckets:
         else:
             numbers.copy_(torch.tensor(here, dtype=numbers.dtype))
         for flat in self.flats:
-            reduce_mean(flat, self.group)
+            add_up(flat, self.group)
         if all(here) and not self.outside:
             return  # whatever others have: nobody waits for the device to say the numbers
         anywhere = (numbers > 0).tolist()
         for flat in self._take(anywhere):
-            reduce_mean(flat, self.group)
+            add_up(flat, self.group)
         for parameter, used_somewhere in zip(self.parameters, anywhere, strict=True):
             if not used_somewhere:
                 parameter.grad = None
@@ -100,23 +112,39 @@ class Buckets:
 
 
 class Shared:
-    """Parameters that several stages of one pipeline hold, on one of their ranks: `named` by their names in the model.
+    """Parameters that several stages of one pipeline hold: on one of their ranks, of which `held` has each own stage's.
 
-    All ranks of the group hold the same names; they start from the first one's values, and add up their gradients.
+    All stages hold the same names; they start from the first one's values, and add up their gradients. `group` joins
+    the ranks where there are several.
     """
 
-    def __init__(self, named: dict[str, torch.nn.Parameter], group: dist.ProcessGroup) -> None:
-        self.parameters = [named[name] for name in sorted(named)]
+    def __init__(self, held: Sequence[Mapping[str, torch.nn.Parameter]], group: dist.ProcessGroup | None) -> None:
+        self.copies = [[own[name] for own in held] for name in sorted(held[0])]
         self.group = group
-        for parameter in self.parameters:
-            dist.broadcast(parameter.detach(), group_src=0, group=group)
+        for first, *others in self.copies:
+            if group is not None:
+                dist.broadcast(first.detach(), group_src=0, group=group)
+            for other in others:
+                other.detach().copy_(first.detach())
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All copies on this rank."""
+        return [parameter for copies in self.copies for parameter in copies]
 
     def add_up(self) -> None:
         """Replace the gradients by their sums over the stages; what has none adds zeros."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=self.group)
+        for copies in self.copies:
+            for parameter in copies:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            first, *others = (parameter.grad for parameter in copies if parameter.grad is not None)
+            for other in others:
+                first.add_(other)
+            if self.group is not None:
+                dist.all_reduce(first, group=self.group)
+            for other in others:
+                other.copy_(first)
 
 
 def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:

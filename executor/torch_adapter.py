@@ -1,7 +1,6 @@
 """Every private name of torch that foreplan touches, in one place; `executor.torch_probe` asks for them by name.
 
-torch.distributed.pipelining is alpha. What is used of it: `PipelineStage`'s chunk methods and point-to-point
-operations (public class, undocumented methods), and its receive tables.
+torch.distributed.pipelining is alpha. What is used of it: the functions by which it runs a backward in two halves.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import executor.torch_probe as torch_probe  # before all names that another torc
 
 # isort: on
 import builtins
-import inspect
 import io
 import logging
 import operator
@@ -22,9 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import _backward as torch_backward
-from torch.distributed.pipelining import stage as torch_stage
 from torch.utils import _python_dispatch, _pytree
 
 pytree = _pytree
@@ -32,123 +28,6 @@ pytree = _pytree
 
 DispatchMode = _python_dispatch.TorchDispatchMode
 """The base of those that see every operation while they are entered."""
-
-_INFERENCE_MODE = getattr(torch_stage, "InferenceMode", None)  # 2.12 and later
-_FORWARD_TAKES_BACKWARD = "has_backward" in inspect.signature(PipelineStage._prepare_forward_infra).parameters
-_BUFFERS_WHEN_POSTED = hasattr(torch_stage._RecvInfo, "allocate_buffer")  # 2.15: torch makes them as late as we do
-
-
-class PipeStage(PipelineStage):
-    """torch's stage with receive buffers that live only while their micro-batch is in flight.
-
-    Before 2.15 torch allocates the buffers of all M micro-batches before the first step and keeps them; a schedule that
-    holds few activations would pay for all of them. Here a buffer is made when its receive is posted and let go behind
-    the backward.
-    """
-
-    def prepare(self, microbatches: int) -> None:
-        """Set up the tables of receives and sends from the static shapes given to the constructor."""
-        self.has_backward = _INFERENCE_MODE is not None
-        if _INFERENCE_MODE is not None:
-            self._inference_mode = _INFERENCE_MODE.STATIC
-        options = {"has_backward": True} if _FORWARD_TAKES_BACKWARD else {}
-        self._prepare_forward_infra(microbatches, (), {}, **options)
-        self.has_backward = True
-        self._prepare_backward_infra(microbatches)
-        if _INFERENCE_MODE is None:
-            self._tell_what_has_gradients()
-        self._shapes: dict[int, tuple[torch.Size, torch.dtype, bool]] = {}
-        self._in_flight: dict[tuple[int, bool], int] = {}
-        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
-            for info in infos:
-                like = _received(info)
-                if like is not None:
-                    self._shapes[id(info)] = (torch.Size(like.shape), like.dtype, like.requires_grad)
-                    info.buffer = None
-
-    def _tell_what_has_gradients(self) -> None:
-        """Correct the tables of torch 2.11, which takes every message for one with gradients, also of integers."""
-        metas: Any = (self.inputs_meta, self.get_outputs_meta())  # type: ignore[attr-defined]
-        taken, made = ([meta.requires_grad for meta in side] for side in metas)
-        arriving: dict[int, Any] = {} if self.is_first else self.args_recv_info
-        for infos in arriving.values():
-            for info, trained in zip(infos, taken, strict=True):
-                info.buffer.requires_grad_(trained)
-        returning: Any = self.grad_recv_info
-        for infos in returning.values():
-            for info, trained in zip(infos, made if infos else (), strict=True):
-                info.buffer = info.buffer if trained else None
-        if not self.is_first:
-            sent = zip(self.args_recv_info[0], taken, strict=True)
-            self.grad_send_info = [info.source if trained else None for info, trained in sent]
-
-    def _get_recv_ops(self, recv_infos: tuple[Any, ...]) -> list[dist.P2POp]:
-        return super()._get_recv_ops(tuple(info for info in recv_infos if id(info) in self._shapes))
-
-    def _buffer(self, info: Any) -> torch.Tensor:
-        shape, dtype, requires_grad = self._shapes[id(info)]
-        return torch.empty(shape, dtype=dtype, device=self.device, requires_grad=requires_grad)
-
-    def post_receive(self, microbatch: int, *, forward: bool) -> list[dist.Work]:
-        """Allocate the buffers of one message and post its receive."""
-        every = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
-        infos: list[Any] = [info for info in every if id(info) in self._shapes]
-        if not _BUFFERS_WHEN_POSTED:
-            for info in infos:
-                info.buffer = self._buffer(info)
-        operations = self.get_fwd_recv_ops(microbatch) if forward else self.get_bwd_recv_ops(microbatch)
-        for info, operation in zip(infos, operations, strict=True):
-            if not operation.tensor.is_contiguous():  # torch's own has the strides of what is sent, a message none
-                info.buffer = operation.tensor = self._buffer(info)
-        self._in_flight[microbatch, forward] = self.message_bytes(microbatch, forward=forward)
-        return post(operations)
-
-    def post_send(self, microbatch: int, *, forward: bool) -> tuple[list[dist.Work], list[torch.Tensor]]:
-        """Post the send of a micro-batch's outputs or input gradients; the tensors must live until it is complete."""
-        operations = self.get_fwd_send_ops(microbatch) if forward else self.get_bwd_send_ops(microbatch)
-        return post(operations), [operation.tensor for operation in operations]
-
-    def release(self, microbatch: int) -> None:
-        """Let go of a micro-batch's receive buffers, behind its backward."""
-        for forward, infos in (
-            (True, self.args_recv_info[microbatch]),
-            (False, self.grad_recv_info.get(microbatch, ())),
-        ):
-            self._in_flight.pop((microbatch, forward), None)
-            for info in infos:
-                if id(info) in self._shapes:
-                    info.buffer = None
-        if self.is_first:
-            self.bwd_cache.pop(microbatch, None)
-
-    def clear_runtime_states(self) -> None:
-        """Forget the step. torch's own also clears the gradients of receive buffers, of which none is left here."""
-        getattr(self, _FORWARDS).clear()
-        self.bwd_cache.clear()
-        self.output_chunks.clear()
-        self._in_flight.clear()
-
-    def message_bytes(self, microbatch: int, *, forward: bool) -> int:
-        """Bytes of one received message."""
-        infos = (self.args_recv_info if forward else self.grad_recv_info)[microbatch]
-        shapes = [self._shapes[id(info)] for info in infos if id(info) in self._shapes]
-        return sum(shape.numel() * dtype.itemsize for shape, dtype, _ in shapes)
-
-    def communication_bytes(self) -> int:
-        """Bytes of the receive buffers and unsent gradients alive now."""
-        unsent = [t for grads in self.bwd_cache.values() for t in grads if t is not None] if not self.is_first else []
-        return sum(self._in_flight.values()) + sum(t.nbytes for t in unsent)
-
-
-_FORWARDS = "_forward_chunk_states" if _BUFFERS_WHEN_POSTED else "fwd_cache"
-"""Where torch's stage keeps the micro-batches between forward and backward."""
-
-
-def _received(info: Any) -> Any:
-    """What has the shape and dtype of a received tensor, None for what is not received (inputs, missing gradients)."""
-    if getattr(info, "source", None) is None:
-        return None
-    return info.buffer if info.buffer is not None else getattr(info, "tensor_meta", None)
 
 
 def post(operations: list[dist.P2POp]) -> list[dist.Work]:
@@ -159,6 +38,12 @@ def post(operations: list[dist.P2POp]) -> list[dist.Work]:
     return list(dist.batch_isend_irecv(operations)) if operations else []
 
 
+def whole_backward(outputs: list[torch.Tensor], gradients: list[torch.Tensor] | None) -> None:
+    """Run a whole backward from outputs with these gradients, or from a loss without; nothing where there is none."""
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
+
+
 def halves(
     outputs: list[torch.Tensor],
     gradients: list[torch.Tensor] | None,
@@ -167,19 +52,22 @@ def halves(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return the two halves of a backward, to be run once each in this order: for the inputs, for the parameters.
 
-    As `PipelineStage` runs them: without inputs the second half is the whole backward. Outputs that are views cannot be
-    let go of by torch's functions; there autograd walks the graph twice.
+    Each adds to the gradients of what it is for, as torch's `PipelineStage` runs them: without inputs the second half
+    is the whole backward. Outputs that are views cannot be let go of by torch's functions; there
+    autograd walks the graph twice.
     """
+    if not outputs:
+        return lambda: None, lambda: None
     if not inputs:
         return lambda: None, lambda: torch.autograd.backward(outputs, gradients) if parameters else None
     if not parameters:
         return lambda: torch.autograd.backward(outputs, gradients), lambda: None
     if any(output._is_view() for output in outputs):
 
-        def of(wanted: list[Any]) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+        def of(wanted: list[Any], *, again: bool) -> Callable[[], object]:
+            return lambda: torch.autograd.backward(outputs, gradients, inputs=wanted, retain_graph=again)
 
-        return of(inputs), of(parameters)
+        return of(inputs, again=True), of(parameters, again=False)
     groups: list[dict[str, Any]] = []
 
     def first() -> None:

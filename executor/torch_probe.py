@@ -21,24 +21,6 @@ OLDEST, NEWEST = (2, 11), (2, 15)
 """The first and the last version with which the tests have been run (CONTRIBUTING.md)."""
 
 NEEDED: dict[str, tuple[str, ...]] = {
-    "torch.distributed.pipelining.stage": (
-        "PipelineStage._prepare_forward_infra",
-        "PipelineStage._prepare_backward_infra",
-        "PipelineStage._get_recv_ops",
-        "PipelineStage.get_fwd_recv_ops",
-        "PipelineStage.get_bwd_recv_ops",
-        "PipelineStage.get_fwd_send_ops",
-        "PipelineStage.get_bwd_send_ops",
-        "PipelineStage.forward_one_chunk",
-        "PipelineStage.backward_one_chunk",
-        "PipelineStage().args_recv_info",
-        "PipelineStage().grad_recv_info",
-        "PipelineStage().grad_send_info",
-        "PipelineStage().bwd_cache",
-        "PipelineStage().output_chunks",
-        "PipelineStage().fwd_cache|PipelineStage()._forward_chunk_states",
-        "_RecvInfo",
-    ),
     "torch.distributed.pipelining._backward": ("stage_backward_input", "stage_backward_weight"),
     "torch.distributed.elastic.multiprocessing": (
         "DefaultLogsSpecs",

@@ -128,7 +128,7 @@ class Training:
         """This rank's part of the mean loss of each step, fetched from the device at once."""
         parts = [part for done in self.pending for part in done.losses]
         fetched = iter(torch.stack([part.reshape(()) for part in parts]).tolist() if parts else ())
-        return [sum(next(fetched) for _ in done.losses) / self.me.plan.replicas for done in self.pending]
+        return [sum(next(fetched) for _ in done.losses) for done in self.pending]
 
     def _norms(self) -> list[float]:
         """The norm of all gradients in each step, fetched at once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,23 +12,26 @@ from planner.basis.errors import PlanError
 
 
 def own_optimizer(
-    file: ModelFile, model: nn.Module, names: dict[int, str], trained: Sequence[nn.Parameter]
+    file: ModelFile, model: nn.Module, trained: Mapping[str, nn.Parameter]
 ) -> torch.optim.Optimizer | None:
     """Make the optimizer of the whole model, and leave to it what one stage trains; None where that is nothing.
 
+    `trained` are the stage's own parameters by their names in the model.
     What a group is, and its learning rate, may follow from all parameters: how many there are, or a place among them.
     Groups without any parameter here stay, so that a scheduler finds as many as in a plain loop. An optimizer that
     cannot be made of parameters without data is made of the stage's own.
     """
-    own = {id(parameter) for parameter in trained}
+    every = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {id(parameter): trained[name] for name, parameter in every.items() if name in trained}
     try:
-        optimizer = file.optimizer_of((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        optimizer = file.optimizer_of(every.items())
     except PlanError:
-        optimizer = file.optimizer_of((names[id(p)], p) for p in trained)
+        own = {id(parameter): parameter for parameter in trained.values()}
+        optimizer = file.optimizer_of(trained.items())
     if optimizer is None:
         return None
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
-    for parameter in [p for p in optimizer.state if isinstance(p, torch.Tensor) and id(p) not in own]:
+        group["params"] = [own[id(parameter)] for parameter in group["params"] if id(parameter) in own]
+    for parameter in [p for p in optimizer.state if isinstance(p, torch.Tensor) and own.get(id(p)) is not p]:
         del optimizer.state[parameter]
     return optimizer if any(group["params"] for group in optimizer.param_groups) else None

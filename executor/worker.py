@@ -28,7 +28,6 @@ from executor.rank import Rank
 from executor.rates import Rates
 from executor.recording import memory_step
 from executor.saving import await_all, save
-from executor.seeding import mixed
 from executor.steps import Extent, announce
 from executor.training import Training
 from planner.basis.errors import RUN_FAILED, PlanError
@@ -82,14 +81,13 @@ def main(path: str) -> None:
         weights.close()
     del layered, weights, evaluating
     gc.collect()
-    draw_apart(job.seed, me)
     offset = clock_offset(backend)
     if file.compiled:
         (folder / f"rank{rank}.compiled").unlink()
     if rank == 0:
         (folder / INITIAL).unlink()  # all ranks have read it: they have just spoken with each other
     extent = extent_of(job, me.feed)
-    rates = Rates(file, me.optimizer, extent.steps, judged=wanted)
+    rates = Rates(file, me.optimizers, extent.steps, judged=wanted)
     if rank == 0:
         announce(folder, extent)
     training = Training(me, rates, backend, folder, offset=offset, where=f"{job.model}, plan {job.plan}")
@@ -109,15 +107,6 @@ def main(path: str) -> None:
     # Not in a `finally`: a rank that fails must report before its peers notice that it is gone.
     dist.barrier()
     dist.destroy_process_group()
-
-
-def draw_apart(seed: int, me: Rank) -> None:
-    """Let every stage and replica draw noise of its own: with one, all stages would drop out the same units.
-
-    The first stage of the first replica goes on behind `model()`, as a plain loop does.
-    """
-    if me.stage_index or me.replica:
-        torch.manual_seed(mixed(seed, me.stage_index, me.replica))
 
 
 def extent_of(job: Job, feed: Feed) -> Extent:

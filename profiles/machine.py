@@ -26,7 +26,7 @@ from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import ModelFile
 from executor.rank import Rank
-from executor.reduction import reduce_mean
+from executor.reduction import add_up
 from executor.torch_adapter import post
 from executor.worker import join
 from planner.programs.program import RECEIVES, SENDS
@@ -229,7 +229,7 @@ def _transfer(size: int, backend: Backend) -> tuple[float, float]:
 def _reduction(size: int, backend: Backend) -> float:
     tensor = torch.ones(max(1, size // 4), device=backend.device)
     dist.barrier()
-    return _timed(backend, ROUNDS, lambda: reduce_mean(tensor))
+    return _timed(backend, ROUNDS, lambda: add_up(tensor))
 
 
 _DISPLACING = 2**22
@@ -296,7 +296,7 @@ def _action(backend: Backend) -> float:
     for _ in range(50):
         backend.synchronize()
         begin = backend.stamp()
-        output = rank.module(x)
+        output = rank.stages[dist.get_rank()].module(x)
         middle = backend.stamp()
         torch.autograd.backward(output, torch.ones_like(output))
         end = backend.stamp()

@@ -29,11 +29,12 @@ def rate_s(file: ModelFile, backend: Backend, model: nn.Module) -> float:
         for name, p in model.named_parameters()
         if p.requires_grad
     )
-    rates, seconds = Rates(file, optimizer, ROUNDS), []
-    if optimizer is not None:
-        optimizer.step()
+    if optimizer is None:
+        return 0.0
+    rates, seconds = Rates(file, {0: optimizer}, ROUNDS), []
+    optimizer.step()
     for _ in range(ROUNDS):
         begin = time.perf_counter()
-        rates.step()
+        rates.step(0)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)

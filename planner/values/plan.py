@@ -172,6 +172,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Copies of the pipeline, each with its share of the micro-batches; the most of any stage where uneven."""
         return max(len(stage.devices) for stage in self.stages) // (self.tensor * self._schedule.copies)
 
+    @property
+    def pipelines(self) -> int:
+        """How many whole pipelines there are: one where stages have different numbers of replicas."""
+        return 1 if self.uneven else self.replicas
+
     @functools.cached_property
     def turns(self) -> tuple[int, ...]:
         """How many replicas of each stage take micro-batches in turn: of whole pipelines each has its own."""

@@ -97,8 +97,7 @@ class Plain(NamedTuple):
 def reference(model: str, replicas: int, steps: int = 1) -> Plain:
     """The whole model in this process, gradients accumulated over the micro-batches in ascending order.
 
-    Each replica's loss is the mean over its own micro-batches, and the gradients are the mean over replicas, as in DDP:
-    in float16 that decides what overflows.
+    Every replica's losses are parts of the whole step's mean: in float16 that decides what overflows.
     """
     file, feeds = load(model), feeds_of(model, replicas)
     whole = file.build(SEED)
@@ -115,11 +114,8 @@ def reference(model: str, replicas: int, steps: int = 1) -> Plain:
         for x, y in zip(zip(*(t.chunk(parts) for t in inputs), strict=True), split(targets, parts), strict=True):
             with lower:
                 loss = file.loss(called(file, whole, x), y) / parts
-            scaler.scale(loss * replicas).backward()
+            scaler.scale(loss).backward()
             total += float(loss.detach())
-        for parameter in whole.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= replicas
         scaler.unscale_(optimizer)
         gradients = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(whole.parameters(), file.clip) if file.clip else None
@@ -240,7 +236,7 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
             assert found["scale"] is None or float(found["scale"]) == scale
             if norm is not None:
                 torch.testing.assert_close(found["norm"], norm, rtol=1e-6, atol=0.0)
-        measured = sum(float(loss) for found in ranks for loss in found["losses"].values()) / case.plan.replicas
+        measured = sum(float(loss) for found in ranks for loss in found["losses"].values())
         assert measured == pytest.approx(total, rel=1e-6)
         whole = load(case.model).build(0)
         whole.load_state_dict({name: t for found in ranks for name, t in found["state"].items()})

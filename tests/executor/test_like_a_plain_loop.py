@@ -148,13 +148,14 @@ def test_labels_among_the_inputs_are_weighed_as_targets_are(path: str) -> None:
 
 def shared(averaging: Averaging, targets: torch.Tensor, loss_of: Any = None) -> list[float]:
     """What the losses of a step's two micro-batches, each 1, are of the whole batch's."""
-    averaging.begin([Drawn(samples=len(own), given=torch.zeros(len(own), 4), targets=own) for own in targets.chunk(2)])
+    parts = [Drawn(samples=len(own), given=torch.zeros(len(own), 4), targets=own) for own in targets.chunk(2)]
+    averaging.begin(dict(enumerate(parts)))
     found = [averaging.shared(place, loss_of, lambda: torch.ones(())) for place in range(2)]
     return [0.0 if own is None else float(own) for own in found]
 
 
 def test_ignored_targets_are_met_in_any_step(path: str) -> None:
-    averaging = Averaging(load(path), None, 1, torch.device("cpu"))
+    averaging = Averaging(load(path), None, 2, torch.device("cpu"))
     assert shared(averaging, torch.tensor([1, 2, 0, 1])) == [0.5, 0.5]
     assert shared(averaging, torch.tensor([1, 2, -100, 1])) == pytest.approx([2 / 3, 1 / 3])
     assert shared(averaging, torch.tensor([1, 2, -100, -100])) == [1.0, 0.0]
@@ -193,7 +194,7 @@ def test_labels_that_the_loss_does_not_read_count_all() -> None:
 
 
 def test_a_shift_is_found_in_the_step_in_which_it_matters(path: str) -> None:
-    averaging = Averaging(load(path), None, 1, torch.device("cpu"))
+    averaging = Averaging(load(path), None, 2, torch.device("cpu"))
     whole = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     assert shared(averaging, whole) == [0.5, 0.5]
     assert averaging.ends is None, "nobody has been asked"

@@ -49,7 +49,7 @@ def train(case: Case, folder: Path, backend: Backend) -> None:
     announce(own, Extent(steps=case.steps))
     if case.stop_s and rank == dist.get_world_size() - 1:
         threading.Timer(case.stop_s, ask, (own,)).start()
-    rates = Rates(file, me.optimizer, case.steps)
+    rates = Rates(file, me.optimizers, case.steps)
     Training(me, rates, backend, own, offset=0.0, where=case.name).run(case.steps)
     torch.save(me.state(), own / f"rank{rank}.pt")
 

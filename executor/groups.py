@@ -1,0 +1,34 @@
+"""The process groups of a run: who talks to whom besides passing messages. Made by all ranks, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+
+from planner.values.plan import Plan
+
+
+class Groups:
+    """The groups that a plan needs. Making them is something that all ranks do at the same time.
+
+    `all` carries the messages, apart from the collectives. `replicas` says of which pipeline each row is, and
+    `pipeline` joins the rows of this rank's. `holding` joins those that hold each stage, for its gradients: one group per
+    stage, as what is done in a group is done by all in one order. `judging` joins those that have losses.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        rows = range(len(plan.groups))
+        self.all = dist.new_group(list(rows))
+        self.replicas = tuple(row * plan.pipelines // len(rows) for row in rows)
+        own = self.replicas[dist.get_rank()]
+        pipelines = [among(row for row in rows if self.replicas[row] == r) for r in range(plan.pipelines)]
+        self.pipeline = pipelines[own]
+        self.holding = [among(holders) for holders in plan.holders]
+        self.judging = among(plan.holders[-1])
+
+
+def among(rows: Iterable[int]) -> dist.ProcessGroup | None:
+    """Make the group of some rows; None for one row alone."""
+    wanted = sorted(rows)
+    return dist.new_group(wanted) if len(wanted) > 1 else None

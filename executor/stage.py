@@ -1,0 +1,244 @@
+"""One stage on one of the ranks that hold it: its layers, what its micro-batches keep until their backward, its update.
+
+    inputs ──► forward ──► outputs ──► sent on              what a micro-batch keeps: `Passing`
+    gradients of inputs ◄── backward ◄── gradients of outputs
+
+A rank may hold any number of them. They know nothing of messages, nor of who holds the stages beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from executor.boundaries import Boundary
+from executor.compiling import compile_layers
+from executor.hollow import places
+from executor.layers import LayeredModel, StageModule, as_tuple, on
+from executor.model_file import ModelFile
+from executor.noise import Noise
+from executor.reduction import Buckets, start_alike
+from executor.torch_adapter import halves, whole_backward
+from executor.updating import own_optimizer
+from planner.basis.errors import RUN_FAILED, PlanError
+
+Tensors = tuple[torch.Tensor, ...]
+Judged = Callable[[Any], torch.Tensor]
+
+
+@dataclass
+class Passing:
+    """A micro-batch between its forward and its backward: what went in, what came out (on the last stage its loss).
+
+    `weight_half` is what is left of a backward that is done in two halves.
+    """
+
+    inputs: Tensors
+    outputs: Tensors
+    result: Any = None
+    weight_half: Callable[[], object] | None = None
+
+
+@dataclass
+class Sources:
+    """What all stages of a rank are made from: the file, its cut model as it runs, and the names of its tensors."""
+
+    file: ModelFile
+    layered: LayeredModel
+    names: dict[int, str] = field(init=False)
+    saved: dict[int, tuple[str, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names, self.saved = self.layered.parameter_names(), self.layered.saved_names()
+
+
+class Stage:
+    """A stage with the layers of `module`, which pass their boundary's tensors.
+
+    `loss` is the last stage's, from its result and targets. `first_of` are the parameters' names by identity: see
+    `settle`. `group` joins the ranks that hold the stage, where there are several.
+    """
+
+    def __init__(
+        self, index: int, module: StageModule, boundary: Boundary, loss: Any, group: dist.ProcessGroup | None
+    ) -> None:
+        self.index, self.module, self.boundary, self.loss, self.group = index, module, boundary, loss, group
+        self._before = [id(tensor) for _, _, tensor in places([module])]
+        self.passing: dict[int, Passing] = {}
+        self.losses: dict[int, torch.Tensor] = {}
+        """Every micro-batch's part of the step's mean loss, on the last stage."""
+        self.scale: torch.Tensor | None = None
+        """What losses are multiplied by for their backward, in float16."""
+        self.buckets: Buckets | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.places: dict[int, tuple[nn.Module, str]] = {}
+        self.saved: dict[str, tuple[nn.Module, str]] = {}
+        self.named: dict[str, nn.Parameter] = {}
+
+    def settle(self, sources: Sources, taken: set[int], device: torch.device, bucket_bytes: int) -> None:
+        """Take its place on the device, now that its tensors have values: all ranks that hold it, at the same time.
+
+        A parameter that an earlier stage of this rank holds, too, is copied: each stage has its own gradients, which
+        are added up where the program says so. What is `taken` is noted by its identity.
+        """
+        self._part(taken)
+        if sources.file.compiled:
+            self.module.layers = compile_layers(self.module.layers)
+        on(self.module, device)
+        if isinstance(self.loss, nn.Module):
+            self.loss = on(self.loss, device)
+        for before, (part, name, tensor) in zip(self._before, places([self.module]), strict=True):
+            self.places[before] = part, name
+            self.saved.update(dict.fromkeys(sources.saved.get(before, ()), (part, name)))
+            if isinstance(tensor, nn.Parameter):
+                self.named[sources.names[before]] = tensor
+        trained = self.trained
+        if self.group is not None:
+            start_alike(self.module, self.group)
+            self.buckets = Buckets(trained.values(), self.group, bucket_bytes)
+        self.optimizer = own_optimizer(sources.file, sources.layered.model, trained)
+
+    def _part(self, taken: set[int]) -> None:
+        """Make what another stage of this rank holds, too, the stage's own; and note what it holds."""
+        if any(id(tensor) in taken for _, _, tensor in places([self.module])):
+            around = self.module.surroundings
+            self.module = copy.deepcopy(self.module, {id(around): around})
+        taken.update(id(tensor) for _, _, tensor in places([self.module]))
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by their names in the model."""
+        return {name: parameter for name, parameter in self.named.items() if parameter.requires_grad}
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it takes the batch."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it makes the loss."""
+        return not self.module.outputs
+
+    def forward(self, microbatch: int, inputs: Tensors, noise: Noise, judged: Judged | None = None) -> None:
+        """Compute one micro-batch with its noise; the last stage's result is `judged`: its part of the step's loss.
+
+        Raises `PlanError` (exit 6) when what is to be sent on is not what the next stage expects.
+        """
+        flags = (one.gradient for one in self.boundary.taken)
+        inputs = tuple(value.requires_grad_(flag) for value, flag in zip(inputs, flags, strict=True))
+        self.module.noise = noise
+        result = self.module(*inputs)
+        if self.is_last:
+            noise.at(self.module.first + len(self.module.layers))
+            assert judged is not None, "the last stage makes the loss"
+            loss = judged(result)
+            self.losses[microbatch] = loss
+            self.passing[microbatch] = Passing(inputs, (loss,), result)
+            return
+        outputs = as_tuple(result)
+        self._check(outputs)
+        self.passing[microbatch] = Passing(inputs, outputs)
+
+    def _check(self, outputs: Tensors) -> None:
+        for i, (value, expected) in enumerate(zip(outputs, self.boundary.made, strict=True)):
+            if (value.shape, value.dtype) != (expected.shape, expected.dtype):
+                raise PlanError(
+                    what="a stage sends something else than the next one expects",
+                    where=f"stage {self.index}, value '{self.module.outputs[i]}'",
+                    why=f"it is {value.dtype} {tuple(value.shape)} where one micro-batch of batch(n) made "
+                    f"{expected.dtype} {tuple(expected.shape)}",
+                    fix="make all samples alike: what passes between stages must have one shape",
+                    code=RUN_FAILED,
+                )
+
+    def backward(self, microbatch: int, gradients: Tensors, on_repeat: Callable[[], None] | None = None) -> Tensors:
+        """Compute the gradients of a micro-batch's inputs, and add those of the parameters to what there is.
+
+        `gradients` are those of the outputs that have any. `on_repeat` is called before and after what is recomputed.
+        """
+        passing = self.passing.pop(microbatch)
+        self.module.on_repeat = on_repeat
+        whole_backward(*self._ends(microbatch, passing, gradients))
+        self.module.on_repeat = None
+        return self._of_inputs(passing)
+
+    def backward_input(
+        self, microbatch: int, gradients: Tensors, on_repeat: Callable[[], None] | None = None
+    ) -> Tensors:
+        """Compute the gradients of a micro-batch's inputs alone; `backward_weight` does the rest."""
+        passing = self.passing[microbatch]
+        outputs, ends = self._ends(microbatch, passing, gradients)
+        # torch's functions let go of what they begin with: what a stage only passes on goes beside them.
+        own = {id(value) for value in passing.inputs}
+        passed = [(v, g) for v, g in zip(outputs, ends or (), strict=False) if id(v) in own]
+        kept = [i for i, value in enumerate(outputs) if id(value) not in own]
+        first, passing.weight_half = halves(
+            [outputs[i] for i in kept],
+            None if ends is None else [ends[i] for i in kept],
+            [value for value in passing.inputs if value.requires_grad],
+            list(self.trained.values()),
+        )
+        self.module.on_repeat = on_repeat
+        first()
+        self.module.on_repeat = None
+        for value, gradient in passed:
+            value.grad = gradient if value.grad is None else value.grad + gradient
+        return self._of_inputs(passing)
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Add the gradients of the parameters to what there is, behind `backward_input`."""
+        half = self.passing.pop(microbatch).weight_half
+        assert half is not None, microbatch
+        if self.buckets is None:
+            half()
+        else:
+            self.buckets.added(half)
+
+    def _ends(
+        self, microbatch: int, passing: Passing, gradients: Tensors
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Where a backward begins: what has a gradient, and these gradients; None for a loss's own."""
+        if self.is_last:
+            loss = passing.outputs[0]
+            self.losses[microbatch] = loss.detach()
+            return [loss if self.scale is None else loss * self.scale], None
+        flags = (one.gradient for one in self.boundary.made)
+        return [value for value, flag in zip(passing.outputs, flags, strict=True) if flag], list(gradients)
+
+    def _of_inputs(self, passing: Passing) -> Tensors:
+        """Take the gradients of the inputs that have any: zeros where a value was not used."""
+        found = []
+        for value in passing.inputs:
+            if value.requires_grad:
+                found.append(torch.zeros_like(value) if value.grad is None else value.grad)
+                value.grad = None
+        return tuple(found)
+
+    def update(self, *, usable: bool = True) -> None:
+        """Update the parameters, unless their gradients are not usable, and clear the gradients.
+
+        Gradients that are reduced stay in their buckets, as zeros. All are cleared, also those of parameters that the
+        user's optimizer leaves out: they would count in the next step's norm.
+        """
+        if self.optimizer is not None and usable:
+            self.optimizer.step()
+        if self.buckets is None:
+            self.module.zero_grad()
+        else:
+            self.buckets.clear()
+
+    def forget(self) -> None:
+        """Forget what micro-batches have left behind."""
+        self.passing.clear()
+        self.losses = {}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The parameters' gradients by their names in the model."""
+        return {name: p.grad.cpu() for name, p in self.named.items() if p.grad is not None}
