@@ -13,8 +13,8 @@ class Groups:
     """The groups that a plan needs. Making them is something that all ranks do at the same time.
 
     `all` carries the messages, apart from the collectives. `replicas` says of which pipeline each row is, and
-    `pipeline` joins the rows of this rank's. `holding` joins those that hold each stage, for its gradients: one group per
-    stage, as what is done in a group is done by all in one order. `judging` joins those that have losses.
+    `pipeline` joins the rows of this rank's. `holding` joins those that hold each stage, for its gradients: one group
+    per stage, as what is done in a group is done by all in one order. `judging` joins those that have losses.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -102,18 +102,18 @@ def test_a_stages_groups_are_those_of_the_whole_models_optimizer(path: str) -> N
     """A rate that follows from a parameter's place among all is the same wherever the parameter is trained."""
     file = load(f"{path}:by_place")
     model = file.build(0)
-    names = {id(p): name for name, p in model.named_parameters()}
     whole = file.optimizer_of(model.named_parameters())
     assert whole is not None
     rates = {id(p): group["lr"] for group in whole.param_groups for p in group["params"]}
     for part in (model.get_submodule("a"), model.get_submodule("b"), model.get_submodule("head")):
-        own = own_optimizer(file, model, names, list(part.parameters()))
+        held = set(part.parameters())
+        own = own_optimizer(file, model, {name: p for name, p in model.named_parameters() if p in held})
         assert own is not None
         assert {id(p): group["lr"] for group in own.param_groups for p in group["params"]} == {
             id(p): rates[id(p)] for p in part.parameters()
         }
         assert len(own.param_groups) == len(whole.param_groups)
-    assert own_optimizer(file, model, names, []) is None
+    assert own_optimizer(file, model, {}) is None
 
 
 @pytest.mark.parametrize(

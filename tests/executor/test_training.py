@@ -177,19 +177,19 @@ def joined_alone(folder: Path, rank: int) -> list[Step]:
 def test_schedulers_that_cannot_work_are_refused() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(PlanError, match="nothing to go by"):
-        Rates(load(f"{MODELS}:plateau"), optimizer, 10)
+        Rates(load(f"{MODELS}:plateau"), {0: optimizer}, 10)
     with pytest.raises(PlanError, match="does not return a scheduler") as raised:
-        Rates(load(f"{MODELS}:unscheduled"), optimizer, 10)
+        Rates(load(f"{MODELS}:unscheduled"), {0: optimizer}, 10)
     assert "NoneType" in raised.value.why
-    nothing = Rates(load(f"{MODELS}:scheduled"), None, 10)
-    nothing.step()
+    nothing = Rates(load(f"{MODELS}:scheduled"), {}, 10)
+    nothing.step(0)
     assert math.isnan(nothing.current)
-    over = Rates(load(f"{MODELS}:scheduled"), optimizer, 2)
+    over = Rates(load(f"{MODELS}:scheduled"), {0: optimizer}, 2)
     optimizer.step()
-    over.step()
-    over.step()
+    over.step(0)
+    over.step(0)
     with pytest.raises(PlanError, match="fails") as raised:
-        over.step()
+        over.step(0)
     assert "ValueError" in raised.value.why
 
 
@@ -223,15 +223,15 @@ def test_groups_by_the_dimensions_of_parameters_have_a_rate() -> None:
 def test_validation_moves_a_plateau() -> None:
     file = dataclasses.replace(load(f"{MODELS}:plateau"), evaluate=lambda: None)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    rates = Rates(file, optimizer, 10)
+    rates = Rates(file, {0: optimizer}, 10)
     for _ in range(12):
-        rates.step()
+        rates.step(0)
         assert rates.current == 0.1
     for _ in range(12):
         rates.judge(1.0)
     assert rates.current == pytest.approx(0.01)
     with pytest.raises(PlanError, match="nothing to go by") as raised:
-        Rates(file, optimizer, 10, judged=False)
+        Rates(file, {0: optimizer}, 10, judged=False)
     assert "--evaluate-every is 0" in raised.value.why
 
 

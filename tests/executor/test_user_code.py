@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -259,26 +260,30 @@ def test_a_part_of_the_model_may_have_nothing_that_is_trained(tmp_path: Path) ->
     assert file.optimizer_of(named((2, 2))) is not None
 
 
-class Killed:
-    """What torchrun's agent says of a process that was killed."""
-
-    exitcode = -9
-    error_file_data = None
-
-
 def test_what_a_killed_rank_printed_last_is_said_and_its_log_where_it_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "attempt_0" / "1"
     folder.mkdir(parents=True)
     (folder / "stdout.log").write_text("step 3\n")
     (folder / "stderr.log").write_text("".join(f"line {i}\n" for i in range(40)) + "out of memory\n")
-    error = launch._failed(1, Killed(), tmp_path / "logs", kept=False)
+    error = launch._failed(1, None, -9, tmp_path / "logs", kept=False)
     assert error.where.splitlines()[0] == "rank 1"
     assert error.where.splitlines()[-1] == "out of memory"
     assert len(error.where.splitlines()) == 13
     assert str(tmp_path) not in error.fix
-    assert str(tmp_path / "logs") in launch._failed(1, Killed(), tmp_path / "logs", kept=True).fix
+    assert str(tmp_path / "logs") in launch._failed(1, None, -9, tmp_path / "logs", kept=True).fix
     (folder / "stderr.log").write_text("")
     assert launch.last_words(tmp_path / "logs", 1) == "step 3"
+
+
+def test_of_two_ranks_the_one_that_failed_first_is_named(tmp_path: Path) -> None:
+    """A peer that misses it may have ended before it is seen to have ended itself."""
+    for rank, (name, at) in enumerate((("Connection closed by peer", 9), ("the bomb went off", 8), (None, 7))):
+        file = tmp_path / "attempt_0" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"message": {"message": name}}) if name else "{")
+        os.utime(file, ns=(at, at))
+    assert launch._first_words(tmp_path) == (1, {"message": {"message": "the bomb went off"}})
+    assert launch._first_words(tmp_path / "attempt_0" / "2") is None
 
 
 def test_what_a_model_file_prints_is_no_part_of_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
