@@ -141,15 +141,15 @@ def _trained(case: Case, backend: Backend, rank: int, folder: Path, *, evaluated
     """Every evaluation with the state behind it; at last the losses of all steps, and the state behind them."""
     file = load(case.model)
     layered, weights = cut_hollow(file, SEED, folder, first=rank == 0)
-    evaluates = prepare(file, layered, case.plan)
+    evaluates = prepare(file, layered, case.plan) if evaluated else None
     me = Rank(file, layered, case.plan, backend, rank, seed=SEED, weights=weights)
-    evaluator = evaluates(me)
+    evaluator = evaluates(me) if evaluates is not None else None
     torch.manual_seed(SEED)  # of dropout
     found, losses = [], []
     for step in range(2 * STEPS):
         me.step()
         losses.append(sum(float(loss) for loss in me.losses.values()))
-        if evaluated and step >= STEPS - 1:
+        if evaluator is not None and step >= STEPS - 1:
             judged = msgspec.to_builtins(evaluator.run(step + 1))
             found.append({"evaluation": judged, "state": {name: t.clone() for name, t in me.state().items()}})
     return [*found, {"losses": losses, "state": me.state()}]

@@ -275,6 +275,10 @@ def shifting_data() -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(Ragged(), batch_size=batch_size)
 
 
+def shifting_evaluate() -> torch.utils.data.Dataset[Any]:
+    return torch.utils.data.Subset(Ragged(), range(9, 40))
+
+
 shifting_optimizer = clipped_optimizer
 
 

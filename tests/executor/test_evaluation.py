@@ -14,6 +14,7 @@ from executor import averaging
 from executor.averaging import weight_of
 from executor.evaluated import agree_evaluated, cut_evaluated, dealt, metrics_of
 from executor.evaluations import Evaluations, evaluated
+from executor.labels import NO_ENDS
 from executor.launch import launch
 from executor.layers import cut
 from executor.model_file import load
@@ -120,7 +121,7 @@ def plain(model: str, state: dict[str, torch.Tensor], samples: int) -> dict[str,
         for part in Validation(file, samples):
             args, keywords = part.arguments()
             outputs = whole(*args, **keywords)
-            each = weight_of(file, part)
+            each = weight_of(file, part, (1, 0) if model.endswith(":shifting") else NO_ENDS)
             found = {"loss": float(file.loss(outputs, part.targets)), **metrics_of(file, outputs, part)}
             for name, value in found.items() if each else ():  # the mean of nothing is no number
                 sums[name] = sums.get(name, 0.0) + each * value
@@ -137,8 +138,8 @@ def cases(k: int) -> list[Case]:
         found.append(Case(name=f"{name}-1", model=model, plan=plan_of(model, "1f1b", k)))
         if k == 2:
             found.append(Case(name=f"{name}-2", model=model, plan=plan_of(model, "1f1b", 1, replicas=2)))
-    if k == 2:
-        found.append(Case(name="partly-1", model=f"{MODELS}:partly", plan=plan_of(f"{MODELS}:partly", "1f1b", 2)))
+    for name in ("partly", "shifting") if k == 2 else ():
+        found.append(Case(name=f"{name}-1", model=f"{MODELS}:{name}", plan=plan_of(f"{MODELS}:{name}", "1f1b", 2)))
     return found
 
 

@@ -221,7 +221,10 @@ def test_gradients_are_those_of_one_process(k: int, tmp_path: Path) -> None:
                 if exact:
                     assert torch.equal(gradient, expected[name]), f"{case.name}, rank {rank}, {name}"
                 else:
-                    torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+                    most = 1e-6 * float(expected[name].abs().max())
+                    torch.testing.assert_close(
+                        gradient, expected[name], rtol=1e-6, atol=most, msg=f"{case.name} {name}"
+                    )
         seen = {name for found in ranks for name in found["gradients"]}
         assert seen == set(expected), case.name
         for found in ranks:
