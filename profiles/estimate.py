@@ -92,6 +92,7 @@ class Counted:
     tied_bytes: tuple[Tied, ...]
     batch_bytes: tuple[tuple[int, int, int], ...]
     sequence: int
+    least: int
 
 
 def estimate(
@@ -198,7 +199,7 @@ def _count(
     *,
     chosen: bool,
 ) -> Counted:
-    drawn = {n: file.draw(n, seed=n) for n in {2, *sizes}}
+    drawn = {n: file.draw(n, seed=n) for n in {1, 2, *sizes}}
     empty = mode is not nullcontext
     with ExitStack() as stack:
         stack.enter_context(mode())
@@ -210,8 +211,8 @@ def _count(
         batches = {n: pytree.tree_map(lambda t: _input(t, dtype, empty=empty), batch) for n, batch in drawn.items()}
         ready = dataclasses.replace(file, batch=batches.__getitem__)
         layered = cut(ready, model)
-        if not chosen and needs_two(ready, layered):
-            sizes = [n for n in sizes if n > 1]
+        least = 2 if needs_two(ready, model) else 1
+        sizes = sizes if chosen else [n for n in sizes if n >= least]
         kinds = find(layered, layered.parted(*batches[2])[0])
         shorter, standing = kinds.short, kinds.standing
         chain = Chain(ready, shorter, torch.device("cpu"))
@@ -252,6 +253,7 @@ def _count(
         tied_bytes=tuple(map(tied_of, once)),
         batch_bytes=tuple((n, _nbytes(batches[n][0]), _nbytes(batches[n][1])) for n in sizes),
         sequence=file.sequence or next(iter(lengths(drawn[2][0])), 0),
+        least=least,
     )
 
 
@@ -405,6 +407,7 @@ def _profile(counted: Counted, file: ModelFile, hardware: str, *, name: str, sou
         model_path=file.path,
         layers=layers[:-1],
         loss=layers[-1],
+        least=counted.least,
         values=counted.values,
         tied=counted.tied,
         tied_bytes=counted.tied_bytes,

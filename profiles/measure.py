@@ -80,7 +80,8 @@ def measure(
             why="each would be compiled anew whenever it gets its data, and the whole model does not fit into memory",
             fix="leave out compiled = True, or profile on a machine with more memory",
         )
-    candidates = chosen or _powers_of_two(file.batch_size)[model.resident and subject.needs_two(file, model.layered) :]
+    least = 2 if model.resident and subject.needs_two(file, model.layered.model) else 1
+    candidates = chosen or [n for n in _powers_of_two(file.batch_size) if n >= least]
     progress("links and overheads", 0, 1)
     probed = machine.machine(device, again=remeasure_machine)
     progress("links and overheads", 1, 1)
@@ -162,6 +163,7 @@ def measure(
         batch_bytes=loaded.batch_bytes,
         loading=loaded.loading,
         batch=file.batch_size,
+        least=least,
         clip=file.clip,
         rate_s=rate_s(file, backend, model.layered.model),
         action_s=probed.action_s,

@@ -16,6 +16,7 @@ from executor.evaluated import agree_evaluated
 from executor.hollow import build, built_within, held_bytes, hollow
 from executor.layers import LayeredModel, cut, unchanged_buffers
 from executor.model_file import ModelFile
+from executor.precision import autocast
 from planner.basis.errors import DEVICE, PlanError
 from planner.basis.units import size
 from planner.costs.host_room import fitting
@@ -153,16 +154,20 @@ def crowds(subject: Subject, processes: int) -> bool:
     return processes * 3 * held_bytes(subject.layered.model) <= SHARE * devices.free_bytes("cpu")
 
 
-def needs_two(file: ModelFile, layered: LayeredModel) -> bool:
-    """Whether a model that runs with two samples does not with one: batch norm has no variance of a single number."""
-    if file.batch_size < 2 or not any(isinstance(module, _REFUSING) for module in layered.model.modules()):
+def needs_two(file: ModelFile, model: nn.Module) -> bool:
+    """Whether a model that runs with two samples does not with one: batch norm has no variance of a single number.
+
+    That is asked of the model itself: a captured graph has the operation, and not the question before it.
+    """
+    if file.batch_size < 2 or not any(isinstance(module, _REFUSING) for module in model.modules()):
         return False
-    inputs, _ = layered.parted(*file.draw(1, seed=0))
-    whole = layered.stage(range(len(layered.layers)))
+    drawn = file.drawn(1, seed=0)
+    args, keywords = drawn.arguments()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(layered.model):
-            whole(*inputs)
-    except ValueError as error:
+        quiet = torch.no_grad(), torch.random.fork_rng(devices=[]), unchanged_buffers(model)
+        with quiet[0], quiet[1], quiet[2], autocast(file.precision, drawn.given):
+            model(*args, **keywords)
+    except Exception as error:
         return "more than 1 value per channel" in str(error)
     return False
 

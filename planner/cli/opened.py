@@ -13,7 +13,7 @@ import msgspec
 from planner.basis.errors import ARTEFACT, PlanError, unknown
 from planner.basis.sources import digest
 from planner.cli import output
-from planner.search.ranking import Ranking
+from planner.search.ranking import Ranking, check_least
 from planner.store import Store, is_table, no_length
 from planner.values import cluster_file
 from planner.values.cluster import Cluster
@@ -106,6 +106,8 @@ def of_plan(store: Store, path: Path, profile: Profile, plan: Plan, given: str |
             fix=f"norm = {str(profile.norm).lower()}",
             code=ARTEFACT,
         )
+    fewer = plan.batch // profile.least
+    check_least(profile, plan.samples, f"plan {plan}, microbatches", f"microbatches = {max(1, fewer)}, or fewer")
     if not plan.sequence or plan.sequence == profile.sequence:
         return path, profile
     if given is not None:

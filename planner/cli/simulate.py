@@ -44,7 +44,7 @@ from planner.placement import strategies
 from planner.placement.devices import choose
 from planner.placement.mapping import MAPPINGS
 from planner.search.choice import TIE
-from planner.search.ranking import DEFAULT_SAVINGS, Ranking, Shape, check, rank
+from planner.search.ranking import DEFAULT_SAVINGS, ENOUGH_S, Ranking, Shape, check, rank
 from planner.simulate.contention import Failure
 from planner.simulate.injection import inject
 from planner.simulate.limits import limits
@@ -283,6 +283,7 @@ def as_data(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: 
         "limits": [limit.text for limit in limits(ranking.best, ranking.cluster)],
         "plans": [figures(outcome) for outcome in rows],
         "rejected": [msgspec.to_builtins(rejected) for rejected in ranking.rejected],
+        "left_out": list(ranking.left_out),
     }
 
 
@@ -300,6 +301,13 @@ def _print(ranking: Ranking, rows: Sequence[Outcome], measured: Profile, path: P
         output.results.print(f"and {len(rows) - shown} more plans (--all shows them)")
     if any(o.plan.mark in MAPPINGS for o in rows):
         output.results.print("-stages: the replicas of a stage stand side by side (--mapping pipelines: its stages do)")
+    if ranking.left_out:
+        some, count = ", ".join(ranking.left_out[:3]), len(ranking.left_out)
+        more = f" and {count - 3} more" if count > 3 else ""
+        output.results.print(
+            f"left out, as {seconds(ENOUGH_S)} were over: {some}{more}; with --strategy they are simulated alone",
+            markup=False,
+        )
     for rejected in ranking.rejected:
         output.results.print(f"not possible: {rejected}", markup=False)
     stale = next((o for o in ranking.outcomes if o.fits and asynchronous(o.plan)), best)

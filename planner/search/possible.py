@@ -72,7 +72,8 @@ def remedy(question: Question, entry: Strategy) -> str:
     """Return the nearest number of micro-batches, or else of replicas, tensor ways or devices, that gives a plan."""
     if _possible(question, entry):
         return ""  # it is something else that cannot be
-    divisors = [m for m in range(1, min(question.batch, NUMBERS) + 1) if question.batch % m == 0 and m != question.m]
+    most = min(question.batch // question.profile.least, NUMBERS)
+    divisors = [m for m in range(1, most + 1) if question.batch % m == 0 and m != question.m]
     for m in sorted(divisors, key=lambda m: (abs(m - question.m), m))[:TRIALS]:
         if _possible(question._replace(m=m), entry):
             return f"--m {m} makes it possible"

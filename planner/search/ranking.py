@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from planner.basis.errors import NOTHING_FITS, USAGE, PlanError
-from planner.basis.units import size
+from planner.basis.units import samples_words, size
 from planner.orders.codes import MICROBATCH, STAGES
 from planner.placement.question import Mapping, Question
 from planner.placement.strategies import Axis, Strategy, all_strategies
@@ -31,6 +32,10 @@ SAMPLES_AT_MOST = 2**53
 """Samples of a step: whole numbers up to it are exact as seconds and bytes are reckoned."""
 
 
+ENOUGH_S = 40.0
+"""Seconds from which on no further plan is simulated: with the one that is begun, and the table, about a minute."""
+
+
 class Shape(NamedTuple):
     """What is asked of a pipeline besides K and M: see `Question`."""
 
@@ -45,7 +50,8 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     """The outcomes: those that fit by throughput, then those that do not by how much they lack.
 
     `able` are the plans, by their labels, that can be run. Where a search has decided, by whatever objective, `chosen`
-    is its best plan's label, and the outcomes are in its order. `asked` is the command that asks the same again.
+    is its best plan's label, and the outcomes are in its order. `asked` is the command that asks the same again. For
+    plans that are `left_out`, by strategy and savings, there was no time.
     """
 
     k: int
@@ -59,6 +65,7 @@ class Ranking(msgspec.Struct, frozen=True, kw_only=True):
     able: tuple[str, ...] = ()
     chosen: str = ""
     asked: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def best(self) -> Outcome:
@@ -146,6 +153,7 @@ def rank(
     these themselves have no part in such a question.
     `progress` is told what is simulated, and how many of how many plans are done.
     Of plans that are as good, one that is `able` to be run is preferred to one that is as simple and is not.
+    Where that takes longer than `ENOUGH_S`, strategies that are left are not simulated, but named.
     Raises `PlanError` (exit 2) when K, M or the batch are not positive, or M does not divide the batch.
     """
     check(profile, k=k, m=m, batch=batch)
@@ -153,7 +161,14 @@ def rank(
     outcomes: list[Outcome] = []
     failed: list[tuple[Strategy, PlanError]] = []
     questions = [question._replace(**shape._asdict()) for shape in shapes]
-    for entry, plan in _plans(questions, strategies or all_strategies(), savings, progress):
+    begun, left_out = time.monotonic(), list[str]()
+
+    def late(label: str) -> bool:
+        if outcomes and time.monotonic() - begun > ENOUGH_S:
+            left_out.append(label)
+        return label in left_out
+
+    for entry, plan in _plans(questions, strategies or all_strategies(), savings, progress, late):
         if isinstance(plan, PlanError):
             failed.append((entry, plan))
             continue
@@ -174,7 +189,8 @@ def rank(
         cluster=cluster,
         outcomes=tuple(outcomes),
         stale=stale,
-        rejected=rejections(questions[0], failed),
+        rejected=rejections(questions[0], failed) if not left_out else (),
+        left_out=tuple(dict.fromkeys(left_out)),
         able=tuple(str(outcome.plan) for outcome in outcomes if able(outcome.plan)),
     )
 
@@ -198,12 +214,31 @@ def check(profile: Profile, *, k: int, m: int, batch: int) -> None:
                 why=f"a step has at most {most:,} {of}",
                 fix=f"{flag} 8",
             )
+    if m > batch:
+        raise PlanError(
+            what=f"M={m:,} micro-batches are more than the {samples_words([batch])} of a batch",
+            where="--m and --batch",
+            why="each has a sample at least",
+            fix=f"--m {max(1, batch // profile.least)}, or fewer; or a larger --batch",
+        )
     if batch % m:
         raise PlanError(
             what=f"M={m} micro-batches do not divide a batch of {batch} samples",
             where="--m and --batch",
             why=f"{batch} / {m} = {batch / m:.3g} is not a whole number of samples",
             fix=f"plan simulate --k {k} --m {m} --batch {(batch // m + 1) * m}",
+        )
+    check_least(profile, batch // m, "--m and --batch", f"--m {max(1, batch // profile.least)}, or fewer")
+
+
+def check_least(profile: Profile, samples: int, where: str, fix: str) -> None:
+    """Raise `PlanError` (exit 2) for micro-batches of fewer samples than the model takes."""
+    if samples < profile.least:
+        raise PlanError(
+            what=f"micro-batches of {samples_words([samples])} are too small for the model",
+            where=where,
+            why=f"its batch norm needs {profile.least}: a single number has no variance, as torch says, too",
+            fix=fix,
         )
 
 
@@ -212,11 +247,15 @@ def _plans(
     strategies: Sequence[Strategy],
     savings: Sequence[tuple[str, ...]],
     progress: Callable[[str, int, int], None],
+    late: Callable[[str], bool],
 ) -> Iterator[tuple[Strategy, Plan | PlanError]]:
-    """Yield every strategy's plans, or why there are none; a plan is cut with its savings in mind."""
+    """Yield the plans of all that is not `late`, or why there are none; a plan is cut with its savings in mind."""
     every = [*itertools.product(questions, strategies, enumerate(savings))]
     for done, (question, entry, (index, chosen)) in enumerate(every):
-        progress(f"simulating {'+'.join((entry.name, *chosen))}", done, len(every))
+        label = "+".join((entry.name, *chosen))
+        if late(label):
+            continue
+        progress(f"simulating {label}", done, len(every))
         try:
             _heeds(entry, question)
             yield entry, entry.spread(question._replace(savings=chosen))

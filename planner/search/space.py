@@ -275,7 +275,8 @@ def blocks(of: Space, profile: Profile, cluster: Cluster) -> Iterator[Block]:
     for chosen in sorted(every, key=lambda one: one.devices == "stages"):  # a pipeline of one stage has a shorter name
         for point in _points(of, chosen, profile, cluster):
             replicas = point.replica_count
-            ms = tuple(m for m in of.ms if m % replicas == 0 and point.batch % m == 0)
+            whole = (m for m in of.ms if m % replicas == 0 and point.batch % m == 0)
+            ms = tuple(m for m in whole if point.batch // m >= profile.least)
             free = "synchronisation" in chosen.takes and replicas > 1
             agreed = []
             for name in of.synchronisations if free else ("",):

@@ -277,7 +277,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     parameters that no layer holds, as nothing reads them; `evaluating` says that `model()` returns the model in
     evaluation mode, in which it is then trained. `clip` is the norm to which the model clips all its gradients
     together, 0 where it does not; `rate_s` the seconds of setting the next step's learning rate behind an update.
-    `measuring` says how it was measured, where it was.
+    `measuring` says how it was measured, where it was. A micro-batch has `least` samples at least: two where batch norm
+    refuses one.
     """
 
     key: ProfileKey
@@ -308,6 +309,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     loading: Loading | None = None
     rate_s: float = 0.0
     measuring: Measuring | None = None
+    least: int = 1
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -41,6 +41,17 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, WIDTH))
 
 
+class Captured(nn.Module):
+    """The same, captured: of its graph nobody asks whether one sample is enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = normed()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.row(x)
+
+
 @pytest.mark.parametrize("name", [*MODELS, "batch norm"])
 def test_the_same_bytes(name: str) -> None:
     """Static, saved, sent, at the worst; those of tied parameters count where they are held, as ever."""
@@ -165,10 +176,10 @@ def test_a_batch_that_no_host_holds_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_model_that_needs_two_samples_is_measured_from_two_on() -> None:
     """Batch norm of one number per channel is an error, of a picture's many it is not."""
-    for make, needs in ((normed, True), (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), False)):
+    for make, needs in ((normed, True), (Captured, True), (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), False)):
         file = file_of(make)
         model = subject.prepare(file, "cpu", one_by_one=False)
         before = [t.clone() for t in model.layered.model.buffers()]
-        assert subject.needs_two(file, model.layered) is needs
+        assert subject.needs_two(file, model.layered.model) is needs
         assert all(map(torch.equal, before, model.layered.model.buffers()))
         assert sorted(count(file).sizes) == [1, 2, 4, 8][needs:], "an estimate, too"
