@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from executor.batch import Drawn, tensors
-from executor.labels import NO_ENDS, Ends, LossOf, check_mean, ends_of, ignores, labels_of, share
+from executor.labels import NO_ENDS, Ends, LossOf, check_mean, check_one, ends_of, ignores, labels_of, share
 from executor.labels import ROUNDING as OF_LABELS
 from executor.layers import unchanged_buffers
 from executor.model_file import ModelFile
@@ -49,6 +49,8 @@ class Averaging:
     def begin(self, parts: Mapping[int, Drawn]) -> None:
         """Begin a step with these micro-batches: weigh them, as far as is possible without the outputs for one."""
         self.parts, self.weights = parts, None
+        for part in parts.values() if self.file.weight is None else ():
+            check_one(self.file.path, part)
         if not any(map(self._asks, parts.values())):
             self._weigh()
 
@@ -75,6 +77,8 @@ class Averaging:
 
     def weight(self, part: Drawn, loss_of: LossOf) -> float:
         """Return how much a batch weighs, of which `loss_of` gives what its loss would be with other targets."""
+        if self.file.weight is None:
+            check_one(self.file.path, part)
         if self._asks(part):
             self._learn(part, loss_of)
         return weight_of(self.file, part, self.ends or NO_ENDS)
@@ -132,6 +136,8 @@ def check(file: ModelFile, model: torch.nn.Module, samples: int = SAMPLES) -> No
     with quiet, torch.no_grad(), torch.random.fork_rng(devices=[]), explained(file.path, "loss(outputs, targets)"):
         torch.manual_seed(SEED + 1)  # another seed than that of the comparison below
         loss, *losses = [_loss(file, model, part) for part in (whole, *halves)]
+        if file.weight is None:
+            check_one(file.path, whole)
         asks = file.weight is None and ignores(whole)
         ends = ends_of(whole, lambda part: _loss(file, model, part)) if asks else NO_ENDS
     found, parts = float(loss), [float(part) for part in losses]

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from executor.batch import Drawn
+from executor.batch import Drawn, tensors
+from executor.torch_adapter import pytree
 from executor.user_code import IGNORED
 from planner.basis.errors import RUN_FAILED, PlanError
 
@@ -29,11 +30,37 @@ LossOf = Callable[[Drawn], torch.Tensor]
 
 
 def labels_of(part: Drawn) -> torch.Tensor | None:
-    """Return the integers of which a batch's loss is a mean; None where there are none, or none could be ignored."""
-    found = part.given.get(LABELS) if part.targets is None and isinstance(part.given, dict) else part.targets
-    if not isinstance(found, torch.Tensor) or found.is_complex() or found.is_floating_point():
-        return None
-    return found if torch.iinfo(found.dtype).min < 0 else None
+    """Return the integers of which a batch's loss is a mean; None where there are none, or none could be ignored.
+
+    Of several tensors it is the one of which some are ignored here: all weigh the same where none is.
+    """
+    found = _could_be(part)
+    some = _ignoring(found) if len(found) > 1 else found
+    return next(iter(some or found), None)
+
+
+def check_one(path: str, part: Drawn) -> None:
+    """Raise `PlanError` (exit 6) where several targets ignore different samples: which of them weigh, nobody knows."""
+    found = _could_be(part)
+    some = _ignoring(found) if len(found) > 1 else []
+    if any(one.shape != some[0].shape or not torch.equal(one == IGNORED, some[0] == IGNORED) for one in some[1:]):
+        raise PlanError(
+            what="several targets of a batch are ignored, each elsewhere",
+            where=f"{path}, loss(outputs, targets)",
+            why=f"{len(some)} tensors of targets have -100, so that nobody knows how much a micro-batch weighs",
+            fix="define weight(inputs, targets) in the model file: over how much the loss of a micro-batch is a mean",
+            code=RUN_FAILED,
+        )
+
+
+def _could_be(part: Drawn) -> list[torch.Tensor]:
+    pool = part.given.get(LABELS) if part.targets is None and isinstance(part.given, dict) else part.targets
+    whole = [t for t in tensors(pool) if not (t.is_complex() or t.is_floating_point() or t.dtype == torch.bool)]
+    return [tensor for tensor in whole if torch.iinfo(tensor.dtype).min < 0]
+
+
+def _ignoring(labels: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for tensor in labels if bool((tensor == IGNORED).any())]
 
 
 def ignores(part: Drawn) -> bool:
@@ -110,7 +137,8 @@ def _with(part: Drawn, labels: torch.Tensor) -> Drawn:
     """A batch with other labels."""
     if part.targets is None:
         return dataclasses.replace(part, given={**part.given, LABELS: labels})
-    return dataclasses.replace(part, targets=labels)
+    before = labels_of(part)
+    return dataclasses.replace(part, targets=pytree.tree_map(lambda t: labels if t is before else t, part.targets))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from executor import hollow
 from executor.agreement import agree
 from executor.averaging import Averaging, check, weight_of
 from executor.batch import Drawn
-from executor.labels import NO_ENDS, Ends, check_mean, ends_of
+from executor.labels import NO_ENDS, Ends, check_mean, check_one, ends_of
 from executor.layers import cut
 from executor.model_file import ModelFile, load
 from executor.updating import own_optimizer
@@ -191,6 +191,26 @@ def test_which_ends_of_sequences_count_is_seen(ends: Ends, uniform: bool, clampe
 def test_labels_that_the_loss_does_not_read_count_all() -> None:
     part = Drawn(samples=2, given={"labels": torch.tensor([[-100, 1, 2], [1, 2, 3]])}, targets=None)
     assert ends_of(part, lambda _: torch.ones(())) == NO_ENDS
+
+
+def test_of_several_targets_the_one_counts_that_is_ignored_somewhere(path: str) -> None:
+    averaging = Averaging(load(path), None, 2, torch.device("cpu"))
+    classes, words = torch.tensor([1, 2, 0, 1]), torch.tensor([[0, 1, 2], [-100, -100, 1], [0, 1, 2], [0, 1, 2]])
+
+    def loss_of(part: Drawn) -> torch.Tensor:
+        assert torch.equal(part.targets["classes"], classes[:2])
+        return mean_of(1, 3)(dataclasses.replace(part, targets=part.targets["words"]))
+
+    whole = Drawn(samples=4, given=torch.zeros(4, 4), targets={"classes": classes, "words": words})
+    averaging.begin(dict(enumerate(whole.split(2))))
+    found = [averaging.shared(place, loss_of, lambda: torch.ones(())) for place in range(2)]
+    assert [float(own) for own in found if own is not None] == pytest.approx([3 / 7, 4 / 7])
+    alike = dataclasses.replace(whole, targets=(words, words.clone(), torch.rand(4)))
+    check_one(path, alike)
+    other = dataclasses.replace(whole, targets=(words, words.roll(1, 0)))
+    with pytest.raises(PlanError, match="each elsewhere") as raised:
+        averaging.begin({0: whole, 1: other})
+    assert "weight(inputs, targets)" in raised.value.fix
 
 
 def test_a_shift_is_found_in_the_step_in_which_it_matters(path: str) -> None:
