@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 VERSION = 1
 """Of what is kept: another one when something else is measured, or in another way."""
+OF_KIND = {"cuda": 2}
+"""The same where only one kind of device is measured in another way."""
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,7 @@ def key_of(kind: str) -> Key:
         count=torch.cuda.device_count() if kind == "cuda" else 0,
         cores=devices.cores(),
         torch=str(torch.__version__),
+        version=OF_KIND.get(kind, VERSION),
     )
 
 

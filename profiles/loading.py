@@ -1,6 +1,7 @@
 """What a rank's LOAD costs: drawing a share, or taking it from processes that have made it ready, or waiting for them.
 
-All of it is measured on the feed that a rank has in a run.
+All of it is measured on the feed that a rank has in a run. What copying to a device takes follows from its link to the
+host's memory, which is the machine's (`profiles.machine`).
 """
 
 from __future__ import annotations
@@ -119,8 +120,7 @@ def _taken(
         between()
         time.sleep(wait)
         begin, worked = time.monotonic(), time.process_time()
-        share = feed.take().on(backend.device)
-        backend.synchronize()
+        share = feed.take()
         seconds.append(time.monotonic() - begin)
         busy.append(time.process_time() - worked)
     feed.close()

@@ -36,6 +36,7 @@ from profiles import crowding, kept
 from profiles.hardware import kind_of
 
 MESSAGE_BYTES = (4, 2**14, 2**16, 2**18, 2**20, 2**22)
+COPY_BYTES = (*MESSAGE_BYTES, 2**26)
 POST_BYTES = (2**6, 2**16, 2**18, 2**20, 2**22)
 ROUNDS = 15
 QUIETER = 0.5
@@ -100,7 +101,9 @@ def machine(kind: str, *, again: bool = False) -> Machine:
 
 
 def measure(kind: str) -> Machine:
-    """Measure this machine with the devices of one kind. A single GPU has no link to measure.
+    """Measure this machine with the devices of one kind. A single GPU has no link to another one to measure.
+
+    Those to the host's memory are taken to be alike.
 
     Raises `PlanError` (exit 6) when a rank of the probe fails.
     """
@@ -114,7 +117,13 @@ def measure(kind: str) -> Machine:
             Device(name=f"d{i}", memory_bytes=devices.memory_bytes("cuda"), host="local", threads=1, kind=known)
             for i in range(count)
         )
-        cluster = Cluster(name="this machine", hosts=(host,), devices=gpus)
+        copies = copied(devices.open_device("cuda"))
+        cluster = Cluster(
+            name="this machine",
+            hosts=(host,),
+            devices=gpus,
+            links=tuple(link_of(copies, between=(gpu.name, host.name)) for gpu in gpus),
+        )
         ranks = count
     else:
         host = Host(name="local", cores=cores, memory_bytes=devices.memory_bytes("cpu"))
@@ -135,7 +144,7 @@ def measure(kind: str) -> Machine:
     cluster = msgspec.structs.replace(
         cluster,
         hosts=(host,),
-        links=(link,),
+        links=(link, *cluster.links),
         posts=found.posts,
         transfer_work=found.transfer_work if kind == "cpu" else (),
         all_reduces=(AllReduce(devices=ranks, points=found.reductions),),
@@ -174,7 +183,20 @@ def _ascending(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]
     return tuple(reversed(kept))
 
 
-def link_of(transfers: tuple[tuple[int, float], ...]) -> Link:
+def copied(backend: Backend) -> tuple[tuple[int, float], ...]:
+    """Return the seconds of a copy from the host's memory to a device by its bytes, as a rank's LOAD does it."""
+    found = []
+    for size in COPY_BYTES:
+        tensor = torch.ones(size // 4)
+
+        def copy(tensor: torch.Tensor = tensor) -> torch.Tensor:
+            return tensor.to(backend.device, copy=True)
+
+        found.append((size, _timed(backend, ROUNDS, copy)))
+    return _ascending(found)
+
+
+def link_of(transfers: tuple[tuple[int, float], ...], between: tuple[str, str] = ("local", "local")) -> Link:
     """Return the link on which messages of so many bytes took so many seconds, the smallest first.
 
     Where a disturbed small message took as long as a large one, the line through both says nothing of the bandwidth: it
@@ -182,7 +204,7 @@ def link_of(transfers: tuple[tuple[int, float], ...]) -> Link:
     """
     (least, latency_s), (most, longest_s) = transfers[0], transfers[-1]
     return Link(
-        between=("local", "local"),
+        between=between,
         latency_s=latency_s,
         bandwidth_bytes_per_s=(most - least) / max(longest_s - latency_s, longest_s / 2),
         points=transfers,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from planner.basis.errors import DEVICE, PlanError
 from planner.basis.units import size
 from planner.values.cluster import Cluster
-from planner.values.profile import Profile, interpolate
+from planner.values.profile import Profile
 
 
 def check_hosts(profile: Profile, cluster: Cluster, batches: Iterable[int]) -> None:
@@ -30,9 +30,7 @@ def check_hosts(profile: Profile, cluster: Cluster, batches: Iterable[int]) -> N
             code=DEVICE,
         )
     for batch in batches:
-        taken = sum(
-            interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], batch) for kind in (1, 2)
-        )
+        taken = sum(profile.drawn_bytes(batch))
         if taken > memory:
             raise PlanError(
                 what="a step's batch is too large for this host's memory",

@@ -40,7 +40,6 @@ from planner.orders.operations import (
     TABLE,
 )
 from planner.programs.waits import MESSAGES, Linked
-from planner.values.profile import Profile, interpolate
 from planner.values.trace import KINDS, MemoryPoint
 
 Floats = npt.NDArray[np.float64]
@@ -93,10 +92,8 @@ class MemoryModel:
         whole = of.reduced if "gradients" in self.shards else 0.0
         repeated = of.saved - of.kept
         trains = self.placed.schedule.trains
-        inputs, targets = _batch_bytes(self.placed.profile, self.plan.loaded(stage))
-        table = self.linked.edges.table
-        first = table.reaches[stage] == table.reaches[stage + 1]
-        last = table.leaves[stage] == table.leaves[stage + 1]
+        inputs, targets = self.placed.profile.drawn_bytes(self.plan.loaded(stage))
+        first, last = self.linked.edges.ends(stage)
         self._set(stage, LOAD, inside=inputs + targets, input=inputs * first + targets * last)
         if trains:
             self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
@@ -325,9 +322,3 @@ def _peaks(actions, size_of, static, ops, last, back, released, held, peaks, lev
                 levels[i] = most
         peaks[d] = peak
     return 0
-
-
-def _batch_bytes(profile: Profile, batch: int) -> tuple[float, float]:
-    inputs = interpolate([(float(n), float(i)) for n, i, _ in profile.batch_bytes], batch)
-    targets = interpolate([(float(n), float(t)) for n, _, t in profile.batch_bytes], batch)
-    return inputs, targets

@@ -191,16 +191,17 @@ def weakest(devices: Sequence[Device]) -> Device:
 def _look(
     cluster: Cluster, groups: tuple[tuple[str, ...], ...], pairs: tuple[tuple[int, int], ...], *, copies: bool
 ) -> object:
-    """The figures of the links between the rows of one replica, both ways, and if it copies those to its hosts."""
+    """The figures of the links between the rows of one replica, both ways, and to its hosts, where there are such.
+
+    There must be if it `copies`.
+    """
     between = tuple(
         cluster.figures(path)
         for one, other in pairs
         for a, b in zip(groups[one], groups[other], strict=True)
         for path in (cluster.path(a, b), cluster.path(b, a))
     )
-    if not copies:
-        return between
     routes = cluster.routes
     rate = {host.name: host.memory_bytes_per_s for host in cluster.hosts}
-    own = [name for group in groups for name in group]
+    own = [name for group in groups for name in group if copies or routes.apart(name)]
     return between, tuple((rate[routes.host_of[name]], cluster.figures(routes.to_host(name))) for name in own)

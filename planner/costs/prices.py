@@ -95,10 +95,8 @@ class PriceList:
 
     def sort(self, row: int) -> object:
         """All of a row's devices that the seconds of its actions follow from: rows of one sort take as long."""
-        speeds = self._speeds(row)
-        if not self.plan.host_optimizer:
-            return speeds
-        return speeds, self.copies_look(row)
+        speeds, linked = self._speeds(row), len(self._fed(row))
+        return (speeds, linked, self.copies_look(row)) if linked else speeds
 
     def _speeds(self, row: int) -> frozenset[tuple[float, int]]:
         return frozenset((device.speed, device.threads) for device in self.placed.members[row])
@@ -106,7 +104,8 @@ class PriceList:
     def action(self, op: str, stage: int, row: int, port: int = 0) -> Spread:
         """Seconds that an action keeps a row from computing, at every quantile: of a group its slowest device."""
         if op == LOAD:
-            return np.array([at(self.profile.load, self.plan.loaded(stage), quantile) for quantile in QUANTILES])
+            made = [at(self.profile.load, self.plan.loaded(stage), quantile) for quantile in QUANTILES]
+            return np.array(made) + self.brought(stage, row)
         if OPERATIONS[op].side:
             size = self.message_bytes(OPERATIONS[op].posts, self.edges.number(op, stage, port))
             return np.full(len(QUANTILES), self.cluster.post_seconds(size))
@@ -378,13 +377,32 @@ class PriceList:
         own = (self.cluster.transfer_seconds(path, size) for path in paths)
         return flows, max(*own, carrying(self.cluster, flows))
 
+    def _fed(self, row: int) -> tuple[str, ...]:
+        """A row's devices that have a memory apart from their host's: what they compute with is copied to them."""
+        return tuple(name for name in self.groups[row] if self.cluster.routes.apart(name))
+
+    def brought(self, stage: int, row: int) -> float:
+        """Return the seconds in which a step's inputs and targets, as far as a stage needs them, come from the host.
+
+        The first stage needs the inputs, the last the targets; each of the devices that split a stage's tensors all of
+        them. Nothing where the device computes in the host's memory.
+        """
+        inputs, targets = self.profile.drawn_bytes(self.plan.loaded(stage))
+        first, last = self.edges.ends(stage)
+        size, fed = inputs * first + targets * last, self._fed(row)
+        if not size or not fed:
+            return 0.0
+        ways = [self._copying(name, back=True) for name in fed]
+        flows = tuple(Flow(through, size) for _, through in ways)
+        return max(*(self.cluster.transfer_seconds(path, size) for path, _ in ways), carrying(self.cluster, flows))
+
     def copying(self, row: int, size: float, *, back: bool = False) -> tuple[Flow, ...]:
         """Return the flows of copies between a row's devices and their hosts' memory."""
         return tuple(Flow(self._copying(device, back=back)[1], size) for device in self.groups[row])
 
     def copies_look(self, row: int) -> object:
         """What a row's copies' seconds follow from: its paths' figures, and which of them meet on what."""
-        paths = [self._copying(device, back=False) for device in self.groups[row]]
+        paths = [self._copying(device, back=False) for device in self._fed(row)]
         numbers: dict[int, int] = {}
         met = tuple(tuple(numbers.setdefault(n, len(numbers)) for n in through) for _, through in paths)
         memories = tuple(self.cluster.bandwidths[through[-1]] for _, through in paths)

@@ -181,6 +181,18 @@ class Edges:
             raise IndexError(f"stage {stage} has no edge at port {port} for {op}")
         return int(order[at])
 
+    def ends(self, stage: int) -> tuple[bool, bool]:
+        """Return whether a stage is where the model begins, and where it ends: nothing reaches it, nothing leaves it.
+
+        >>> chain(3).ends(0), chain(3).ends(1), chain(3).ends(2)
+        ((True, False), (False, False), (False, True))
+        """
+        table = self.table
+        return (
+            bool(table.reaches[stage] == table.reaches[stage + 1]),
+            bool(table.leaves[stage] == table.leaves[stage + 1]),
+        )
+
     def place(self, op: str, number: int) -> tuple[int, int]:
         """Stage and port of the action `op` that sends or receives along an edge.
 

@@ -347,6 +347,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if index < len(self.layers) - 1 and index not in read:
                 raise ValueError(f"layers[{index}] '{layer.name}': nothing reads what it makes")
 
+    def drawn_bytes(self, samples: int) -> tuple[float, float]:
+        """Return the bytes of so many samples' inputs, and of their targets."""
+        inputs, targets = (
+            interpolate([(float(row[0]), float(row[kind])) for row in self.batch_bytes], samples) for kind in (1, 2)
+        )
+        return inputs, targets
+
     def ties(self, ranges: Sequence[range]) -> tuple[tuple[int, ...], ...]:
         """Return the groups of stages, of so many layers each, that share a parameter."""
         home = {self.layers[i].name: s for s, layers in enumerate(ranges) for i in layers}

@@ -103,6 +103,10 @@ class Routes:
             )
         return path
 
+    def apart(self, device: str) -> bool:
+        """Whether a device has a link to its host's memory, as one has whose memory is its own."""
+        return device in self._to_host
+
     def back(self, path: Path) -> Path:
         """Return the same links in the other direction."""
         ends = (self.links[number // 2].between for number in reversed(path))

@@ -84,3 +84,39 @@ def test_what_cannot_be_is_refused() -> None:
         Loading(workers=1)
     with pytest.raises(ValueError, match="not be negative"):
         Loading(workers=-1)
+
+
+def test_a_step_s_inputs_come_over_the_devices_own_links() -> None:
+    """4 samples of 30 bytes of inputs and 10 of targets at 10 bytes/s: 12 s before all else, 4 s before the loss.
+
+    The targets are there long before their turn; a CPU computes in the host's memory, so nothing changes. Two replicas
+    bring half of it each.
+    """
+    costs = msgspec.structs.replace(loaded(2, 0.0, workers=1), batch_bytes=((1, 30, 10), (2, 60, 20)))
+    assert predicted(costs, 2, devices(2)).step_s == pytest.approx(15.0)
+    found = predicted(costs, 2, devices(2, host_bandwidth=10.0))
+    assert found.step_s == pytest.approx(27.0)
+    took = {str(parse(e.action).stage): e.end - e.start for e in found.steps[0].events if parse(e.action).op == "LOAD"}
+    assert took == pytest.approx({"0": 12.0, "1": 4.0})
+    one = msgspec.structs.replace(loaded(1, 0.0, workers=1), batch_bytes=costs.batch_bytes)
+    (alone,) = (
+        e.end - e.start
+        for e in predicted(one, 1, devices(1, host_bandwidth=10.0)).steps[0].events
+        if parse(e.action).op == "LOAD"
+    )
+    assert alone == pytest.approx(16.0), "one stage needs both"
+    plan, _ = pipeline("gpipe", 2, 4, replicas=2, synchronisation="all-reduce")
+    halves = simulate(costs, plan, devices(4, host_bandwidth=10.0)).steps[0].events
+    assert sorted({e.end - e.start for e in halves if parse(e.action).op == "LOAD"}) == pytest.approx([2.0, 6.0])
+
+
+def test_a_slower_link_is_another_sort_of_device() -> None:
+    """Rows are priced once per sort: that of the second replica, whose link is half as quick, is one of its own."""
+    costs = msgspec.structs.replace(loaded(1, 0.0, workers=1), batch_bytes=((1, 30, 10), (2, 60, 20)))
+    cluster = devices(2, host_bandwidth=10.0)
+    links = [*cluster.links]
+    links[-1] = msgspec.structs.replace(links[-1], bandwidth_bytes_per_s=5.0)
+    plan, _ = pipeline("gpipe", 1, 4, replicas=2, synchronisation="all-reduce")
+    found = simulate(costs, plan, msgspec.structs.replace(cluster, links=tuple(links))).steps[0].events
+    took = {e.device: e.end - e.start for e in found if parse(e.action).op == "LOAD"}
+    assert list(took.values()) == pytest.approx([8.0, 16.0])
