@@ -58,7 +58,7 @@ def by_host(placed: Placed, rows: Floats) -> dict[str, float]:
         for device in members:
             found[device.host] += float(rows[row % len(rows)])
     if placed.synchronisation.server == "host":
-        layers = placed.whole.layers
+        layers = placed.whole.counted_once().layers
         served = float(sum(layer.parameter_bytes + layer.optimizer_bytes for layer in layers))
         for name in placed.plan.servers:
             found[name] = found.get(name, 0.0) + served / len(placed.plan.servers)

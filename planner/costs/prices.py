@@ -211,11 +211,12 @@ class PriceList:
     def _buckets(self, stage: int) -> tuple[list[float], list[float], float]:
         """The bytes that a stage reduces at once, when in its last backward they are ready, and when that ends.
 
-        Gradients become ready from the last layer to the first. DDP reduces them in buckets as they fill, sharded
-        gradients are reduced block by block; where nothing overlaps, all at the end.
+        Gradients become ready from the last layer to the first, one that several layers share with the first of them.
+        DDP reduces them in buckets as they fill, sharded gradients are reduced block by block; where nothing overlaps,
+        all at the end.
         """
         layers = self.ranges[stage]
-        each = [float(self.profile.layers[i].gradient_bytes) for i in layers]
+        each = self.profile.held_bytes(layers, "gradient_bytes", first=True)
         sharded = "gradients" in self.agreed.shards
         if not self.overlaps or not (self.plan.bucket_bytes or sharded):
             return [sum(each)], [0.0], 0.0
@@ -238,7 +239,7 @@ class PriceList:
         nothing overlaps, all at once.
         """
         layers = self.ranges[stage]
-        each = [float(self.profile.layers[i].parameter_bytes) for i in layers]
+        each = self.profile.held_bytes(layers, "parameter_bytes", first=forward)
         if "parameters" not in self.agreed.shards:
             return [sum(each)], [0.0]
         own = blocks(self.profile, layers)
@@ -290,8 +291,7 @@ class PriceList:
         worker's from all servers, and a server's for all workers. There one message goes after the other, and each has
         its own latency, as each round of a ring has.
         """
-        layers = [self.profile.layers[i] for i in self.ranges[stage]]
-        size = float(sum(layer.parameter_bytes if op == PULL else layer.gradient_bytes for layer in layers))
+        size = sum(self.profile.held_bytes(self.ranges[stage], "parameter_bytes" if op == PULL else "gradient_bytes"))
         if self.agreed.server == "host":
             flows, seconds = self.copied(row, size, back=op == PULL)
             return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
@@ -457,9 +457,9 @@ class PriceList:
         return memoised(self, ("updated", stage), lambda: self._moved(self.profile, stage))
 
     def _moved(self, profile: Profile, stage: int) -> tuple[float, float, float]:
-        layers = [profile.layers[i] for i in self.ranges[stage]]
         shards = len(self.holders[stage]) if "optimizer" in self.agreed.shards else 1
-        parameters = float(sum(layer.parameter_bytes for layer in layers)) / shards
-        gradients = float(sum(layer.gradient_bytes for layer in layers)) / shards
-        state = float(sum(layer.optimizer_bytes for layer in layers)) / shards
+        parameters, gradients, state = (
+            sum(profile.held_bytes(self.ranges[stage], field)) / shards
+            for field in ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
+        )
         return gradients, parameters, 2 * parameters + gradients + 2 * state

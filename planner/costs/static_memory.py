@@ -50,7 +50,7 @@ def _serve(placed: Placed, static: Floats) -> None:
     One server has all of it (central), of n each one n-th. Of a program of the first replicas only, each row stands for
     those of the others: it has what the fullest of them has.
     """
-    servers, layers = set(placed.plan.servers), placed.whole.layers
+    servers, layers = set(placed.plan.servers), placed.whole.counted_once().layers
     serving = {row % len(static) for row, group in enumerate(placed.plan.groups) if servers & set(group)}
     for row in serving:
         static[row, _INDEX["parameters"]] += sum(layer.parameter_bytes for layer in layers) / len(servers)

@@ -80,7 +80,7 @@ def estimated(q: Question, plan: Plan, ranges: Sequence[range], tables: StageTab
             wires += _crossed(between, hosts[producer], hosts[consumer], forward, busy)
             wires += _crossed(between, hosts[consumer], hosts[producer], backward, busy)
     period = max(*seconds, between.across_seconds(max(busy.values(), default=0.0)))
-    gradients = [sum(float(profile.layers[i].gradient_bytes) for i in own) * plan.tensor for own in ranges]
+    gradients = [sum(profile.held_bytes(own, "gradient_bytes")) * plan.tensor for own in ranges]
     halves = _halves(plan, share)
     return sum(seconds) + wires + (share - 1) * period + halves / 2 * _reduced(between, hosts, gradients)
 

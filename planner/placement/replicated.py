@@ -13,13 +13,14 @@ from planner.basis.memo import memoised
 from planner.costs import collectives
 from planner.costs import placed as costs
 from planner.orders import schedules
-from planner.placement import partition, savings
+from planner.placement import savings
 from planner.placement.cutting import ranges_of, tables_of
 from planner.placement.devices import levels
 from planner.placement.filling import Holding, crossing, stage_bytes
 from planner.placement.hierarchy import Fits, Level, Members, solve
 from planner.placement.pipeline import bucket, check_norm, pipeline
 from planner.placement.question import Question
+from planner.placement.tables import byte_spans
 from planner.simulate.evaluate import evaluate
 from planner.values.cluster import Device
 from planner.values.plan import Plan, Stage
@@ -178,7 +179,7 @@ def _levels(q: Question, whole: Plan, hosts: Sequence[Sequence[Device]]) -> list
     """
     between = levels(q.cluster, q.devices)
     cuts = crossing(q.profile, q.samples)
-    gradients = partition.spans([float(layer.gradient_bytes) for layer in q.profile.layers])
+    gradients, _ = byte_spans(q.profile)
     each_update = schedules.get(whole.schedule).updates == "microbatch"
 
     def turns(replicas: int) -> int:

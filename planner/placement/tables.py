@@ -195,7 +195,7 @@ class StageTables:
 
     def _agreeing(self, rates: Rates) -> tuple[Table, Table]:
         """Seconds of every run's gathers and reductions: per micro-batch, and once between two updates."""
-        gradients, parameters = _byte_spans(self.q.profile)
+        gradients, parameters = byte_spans(self.q.profile)
         if not self.agreed.shards:
             per_update = rates.all_reduce * gradients
             each = per_update if self.schedule.updates == "microbatch" else 0 * gradients
@@ -233,14 +233,22 @@ class StageTables:
         return self.tables[key]
 
 
-def _byte_spans(profile: Profile) -> tuple[Table, Table]:
-    """Bytes of gradients and of parameters of every run of layers, kept with the profile."""
+def byte_spans(profile: Profile) -> tuple[Table, Table]:
+    """Return the bytes of gradients and of parameters of every run of layers, kept with the profile.
+
+    Of a run with several layers that share a parameter each but one say it too much.
+    """
+    place = {layer.name: i for i, layer in enumerate(profile.layers)}
+
+    def spans(field: str) -> Table:
+        found = partition.spans([float(getattr(layer, field)) for layer in profile.layers])
+        for (_, *names), size in zip(profile.tied, profile.tied_bytes, strict=False):
+            for one, other in pairwise(sorted(place[name] for name in names)):
+                found[: one + 1, other + 1 :] -= getattr(size, field)
+        return found
 
     def make() -> tuple[Table, Table]:
-        return (
-            partition.spans([float(layer.gradient_bytes) for layer in profile.layers]),
-            partition.spans([float(layer.parameter_bytes) for layer in profile.layers]),
-        )
+        return spans("gradient_bytes"), spans("parameter_bytes")
 
     return memoised(profile, "byte spans", make)
 

@@ -122,7 +122,7 @@ class Bounds:
         forward, both = memoised(profile, ("computing", samples, threads, schedule.splits, speed), computing)
         there, back = memoised(profile, ("crossings", samples), sizes)
         work = np.append(both[:-2], both[-1])  # the loss is the last stage's
-        of, quicker = layers_bytes(profile), self.seams / speed
+        of, quicker = layers_bytes(profile.counted_once()), self.seams / speed
         served = agreed.server == "devices" and schedule.trains
         reduced, gathered = any_cut.agreeing(agreed, share / schedule.copies)
         if not schedule.trains:
@@ -214,7 +214,7 @@ class Bounds:
             scale = whole[0].optimizer_s / whole[0].layers_optimizer_s if whole else 1.0
             found: Floats = scale * np.diff(table.optimizer[MEDIAN])[: len(profile.layers)] / speed
             return found
-        of = layers_bytes(profile)
+        of = layers_bytes(profile.counted_once())
         moved = 2 * of.parameters + of.gradients + 2 * of.optimizer
         copied = (of.gradients + of.parameters) / copying(self.cluster, point.devices)
         return moved / max(host.memory_bytes_per_s for host in self.cluster.hosts) + copied

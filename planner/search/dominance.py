@@ -63,7 +63,7 @@ def slowing(profile: Profile, cluster: Cluster) -> frozenset[str]:
     rate = max((host.memory_bytes_per_s for host in cluster.hosts), default=0.0)
     speed = min((device.speed for device in cluster.devices), default=1.0)
     every = frozenset(savings.names())
-    for layer in profile.layers:
+    for layer in profile.counted_once().layers:
         moved = 2 * layer.parameter_bytes + layer.gradient_bytes + 2 * layer.optimizer_bytes
         own = max(times.optimizer.median_s for times in layer.times) / speed
         if own > moved / rate:

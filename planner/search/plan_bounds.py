@@ -111,8 +111,10 @@ def _agreeing(placed: Placed, sums: list[Floats], seams: float) -> list[_Agreein
         spans = [len(set(rank)) for rank in zip(*held, strict=True)]
         if max(spans) < 2:
             continue
-        own = [placed.profile.layers[i] for i in layers]
-        size = sum(reduced * layer.gradient_bytes + gathered * layer.parameter_bytes for layer in own)
+        gradients, parameters = (
+            sum(placed.profile.held_bytes(layers, field)) for field in ("gradient_bytes", "parameter_bytes")
+        )
+        size = reduced * gradients + gathered * parameters
         speed = max(placed.devices[row].speed for row in placed.holders[s])
         begin = 0.0 if "gradients" in agreed.shards else _before_last(placed, s, sums, seams) / speed
         found.append(_Agreeing(frozenset().union(*held), sum(count - 1 for count in spans) * size, begin))

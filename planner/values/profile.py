@@ -360,16 +360,28 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         groups = [tuple(sorted({home[layer] for layer in layers})) for _, *layers in self.tied]
         return tuple(sorted({group for group in groups if len(group) > 1}))
 
-    def repeated(self, layers: range) -> dict[int, Tied]:
-        """Return what layers of a run say too much: parameters that a later one of them holds as well, by layer."""
+    def repeated(self, layers: range, *, first: bool = False) -> dict[int, Tied]:
+        """Return what layers of a run say too much, by layer: parameters that a later one of them holds as well.
+
+        Or, where the `first` is to say it, an earlier one.
+        """
         place = {self.layers[i].name: i for i in layers}
         found: dict[int, Tied] = {}
         for (_, *names), size in zip(self.tied, self.tied_bytes, strict=False):
-            for i in sorted(place[name] for name in names if name in place)[:-1]:
+            holders = sorted(place[name] for name in names if name in place)
+            for i in holders[1:] if first else holders[:-1]:
                 before = found.get(i, Tied(parameter_bytes=0, gradient_bytes=0, optimizer_bytes=0))
                 sums = ((field, getattr(before, field) + getattr(size, field)) for field in Tied.__struct_fields__)
                 found[i] = Tied(**dict(sums))
         return found
+
+    def held_bytes(self, layers: range, field: str, *, first: bool = False) -> list[float]:
+        """Return a run's layers' bytes, a `field` of `Tied`; what several share is the last one's, or the `first`'s.
+
+        Added up they are those of one stage: it has each parameter, and reduces and gathers it, once.
+        """
+        repeated = self.repeated(layers, first=first)
+        return [float(getattr(self.layers[i], field) - getattr(repeated.get(i), field, 0)) for i in layers]
 
     def counted_once(self) -> Profile:
         """Return the profile in which a parameter that several layers hold is the last one's alone.

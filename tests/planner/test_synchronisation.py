@@ -19,6 +19,7 @@ from planner.orders import schedules, synchronisation
 from planner.orders.action import Action, Row, parse
 from planner.placement.question import Question
 from planner.placement.strategies import get
+from planner.placement.tables import byte_spans
 from planner.programs.lowering import lower, unroll
 from planner.programs.program import Program
 from planner.programs.proof import prove
@@ -579,6 +580,38 @@ def test_tied_parameters_are_all_reduced(schedule: str) -> None:
 def test_tied_parameters_within_a_stage_cost_nothing() -> None:
     tied = profile([1.0] * 4, tied=(("w", "layer0", "layer1"),))
     assert spread("gpipe", tied, 2, 4).tied == ()
+
+
+@pytest.mark.parametrize(
+    ("how", "op", "moved"),
+    [
+        ("all-reduce", "REDUCE_GRAD", 2 * 1400 / 2),  # n - 1 of n parts there, and back
+        ("zero-1", "REDUCE_GRAD", 1400 / 2),
+        ("zero-1", "UNSHARD_F", 1400 / 2),
+        ("central-storage", "PUSH", 1400.0),
+        ("central-storage", "PULL", 1400.0),
+    ],
+)
+def test_what_layers_of_one_stage_share_is_reduced_and_gathered_once(how: str, op: str, moved: float) -> None:
+    """Two layers of 1000 bytes, 600 of which are the same: a stage of both has 1400, on 2 replicas at 1 byte/s."""
+    found = {}
+    for shared in (600, 0):
+        costs = profile([1.0] * 2, bytes_=[1000] * 2, tied=(("w", "layer0", "layer1"),), tied_bytes=shared)
+        plan = spread("gpipe", costs, 2, 2, replicas=2, synchronisation=how)
+        placed = Placed(costs, plan, devices(2, bandwidth=1.0, host_bandwidth=1.0))
+        found[shared] = PriceList(placed).transfer(op, 0, 0, 0).seconds
+    assert found[600] == pytest.approx(moved)
+    assert found[0] == pytest.approx(moved * 2000 / 1400), "of which nothing is known, all counts"
+
+
+def test_a_shared_gradient_is_ready_with_the_first_of_its_layers() -> None:
+    """The layer's own 400 bytes are ready behind the second's backward, those that both have behind the first's."""
+    costs = profile([1.0] * 2, [2.0] * 2, bytes_=[1000] * 2, tied=(("w", "layer0", "layer1"),), tied_bytes=600)
+    assert costs.held_bytes(range(2), "gradient_bytes", first=True) == [1000.0, 400.0]
+    assert costs.held_bytes(range(2), "parameter_bytes") == [400.0, 1000.0]
+    assert costs.held_bytes(range(1, 2), "parameter_bytes") == [1000.0]
+    gradients, parameters = byte_spans(costs)
+    assert (gradients[0, 1], gradients[1, 2], gradients[0, 2], parameters[0, 2]) == (1000.0, 1000.0, 1400.0, 1400.0)
 
 
 def test_replicas_of_tied_stages() -> None:
