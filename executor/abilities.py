@@ -5,6 +5,8 @@ from __future__ import annotations
 from planner.orders import codes, schedules
 from planner.orders.operations import (
     BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
     FORWARD,
     LOAD,
     NORM_GRAD,
@@ -28,6 +30,8 @@ PERFORMS = {
     FORWARD: "forward",
     RECOMPUTE: "recompute",
     BACKWARD: "backward",
+    BACKWARD_INPUT: "backward_input",
+    BACKWARD_WEIGHT: "backward_weight",
     SEND_FORWARD: "send_forward",
     RECV_FORWARD: "receive",
     SEND_BACKWARD: "send_backward",
@@ -40,22 +44,20 @@ PERFORMS = {
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
 
+SPLIT_AGAIN = "recomputing for a backward in two halves"
+
 
 def missing(plan: Plan) -> tuple[str, ...]:
     """Return what the executor cannot do yet of what a plan asks, in words; nothing when it can run the plan.
 
     Operations of the plan's program that no rank performs, and what a rank's own structure rules out.
     """
-    held = tuple(map(len, plan.stages_of))
     limits = {
         "steps without a backward": not schedules.get(plan.schedule).trains,
         "steps that overlap, without a flush": asynchronous(plan),
-        "several stages per device": max(held) > 1,
         "tensors split over devices": plan.tensor > 1,
-        "different numbers of replicas per stage": plan.uneven,
-        "recomputing single layers": bool(plan.recompute_layers),
-        "recomputing single blocks": bool(plan.recompute_blocks),
         "an optimizer on the host": plan.host_optimizer,
+        SPLIT_AGAIN: plan.recomputes and schedules.get(plan.schedule).splits,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
     present = codes.extent(flat).present

@@ -11,8 +11,11 @@ import torch
 
 from executor.batch import to
 from executor.hollow import places
-from executor.layers import LayeredModel, StageModule, aim, as_tuple, unchanged_buffers
+from executor.layer import as_tuple
+from executor.layers import LayeredModel, unchanged_buffers
 from executor.model_file import ModelFile
+from executor.stage_module import StageModule
+from executor.surroundings import aim
 from executor.torch_adapter import tensors_without_data
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from executor.batch import tensors
 from executor.boundaries import Described
 from executor.layer import Layer
-from executor.layers import LayeredModel, StageModule, unchanged_buffers
+from executor.layers import LayeredModel, unchanged_buffers
 from executor.opaque import Call
+from executor.stage_module import StageModule
 from executor.torch_adapter import compiled
 from planner.basis.errors import DEVICE, PlanError
 

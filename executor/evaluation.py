@@ -29,12 +29,14 @@ from executor.batch import Drawn
 from executor.boundaries import Described
 from executor.evaluated import Evaluated, cut_evaluated, dealt
 from executor.hollow import places
-from executor.layers import LayeredModel, as_tuple, on
+from executor.layer import as_tuple
+from executor.layers import LayeredModel
 from executor.mailbox import Mailbox, Tensors
 from executor.model_file import ModelFile
 from executor.modes import evaluating
 from executor.rank import Rank
 from executor.seeding import seeded
+from executor.surroundings import on
 from executor.validation import Validation
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders import codes

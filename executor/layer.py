@@ -37,3 +37,8 @@ class Layer:
     def run(self, *values: Any) -> Any:
         """Run the layer among others, in the precision that they have entered."""
         return self.module(*values) if self.compiled is None else self.compiled(*values)
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    """A layer's return as a tuple of values."""
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)

@@ -6,26 +6,25 @@ model's step. Parameters keep the names they have in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from executor.batch import Drawn, tensors
-from executor.buffers import Written
 from executor.capture import EXAMPLE, capture
-from executor.graph_layers import SAMPLES, Cutter
-from executor.layer import Layer
+from executor.graph_layers import Cutter
+from executor.layer import Layer, as_tuple
 from executor.model_file import ModelFile
-from executor.noise import Noise
 from executor.outputs import Outputs
 from executor.precision import autocast, under
+from executor.stage_module import StageModule
 from executor.statistics import changed_by, together
-from executor.torch_adapter import registered_buffers, replace_tensors
+from executor.surroundings import Surroundings
+from executor.torch_adapter import registered_buffers
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
 
@@ -90,14 +89,17 @@ class LayeredModel:
             return self.inputs
         return tuple(w.name for w in self.wires if w.source < cut and any(t >= cut for t in w.targets))
 
-    def stage(self, layers: range, *, recompute: bool = False) -> StageModule:
-        """Return the run of layers as one module from the values at its start to those at its end."""
+    def stage(self, layers: range, checkpoints: Sequence[range] = ()) -> StageModule:
+        """Return the run of layers as one module from the values at its start to those at its end.
+
+        Of its layers those of each of the `checkpoints`, by their place in it, are repeated for their backward.
+        """
         last = layers.stop == len(self.layers)
         return StageModule(
             [self.layers[i] for i in layers],
             self.crossing(layers.start),
             () if last else self.crossing(layers.stop),
-            recompute=recompute,
+            checkpoints=checkpoints,
             surroundings=self.surroundings,
             first=layers.start,
         )
@@ -140,156 +142,6 @@ class LayeredModel:
                     names.append(layer.name)
         names_of = self.parameter_names()
         return tuple((names_of[i], *names) for i, names in holders.items() if len(names) > 1)
-
-
-class StageModule(nn.Module):
-    """Layers run one after another; a value is dropped after its last use.
-
-    With `recompute` the layers run under `torch.utils.checkpoint`; `on_repeat` is then called before and after each
-    repetition, so that it can be stamped. Where there is `noise`, layers draw from it; the `first` has that number in
-    the model.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        inputs: tuple[str, ...],
-        outputs: tuple[str, ...],
-        *,
-        recompute: bool,
-        surroundings: Surroundings | None = None,
-        first: int = 0,
-    ) -> None:
-        super().__init__()
-        self.body = nn.ModuleList(layer.module for layer in layers)
-        self.written = Written(self.body)
-        self.layers, self.inputs, self.outputs, self.recompute = tuple(layers), inputs, outputs, recompute
-        self.on_repeat: Callable[[], None] | None = None
-        self.noise: Noise | None = None
-        self.first, self.surroundings = first, surroundings
-        self.precision = layers[0].precision if layers else ""
-        self.ambient = tuple(dict.fromkeys(name for layer in layers for name in layer.ambient))
-        self.changed = frozenset(name for layer in layers for name in layer.changes) & set(inputs)
-        needed: set[str] = set(outputs)
-        self._dropped: list[tuple[str, ...]] = []
-        for layer in reversed(layers):
-            self._dropped.append(tuple(name for name in layer.inputs if name not in needed))
-            needed |= set(layer.inputs)
-        self._dropped.reverse()
-
-    def surrounded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return what the layers take of nobody, for a micro-batch of which some values are."""
-        if self.surroundings is None:
-            return {}
-        with autocast(self.precision, values):
-            return self.surroundings.around(self.ambient, values)
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        """Take the values named `inputs`, return those named `outputs`, or on the last stage the model's output."""
-        noise = self.noise  # that of this micro-batch, also when it is repeated behind others
-        with autocast(self.precision, tensors):
-            if self.recompute and torch.is_grad_enabled():
-                return checkpoint(
-                    self._run,
-                    noise,
-                    *tensors,
-                    use_reentrant=False,
-                    context_fn=self.written.contexts,
-                    preserve_rng_state=noise is None,
-                )
-            return self._run(noise, *tensors)
-
-    def _run(self, noise: Noise | None, *tensors: torch.Tensor) -> Any:
-        if self.on_repeat is None:
-            return self._walk(noise, *tensors)
-        self.on_repeat()
-        try:
-            return self._walk(noise, *tensors)
-        finally:
-            self.on_repeat()
-
-    def _walk(self, noise: Noise | None, *tensors: torch.Tensor) -> Any:
-        live: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
-        live.update({name: live[name].clone() for name in self.changed})
-        live.update(self.surrounded(live))
-        result: Any = None
-        for number, (layer, dropped) in enumerate(zip(self.layers, self._dropped, strict=True), self.first):
-            if noise is not None:
-                noise.at(number)
-            result = layer.run(*(live[name] for name in (*layer.inputs, *layer.ambient)))
-            for name in dropped:
-                live.pop(name, None)
-            if layer.outputs:
-                live.update(zip(layer.outputs, as_tuple(result), strict=True))
-        if not self.outputs:
-            return result
-        # Only whole blocks are sent, and what is sent is not written any more.
-        outputs = tuple(self.written.apart(live[name].contiguous()) for name in self.outputs)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-
-def as_tuple(result: Any) -> tuple[Any, ...]:
-    """A layer's return as a tuple of values."""
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
-
-
-class Surroundings:
-    """What layers take of nobody: the batch size, and tensors that follow from it and from constants.
-
-    `batched` says of values which of their dimensions is which multiple of the batch size; `make` returns a module from
-    the batch size to ambient tensors, which `fill` then gives the data that its tensors lack.
-    """
-
-    def __init__(self, batched: dict[str, tuple[int, int]], make: Callable[[tuple[str, ...]], nn.Module]) -> None:
-        self.batched, self.make = batched, make
-        self.fill: Callable[[nn.Module], object] = lambda module: None
-        self.made: dict[tuple[tuple[str, ...], torch.device], nn.Module] = {}
-
-    def around(self, names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
-        """Return the ambient tensors of these names, and the batch size, for a micro-batch of which some values are."""
-        if not names:
-            return {}
-        known = next(name for name in values if name in self.batched)
-        dim, factor = self.batched[known]
-        samples, device = values[known].shape[dim] // factor, values[known].device
-        self.ready(names, device)
-        tensors = _tensors_among(names)
-        results = as_tuple(self.made[tensors, device](samples)) if tensors else ()
-        return {**dict(zip(tensors, results, strict=True)), SAMPLES: samples}
-
-    def ready(self, names: tuple[str, ...], device: torch.device) -> None:
-        """Make the module that makes the ambient tensors of these names, if there is none yet."""
-        tensors = _tensors_among(names)
-        if tensors and (tensors, device) not in self.made:
-            module = self.make(tensors)
-            self.fill(module)
-            self.made[tensors, device] = on(module, device)
-
-
-def _tensors_among(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name != SAMPLES)
-
-
-def on(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a module on a device, also the tensors that it makes where it has been captured on another one."""
-    aim(module, device)
-    if all(tensor.device == device for tensor in (*module.parameters(), *module.buffers())):
-        return module  # tensors without data, which cannot be replaced, are where they are to be
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a buffer that several layers hold stays one
-    replace_tensors(module, lambda tensor: moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1])
-    return module
-
-
-def aim(module: nn.Module, device: torch.device) -> None:
-    """Let a module make its tensors on a device, wherever it has been captured."""
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule):
-            for node in part.graph.nodes:
-                node.args, node.kwargs = (
-                    fx.node.map_aggregate(given, lambda a: device if isinstance(a, torch.device) else a)
-                    for given in (node.args, node.kwargs)
-                )
-            part.recompile()
 
 
 def cut(file: ModelFile, model: nn.Module) -> LayeredModel:

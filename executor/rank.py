@@ -111,7 +111,7 @@ class Rank:
         passing = boundaries(self.file, layered, ranges, plan.samples, device)
         found = {}
         for index in plan.stages_of[rank]:
-            module = layered.stage(ranges[index], recompute=plan.recompute)
+            module = layered.stage(ranges[index], plan.checkpoints(index))
             loss = layered.loss if not module.outputs else None
             found[index] = Stage(index, module, passing[index], loss, self.groups.holding[index])
         sources = Sources(self.file, layered)
@@ -398,10 +398,12 @@ def _shared(
     for tied in plan.tied:
         names = {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(tied)}
         for r in range(plan.pipelines):
-            group = among({row for s in tied for row in plan.holders[s] if groups.replicas[row] == r})
-            held = [stages[s].named for s in tied if s in stages]
+            rows = {s: [row for row in plan.holders[s] if groups.replicas[row] == r] for s in tied}
+            group = among({row for own in rows.values() for row in own})
+            held = {s: stages[s].named for s in tied if s in stages}
             if held and r == replica:
-                found[tied[0]] = Shared([{name: own[name] for name in names} for own in held], group)
+                named = [{name: own[name] for name in names} for own in held.values()]
+                found[tied[0]] = Shared(named, group, [len(rows[s]) for s in held])
     return found
 
 

@@ -115,12 +115,17 @@ class Shared:
     """Parameters that several stages of one pipeline hold: on one of their ranks, of which `held` has each own stage's.
 
     All stages hold the same names; they start from the first one's values, and add up their gradients. `group` joins
-    the ranks where there are several.
+    the ranks where there are several: of each stage as many as `holders`, which have added up theirs.
     """
 
-    def __init__(self, held: Sequence[Mapping[str, torch.nn.Parameter]], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        held: Sequence[Mapping[str, torch.nn.Parameter]],
+        group: dist.ProcessGroup | None,
+        holders: Sequence[int],
+    ) -> None:
         self.copies = [[own[name] for own in held] for name in sorted(held[0])]
-        self.group = group
+        self.group, self.holders = group, holders
         for first, *others in self.copies:
             if group is not None:
                 dist.broadcast(first.detach(), group_src=0, group=group)
@@ -139,6 +144,9 @@ class Shared:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             first, *others = (parameter.grad for parameter in copies if parameter.grad is not None)
+            for gradient, count in zip((first, *others), self.holders, strict=True):
+                if count > 1:
+                    gradient.div_(count)
             for other in others:
                 first.add_(other)
             if self.group is not None:

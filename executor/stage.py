@@ -20,10 +20,13 @@ from torch import nn
 from executor.boundaries import Boundary
 from executor.compiling import compile_layers
 from executor.hollow import places
-from executor.layers import LayeredModel, StageModule, as_tuple, on
+from executor.layer import as_tuple
+from executor.layers import LayeredModel
 from executor.model_file import ModelFile
 from executor.noise import Noise
 from executor.reduction import Buckets, start_alike
+from executor.stage_module import StageModule
+from executor.surroundings import on
 from executor.torch_adapter import halves, whole_backward
 from executor.updating import own_optimizer
 from planner.basis.errors import RUN_FAILED, PlanError

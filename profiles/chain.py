@@ -17,12 +17,14 @@ from torch import nn
 
 from executor.batch import tensors
 from executor.compiling import compiled_layers, eager
-from executor.layer import Layer
-from executor.layers import LayeredModel, StageModule, as_tuple, on, unchanged_buffers
+from executor.layer import Layer, as_tuple
+from executor.layers import LayeredModel, unchanged_buffers
 from executor.model_file import ModelFile
 from executor.norm import scale
 from executor.precision import SCALED
 from executor.scaling import Scaling
+from executor.stage_module import StageModule
+from executor.surroundings import on
 from executor.torch_adapter import halves, pytree
 from executor.user_code import explained
 from planner.basis.errors import PlanError
@@ -235,7 +237,7 @@ class Chain:
         """Let it recompute one layer; return the stamps of its begin and end."""
         layer, found = self.layers[part], list[Any]()
         around = self.layered.surroundings
-        module = StageModule([layer], layer.inputs, layer.outputs, recompute=True, surroundings=around)
+        module = StageModule([layer], layer.inputs, layer.outputs, checkpoints=[range(1)], surroundings=around)
         result = as_tuple(module(*(_leaf(t) for t in taken)))
         made = [t for t in result if isinstance(t, torch.Tensor) and t.requires_grad]
         outputs, given = _with_gradients(made, gradients)

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from executor.graph_layers import expression_of
-from executor.layer import Layer
-from executor.layers import LayeredModel, as_tuple
+from executor.layer import Layer, as_tuple
+from executor.layers import LayeredModel
 from executor.torch_adapter import hooks_of
 from planner.values.profile import Value
 

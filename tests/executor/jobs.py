@@ -58,8 +58,10 @@ def main(path: str) -> None:
 
         def watch(action: Action, when: str, me: Rank = me, found: dict[str, torch.Tensor] = found) -> None:
             if action.op == OPTIMIZER and when == "before":
-                found.clear()
-                found.update({name: gradient.clone() for name, gradient in me.gradients().items()})
+                stage = me.stages[action.stage]
+                for name in stage.named:
+                    found.pop(name, None)
+                found.update({name: gradient.clone() for name, gradient in stage.gradients().items()})
 
         if file.compiled:
             me.compile()

@@ -8,7 +8,8 @@ import sys
 import msgspec
 import pytest
 
-from executor.abilities import PERFORMS, missing
+from executor.abilities import PERFORMS, SPLIT_AGAIN, missing
+from planner.orders import schedules
 from planner.orders.operations import OPS
 from planner.placement.pipeline import Question
 from planner.placement.strategies import get
@@ -32,19 +33,21 @@ def test_a_plan_is_judged_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("strategy", ["single", "naive", "balanced", "gpipe", "1f1b", "data-parallel"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["single", "naive", "balanced", "gpipe", "1f1b", "data-parallel", "interleaved", "chimera", "zb-h1", "zb-v"],
+)
 def test_what_can_be_run(strategy: str) -> None:
     plan = spread(strategy)
     assert missing(plan) == ()
-    assert missing(msgspec.structs.replace(plan, recompute=True)) == ()
+    splits = schedules.get(plan.schedule).splits
+    assert missing(msgspec.structs.replace(plan, recompute=True)) == (SPLIT_AGAIN,) * splits
+    assert missing(msgspec.structs.replace(plan, recompute_layers=("layer0",))) == (SPLIT_AGAIN,) * splits
 
 
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
-        ("zb-h1", ("backward of the input (I)", "backward of the weights (W)")),
-        ("interleaved", ("several stages per device",)),
-        ("chimera", ("several stages per device",)),
         ("zero-1", ("gathering parameters (UNSHARD_F)",)),
         ("parameter-server", ("pulling parameters (PULL)", "pushing gradients (PUSH)")),
         ("pipedream", ("steps that overlap, without a flush",)),
@@ -63,7 +66,6 @@ def test_reductions_beside_computing_cannot_be_run_yet() -> None:
 def test_savings_that_cannot_be_run_yet() -> None:
     plan = spread("gpipe", m=8)
     for change, words in (
-        ({"recompute_layers": ("layer0",)}, "recomputing single layers"),
         ({"offload": True}, "copying to the host (OFFLOAD)"),
         ({"host_optimizer": True}, "an optimizer on the host"),
     ):

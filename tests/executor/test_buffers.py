@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from executor.layer import Layer
-from executor.layers import StageModule
+from executor.stage_module import StageModule
 
 
 class Counting(nn.Module):
@@ -29,7 +29,7 @@ def stage(*, recompute: bool) -> tuple[Counting, StageModule]:
     torch.manual_seed(0)
     model = Counting()
     layer = Layer(name="counting", module=model, inputs=("x",), outputs=("y", "mean"))
-    return model, StageModule([layer], ("x",), ("y", "mean"), recompute=recompute)
+    return model, StageModule([layer], ("x",), ("y", "mean"), checkpoints=[range(1)] if recompute else [])
 
 
 def test_a_repeated_forward_writes_buffers_once() -> None:

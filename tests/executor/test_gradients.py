@@ -21,6 +21,7 @@ from executor.model_file import ModelFile, load
 from executor.precision import DTYPES
 from executor.rank import split
 from executor.torch_adapter import pytree
+from planner.orders import schedules
 from planner.placement import partition
 from planner.values.plan import Plan, Stage
 from tests.executor.jobs import SEED, Case, Cases, main
@@ -35,14 +36,26 @@ UNEVEN = (":ignoring", ":weighted", ":shifting")
 
 
 def plan_of(
-    model: str, schedule: str, k: int, *, recompute: bool = False, replicas: int = 1, bucket_bytes: int = 0
+    model: str,
+    schedule: str,
+    k: int,
+    *,
+    recompute: bool = False,
+    replicas: int = 1,
+    bucket_bytes: int = 0,
+    chunks: int = 1,
+    **options: Any,
 ) -> Plan:
+    """A plan of k devices, `chunks` stages on each, for so many replicas."""
     file = load(model)
     layered = cut(file, file.build(SEED))
     names = [layer.name for layer in layered.layers]
-    ranges = partition.equal(len(names), k)
+    ranges, how = partition.equal(len(names), k * chunks), schedules.get(schedule)
     stages = tuple(
-        Stage(layers=tuple(names[i] for i in r), devices=tuple(f"d{replica * k + s}" for replica in range(replicas)))
+        Stage(
+            layers=tuple(names[i] for i in r),
+            devices=tuple(f"d{replica * k + home}" for replica in range(replicas) for home in how.homes(s, k)),
+        )
         for s, r in enumerate(ranges)
     )
     homes = {names[i]: s for s, r in enumerate(ranges) for i in r}
@@ -57,6 +70,9 @@ def plan_of(
         bucket_bytes=bucket_bytes,
         tied=tuple(sorted(group for group in tied if len(group) > 1)),
         norm=file.clip > 0 or file.precision == "fp16",
+        chunks=chunks,
+        stage_seconds=((1.0, 1.0, 1.0),) * len(stages) if how.measured else (),
+        **options,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import fx, nn
 
 from executor import hollow
-from executor.layers import cut, on
+from executor.layers import cut
 from executor.model_file import ModelFile, load
+from executor.surroundings import on
 from planner.basis.errors import PlanError
 
 MODELS = "tests/executor/small_models.py"

@@ -14,8 +14,9 @@ from torch import nn
 
 from executor import agreement, averaging
 from executor.agreement import agree
-from executor.layers import LayeredModel, cut, on
+from executor.layers import LayeredModel, cut
 from executor.model_file import ModelFile, load
+from executor.surroundings import on
 from planner.basis.errors import PlanError
 from planner.cli.profile import _notes
 from tests.factory import profile
