@@ -260,17 +260,29 @@ class Flow:
         self.inputs, self.targets = chain.draw(samples)
         self.values, self.surroundings = chain.begin(self.inputs)
         self.last = {name: i for i, layer in enumerate(chain.layers) for name in layer.inputs}
+        self.first = {name: i for i, layer in reversed(list(enumerate(chain.layers))) for name in layer.ambient}
         self.next: dict[str, torch.Tensor] = {}
 
     def forward(
-        self, part: int, around: Around, made_by: Callable[[int, Tensors], object] = lambda part, made: None
+        self,
+        part: int,
+        around: Around,
+        made_by: Callable[[int, Tensors], object] = lambda part, made: None,
+        *,
+        own: bool = False,
     ) -> list[tuple[int, Tensors, Tensors]]:
         """Run one layer, the last with the loss: return each part's number, what it has read, and what it makes.
 
-        `made_by` is told of each before the next one runs.
+        `made_by` is told of each before the next one runs. With `own` nobody but the layer holds what it takes of
+        nobody and is the first to take: its backward, a step's last to need that, lets go of it.
         """
         chain, layer = self.chain, self.chain.layers[part]
-        taken, made, result = chain.forward_part(part, self.values, self.surroundings, around)
+        ambient = self.surroundings
+        if own and any(self.first[name] == part for name in layer.ambient):
+            _, fresh = chain.begin(self.inputs)
+            ambient = {name: (fresh if self.first[name] == part else ambient)[name] for name in layer.ambient}
+            del fresh
+        taken, made, result = chain.forward_part(part, self.values, ambient, around)
         made_by(part, made)
         self.next = {name: _leaf(t) for name, t in zip(layer.outputs, made, strict=False)}
         found = [(part, taken, made)]

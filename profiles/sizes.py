@@ -264,7 +264,7 @@ class PartCounter:
                     def around(at: int, kind: str, number: int = number) -> AbstractContextManager[Any]:
                         return recorder.marked(f"{kind}{number}.{at}")
 
-                    again = flow.forward(part, around)
+                    again = flow.forward(part, around, own=True)
                     flow.backward(part, again, around, keep=False)
                     del again
             flow.next = passed

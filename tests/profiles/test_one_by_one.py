@@ -52,10 +52,26 @@ class Captured(nn.Module):
         return self.row(x)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "batch norm"])
+class Scaled(nn.Module):
+    """Computes of buffers what one layer reads, and what three do: a step lets go of it in the first's backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.register_buffer("one", torch.randn(WIDTH))
+        self.register_buffer("many", torch.randn(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        many = self.many * 2
+        for i, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x)) * (self.one * 3 if i == 1 else many if i > 1 else 1.0)
+        return x
+
+
+@pytest.mark.parametrize("name", [*MODELS, "batch norm", "computed of buffers"])
 def test_the_same_bytes(name: str) -> None:
     """Static, saved, sent, at the worst; those of tied parameters count where they are held, as ever."""
-    file = file_of(MODELS[name][0] if name in MODELS else normed)
+    file = file_of(MODELS[name][0] if name in MODELS else normed if name == "batch norm" else Scaled)
     whole, alone = (passes_of(file, one_by_one=one_by_one) for one_by_one in (False, True))
     assert alone.static() == whole.static()
     for samples in (2, 5):
