@@ -294,7 +294,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "planner.cli.main", *arguments],
+        [sys.executable, "-m", "planner.cli.start", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -365,7 +365,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "planner.cli.main", *arguments],
+                [sys.executable, "-m", "planner.cli.start", *arguments],
                 cwd=folder,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=subprocess.PIPE,
@@ -500,6 +500,33 @@ def test_ctrl_c_while_profiling(measured: Path, start: Callable[..., subprocess.
         assert saved is ("the profile is saved" in err)
         assert saved or path.read_bytes() == data
         path.write_bytes(data)
+
+
+def test_ctrl_c_while_python_imports_and_behind_the_end(tmp_path: Path) -> None:
+    """Nobody else answers yet, or any more: the first import is interrupted, and the end is, behind an answer.
+
+    The import is interrupted in text that it compiles, as those of dataclasses are: `python -m` had an end of its own.
+    """
+    (tmp_path / "early.py").write_text(
+        "import builtins, planner.basis.errors\nown = builtins.__import__\n"
+        "def at(name, *rest):\n"
+        "    if name == 'planner.cli.main': exec('import signal; signal.raise_signal(signal.SIGINT)')\n"
+        "    return own(name, *rest)\n"
+        "builtins.__import__ = at\nfrom planner.cli.start import main\nmain()\n"
+    )
+    (tmp_path / "late.py").write_text(
+        "import atexit, signal\natexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "from planner.cli.start import main\nmain()\n"
+    )
+    for name, code, said in (("early", INTERRUPTED, ["error: interrupted"]), ("late", 0, [])):
+        done = subprocess.run(
+            [sys.executable, "-m", name, "--version"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr.splitlines()[:1]) == (code, said)
 
 
 def test_ctrl_c_while_simulating(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
