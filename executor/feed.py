@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from executor.batch import Drawn
 from executor.data import Given, Source
 from executor.model_file import ModelFile
+from executor.parent import die_with_parent
 from executor.shares import Address, Shares
 from planner.basis.errors import RUN_FAILED, USAGE, PlanError, said
 
@@ -189,7 +189,7 @@ class _Begun:
         self.own = own
 
     def __call__(self, worker: int) -> None:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.own is not None:
             self.own(worker)

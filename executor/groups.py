@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
+from executor.torch_adapter import timeout
 from planner.values.plan import Plan
 
 
@@ -19,7 +20,7 @@ class Groups:
 
     def __init__(self, plan: Plan) -> None:
         rows = range(len(plan.groups))
-        self.all = dist.new_group(list(rows))
+        self.all = group_of(rows)
         self.replicas = tuple(row * plan.pipelines // len(rows) for row in rows)
         own = self.replicas[dist.get_rank()]
         pipelines = [among(row for row in rows if self.replicas[row] == r) for r in range(plan.pipelines)]
@@ -31,4 +32,10 @@ class Groups:
 def among(rows: Iterable[int]) -> dist.ProcessGroup | None:
     """Make the group of some rows; None for one row alone."""
     wanted = sorted(rows)
-    return dist.new_group(wanted) if len(wanted) > 1 else None
+    return group_of(wanted) if len(wanted) > 1 else None
+
+
+def group_of(rows: Iterable[int]) -> dist.ProcessGroup:
+    """Make a group with the run's patience: torch would wait half an hour in it for a rank that has stopped."""
+    found: dist.ProcessGroup = dist.new_group(list(rows), timeout=timeout())
+    return found

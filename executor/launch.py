@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from executor import meeting
+from executor.parent import LAUNCHER
 from planner.basis.errors import RUN_FAILED, PlanError, said
 
 # Long enough for a rank to be scheduled on a loaded machine, short enough that an aborted run ends within 10 s.
@@ -45,15 +47,16 @@ def launch(
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = _SHUTDOWN_S
+    os.environ[LAUNCHER] = str(os.getpid())
     logs.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_backend=meeting.NAME,
+        rdzv_endpoint=meeting.LOOPBACK,
+        local_addr=meeting.LOOPBACK,
         max_restarts=0,
         monitor_interval=0.1,
         start_method="spawn",

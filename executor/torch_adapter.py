@@ -10,6 +10,7 @@ import executor.torch_probe as torch_probe  # before all names that another torc
 
 # isort: on
 import builtins
+import datetime
 import io
 import logging
 import operator
@@ -354,3 +355,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 RECOMPILES = 1024
 """How often code may be compiled anew, for other threads, shapes of weights or kinds of batches; torch allows 8."""
+
+
+def timeout() -> datetime.timedelta:
+    """Return how long the ranks of the world's group wait for each other."""
+    world = dist.group.WORLD
+    assert world is not None
+    found: datetime.timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return found

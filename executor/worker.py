@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import gc
 import hashlib
 import os
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -24,6 +22,7 @@ from executor.feed import Feed
 from executor.initial import FILE as INITIAL
 from executor.initial import cut_hollow
 from executor.model_file import ModelFile, load
+from executor.parent import LAUNCHER, die_with_parent
 from executor.rank import Rank
 from executor.rates import Rates
 from executor.recording import memory_step
@@ -125,7 +124,7 @@ def extent_of(job: Job, feed: Feed) -> Extent:
 
 def join(device: str, threads: int, patience_s: float = PATIENCE_S) -> Backend:
     """Bind this process to its parent's life and to its device, and join the process group."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives its launcher
+    die_with_parent(os.environ.get(LAUNCHER))
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the launcher, which asks the ranks to end
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
