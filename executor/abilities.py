@@ -44,8 +44,6 @@ PERFORMS = {
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
 
-SPLIT_AGAIN = "recomputing for a backward in two halves"
-
 
 def missing(plan: Plan) -> tuple[str, ...]:
     """Return what the executor cannot do yet of what a plan asks, in words; nothing when it can run the plan.
@@ -57,7 +55,6 @@ def missing(plan: Plan) -> tuple[str, ...]:
         "steps that overlap, without a flush": asynchronous(plan),
         "tensors split over devices": plan.tensor > 1,
         "an optimizer on the host": plan.host_optimizer,
-        SPLIT_AGAIN: plan.recomputes and schedules.get(plan.schedule).splits,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
     present = codes.extent(flat).present

@@ -31,6 +31,7 @@ from executor.saving import SavedAs
 from executor.scaling import Scaling
 from executor.stage import Sources, Stage, Tensors
 from executor.torch_adapter import pytree
+from planner.orders import schedules
 from planner.orders.action import Action, Row
 from planner.orders.operations import FORWARD, RECV_BACKWARD, RECV_FORWARD, SEND_BACKWARD
 from planner.programs.lowering import lower
@@ -109,11 +110,11 @@ class Rank:
         plan, device = self.plan, self.backend.device
         ranges = plan.layer_ranges([layer.name for layer in layered.layers])
         passing = boundaries(self.file, layered, ranges, plan.samples, device)
-        found = {}
+        found, splits = {}, schedules.get(plan.schedule).splits
         for index in plan.stages_of[rank]:
             module = layered.stage(ranges[index], plan.checkpoints(index))
-            loss = layered.loss if not module.outputs else None
-            found[index] = Stage(index, module, passing[index], loss, self.groups.holding[index])
+            loss, group = layered.loss if not module.outputs else None, self.groups.holding[index]
+            found[index] = Stage(index, module, passing[index], loss, group, splits=splits)
         sources = Sources(self.file, layered)
         if self.weights is not None:
             self.unheld = {name: self.weights.real(tensor) for name, tensor in self.unheld.items()}
@@ -260,8 +261,15 @@ class Rank:
         return self.unsent.pop((stage.index + 1, m))
 
     def recompute(self, action: Action) -> Any:
-        """Happens inside the backward that follows, where torch's checkpoint asks for it; stamped from there."""
-        return self._stamp()
+        """Repeat a micro-batch's forward for the halves of its backward.
+
+        For a whole one torch's checkpoint asks for it, inside the backward that follows; it is stamped there.
+        """
+        stage = self.stages[action.stage]
+        if not stage.splits:
+            return self._stamp()
+        stage.repeat(_microbatch(action))
+        return None
 
     def backward(self, action: Action) -> None:
         """The whole backward of a micro-batch."""
@@ -273,7 +281,7 @@ class Rank:
         """The half of a micro-batch's backward that the stage before is waiting for."""
         stage, m = self.stages[action.stage], _microbatch(action)
         gradients = self._returned(stage, m)
-        self._keep(stage, m, stage.backward_input(m, gradients, self._on_repeat()))
+        self._keep(stage, m, stage.backward_input(m, gradients))
 
     def backward_weight(self, action: Action) -> None:
         """The other half, for the stage's parameters."""

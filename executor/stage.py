@@ -25,6 +25,7 @@ from executor.layers import LayeredModel
 from executor.model_file import ModelFile
 from executor.noise import Noise
 from executor.reduction import Buckets, start_alike
+from executor.repeating import Forgotten
 from executor.stage_module import StageModule
 from executor.surroundings import on
 from executor.torch_adapter import halves, whole_backward
@@ -39,13 +40,14 @@ Judged = Callable[[Any], torch.Tensor]
 class Passing:
     """A micro-batch between its forward and its backward: what went in, what came out (on the last stage its loss).
 
-    `weight_half` is what is left of a backward that is done in two halves.
+    `weight_half` is what is left of a backward that is done in two halves, `forgotten` what is repeated before them.
     """
 
     inputs: Tensors
     outputs: Tensors
     result: Any = None
     weight_half: Callable[[], object] | None = None
+    forgotten: list[Forgotten] | None = None
 
 
 @dataclass
@@ -64,13 +66,21 @@ class Sources:
 class Stage:
     """A stage with the layers of `module`, which pass their boundary's tensors.
 
-    `loss` is the last stage's, from its result and targets. `first_of` are the parameters' names by identity: see
-    `settle`. `group` joins the ranks that hold the stage, where there are several.
+    `loss` is the last stage's, from its result and targets. `group` joins the ranks that hold the stage, where there
+    are several. Its backwards are done in two halves where the schedule `splits` them.
     """
 
     def __init__(
-        self, index: int, module: StageModule, boundary: Boundary, loss: Any, group: dist.ProcessGroup | None
+        self,
+        index: int,
+        module: StageModule,
+        boundary: Boundary,
+        loss: Any,
+        group: dist.ProcessGroup | None,
+        *,
+        splits: bool = False,
     ) -> None:
+        self.splits = splits
         self.index, self.module, self.boundary, self.loss, self.group = index, module, boundary, loss, group
         self._before = [id(tensor) for _, _, tensor in places([module])]
         self.passing: dict[int, Passing] = {}
@@ -136,18 +146,19 @@ class Stage:
         """
         flags = (one.gradient for one in self.boundary.taken)
         inputs = tuple(value.requires_grad_(flag) for value, flag in zip(inputs, flags, strict=True))
-        self.module.noise = noise
-        result = self.module(*inputs)
+        self.module.noise, self.module.forgotten = noise, [] if self.splits else None
+        result, forgotten = self.module(*inputs), self.module.forgotten
+        self.module.forgotten = None
         if self.is_last:
             noise.at(self.module.first + len(self.module.layers))
             assert judged is not None, "the last stage makes the loss"
             loss = judged(result)
             self.losses[microbatch] = loss
-            self.passing[microbatch] = Passing(inputs, (loss,), result)
+            self.passing[microbatch] = Passing(inputs, (loss,), result, forgotten=forgotten)
             return
         outputs = as_tuple(result)
         self._check(outputs)
-        self.passing[microbatch] = Passing(inputs, outputs)
+        self.passing[microbatch] = Passing(inputs, outputs, forgotten=forgotten)
 
     def _check(self, outputs: Tensors) -> None:
         for i, (value, expected) in enumerate(zip(outputs, self.boundary.made, strict=True)):
@@ -172,9 +183,12 @@ class Stage:
         self.module.on_repeat = None
         return self._of_inputs(passing)
 
-    def backward_input(
-        self, microbatch: int, gradients: Tensors, on_repeat: Callable[[], None] | None = None
-    ) -> Tensors:
+    def repeat(self, microbatch: int) -> None:
+        """Repeat what a micro-batch's forward forgot, for both halves of its backward."""
+        for forgotten in self.passing[microbatch].forgotten or ():
+            forgotten.repeat()
+
+    def backward_input(self, microbatch: int, gradients: Tensors) -> Tensors:
         """Compute the gradients of a micro-batch's inputs alone; `backward_weight` does the rest."""
         passing = self.passing[microbatch]
         outputs, ends = self._ends(microbatch, passing, gradients)
@@ -188,9 +202,7 @@ class Stage:
             [value for value in passing.inputs if value.requires_grad],
             list(self.trained.values()),
         )
-        self.module.on_repeat = on_repeat
         first()
-        self.module.on_repeat = None
         for value, gradient in passed:
             value.grad = gradient if value.grad is None else value.grad + gradient
         return self._of_inputs(passing)

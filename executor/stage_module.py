@@ -14,6 +14,7 @@ from executor.buffers import Written
 from executor.layer import Layer, as_tuple
 from executor.noise import Noise
 from executor.precision import autocast
+from executor.repeating import Forgotten
 from executor.surroundings import Surroundings
 
 Values = dict[str, Any]
@@ -39,7 +40,8 @@ class StageModule(nn.Module):
     """Layers run one after another; a value is dropped after its last use.
 
     Those of each of the `checkpoints` (by their place) run under `torch.utils.checkpoint`; `on_repeat` is then called
-    before and after each repetition, so that it can be stamped. Where there is `noise`, layers draw from it; the
+    before and after each repetition, so that it can be stamped. Where a list of what is `forgotten` is set, each of
+    them is added there, to be repeated by whoever has the list. Where there is `noise`, layers draw from it; the
     `first` has that number in the model.
     """
 
@@ -59,6 +61,7 @@ class StageModule(nn.Module):
         self.layers, self.inputs, self.outputs = tuple(layers), inputs, outputs
         self.on_repeat: Callable[[], None] | None = None
         self.noise: Noise | None = None
+        self.forgotten: list[Forgotten] | None = None
         self.first, self.surroundings = first, surroundings
         self.precision = layers[0].precision if layers else ""
         self.ambient = tuple(dict.fromkeys(name for layer in layers for name in layer.ambient))
@@ -149,19 +152,26 @@ class StageModule(nn.Module):
             try:
                 own: Values = dict(zip(run.inputs, tensors, strict=True))
                 own.update({name: own[name].clone() for name in run.changed})
-                result = self._walk(run.layers, own, self._around(run, own, around), noise)
+                with autocast(self.precision, tensors):  # repeated, it is outside of the forward's
+                    result = self._walk(run.layers, own, self._around(run, own, around), noise)
                 return result, tuple(own[name] for name in run.outputs)
             finally:
                 if self.on_repeat is not None:
                     self.on_repeat()
 
-        result, made = checkpoint(
-            work,
-            *(live[name] for name in run.inputs),
-            use_reentrant=False,
-            context_fn=written.contexts,
-            preserve_rng_state=noise is None,
-        )
+        given = tuple(live[name] for name in run.inputs)
+        if self.forgotten is None:
+            result, made = checkpoint(
+                work,
+                *given,
+                use_reentrant=False,
+                context_fn=written.contexts,
+                preserve_rng_state=noise is None,
+            )
+        else:
+            compiled = any(self.layers[i].compiled is not None for i in run.layers)
+            self.forgotten.append(Forgotten(work, given, *written.contexts(), compiled=compiled))
+            result, made = self.forgotten[-1].run()
         live.update(zip(run.outputs, made, strict=True))
         for i in run.layers:
             for name in self._dropped[i]:

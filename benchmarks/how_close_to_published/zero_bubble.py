@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import by_hand
+import msgspec
 import numpy as np
 from by_hand import GIB, Figure, Result, Table, layer
 
@@ -27,7 +28,7 @@ from planner.programs.lowering import lower
 from planner.programs.waits import Linked
 from planner.values.cluster import Cluster, Device, Host, Link
 from planner.values.plan import Plan
-from planner.values.profile import LayerProfile, Profile
+from planner.values.profile import LayerProfile, Profile, Value
 from planner.values.trace import KINDS
 from profiles import hardware
 
@@ -202,7 +203,10 @@ def planned(row: Row, cluster: Cluster, schedule: str | None = None) -> tuple[Pr
         chunks=row.chunks,
         stage_seconds=((f, b, w),) * stages,
     )
-    return by_hand.profile(layers, row.samples, cluster), plan
+    profile = by_hand.profile(layers, row.samples, cluster)
+    # Megatron's layers halve their own backwards, in the first stage too: as if the input had a gradient.
+    given = Value(name="input", source=-1, targets=(0,), bytes_at=((row.samples, 0),), gradient=True)
+    return msgspec.structs.replace(profile, values=(given, *profile.values)), plan
 
 
 def bubble_rate(row: Row, schedule: str | None = None) -> float:

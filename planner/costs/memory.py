@@ -33,6 +33,7 @@ from planner.orders.operations import (
     OPS,
     OPTIMIZER,
     PUSH,
+    RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
     RELEASE,
@@ -100,19 +101,23 @@ class MemoryModel:
         else:
             self._set(stage, FORWARD, inside=of.forward_peak, communication=-received)
         # What is recomputed lives inside the backward, as torch's checkpoint has it: RECOMPUTE itself holds nothing.
+        # Where backwards are halved it repeats for both halves, also where one is whole.
+        back = of
+        if self.placed.schedule.splits:
+            back = of_stage(self.placed, stage, forgetful=False)
+            self._set(stage, RECOMPUTE, inside=of.repeat_peak + gathered, activations=repeated)
         self._set(
             stage,
             BACKWARD,
-            inside=of.backward_peak + gathered + whole,
-            inside_first=of.backward_first_peak + gathered + whole,
-            activations=-of.kept,
+            inside=back.backward_peak + gathered + whole,
+            inside_first=back.backward_first_peak + gathered + whole,
+            activations=-back.kept,
             communication=sent - received - received_gradient,
         )
         self._set(
             stage,
             BACKWARD_INPUT,
-            inside=repeated + of.input_peak + gathered,
-            activations=repeated,
+            inside=of.input_peak + gathered,
             communication=sent,
         )
         self._set(

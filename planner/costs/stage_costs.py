@@ -130,12 +130,30 @@ class StageCosts:
         return self._run("backward", threads, "backward")
 
     def backward_input(self, threads: int) -> Spread:
-        """Seconds of the gradient of one micro-batch's input."""
+        """Seconds of the gradient of one micro-batch's input: none where nobody asks (`torch_adapter.halves`)."""
+        if not self._passes_gradients:
+            return np.full(len(QUANTILES), self.profile.action_s)
+        if not self._trains:
+            return self.backward(threads)
         return self._run("backward_input", threads, "backward", share=0.5)
 
     def backward_weight(self, threads: int) -> Spread:
-        """Seconds of the gradient of the parameters from one micro-batch."""
+        """Seconds of the gradient of the parameters from one micro-batch: of all where the input has none."""
+        if not self._trains:
+            return np.full(len(QUANTILES), self.profile.action_s)
+        if not self._passes_gradients:
+            return self.backward(threads)
         return self._run("backward_weight", threads, "backward", share=0.5)
+
+    @property
+    def _passes_gradients(self) -> bool:
+        """Whether the stage before is given any gradient."""
+        return any(value.gradient for value in self.profile.crossing(self.layers.start))
+
+    @property
+    def _trains(self) -> bool:
+        """Whether any of its parameters has a gradient."""
+        return any(self.profile.layers[i].gradient_bytes for i in self.layers)
 
     def recompute(self, threads: int) -> Spread:
         """Seconds of repeating the forward of every checkpoint, without the loss: its last layer as far as needed.

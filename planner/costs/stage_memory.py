@@ -23,7 +23,8 @@ class StageMemory:
     `received_gradient` what it gets from the stage behind it. `kept` lies between a micro-batch's forward and its
     backward, `saved` is the same with everything repeated that checkpoints forgot. Every `*_peak` is the most that is
     live inside the action above what was live when it began: `backward_peak` of a whole backward that repeats what it
-    needs as it goes, `input_peak` of a backward that finds everything there. `gathered` is the most that two
+    needs as it goes, `input_peak` of a backward that finds everything there, `repeat_peak` of repeating all that
+    checkpoints forgot. `gathered` is the most that two
     neighbouring blocks' parameters need, `reduced` what one block's gradients need: sharded ones are whole only for a
     moment.
     """
@@ -42,14 +43,15 @@ class StageMemory:
     backward_first_peak: float
     backward_peak: float
     input_peak: float
+    repeat_peak: float
     gathered: float
     reduced: float
 
 
-def of_stage(placed: Placed, stage: int) -> StageMemory:
-    """Return a stage's bytes under its plan's savings, kept with the profile."""
+def of_stage(placed: Placed, stage: int, *, forgetful: bool = True) -> StageMemory:
+    """Return a stage's bytes under its plan's savings, or with nothing forgotten; kept with the profile."""
     profile, layers, samples = placed.profile, placed.ranges[stage], placed.plan.samples
-    checkpoints = placed.checkpoints[stage]
+    checkpoints = placed.checkpoints[stage] if forgetful else ()
     return memoised(
         profile,
         ("memory", layers, samples, checkpoints),
@@ -79,6 +81,7 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
         backward_first_peak=forgetful.backward_peak(first=True),
         backward_peak=forgetful.backward_peak(first=False),
         input_peak=plain.backward_peak(first=False),
+        repeat_peak=forgetful.repeats_peak(checkpoints),
         gathered=float(max(a + b for a, b in zip(gathered, [*gathered[1:], 0], strict=True))),
         reduced=float(max(reduced)),
     )
@@ -155,6 +158,15 @@ class _Walk:
             peak = max(peak, live + loose + part.forward_peak)
             live += part.saved + self.whole[j]
             loose = 0.0 if part.output_saved else part.output
+        return peak
+
+    def repeats_peak(self, checkpoints: Sequence[range]) -> float:
+        """Return the most that is live while all checkpoints' forwards are repeated, one after the other."""
+        live = peak = 0.0
+        for run in checkpoints:
+            peak = max(peak, live + self.repeat_peak(run))
+            live += sum(self.parts[i - self.first].saved for i in run)
+            live += sum(self.whole[i - self.first] for i in run[:-1])
         return peak
 
     def backward_peak(self, *, first: bool) -> float:

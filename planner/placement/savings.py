@@ -186,7 +186,8 @@ def recompute_layers(q: Question, plan: Plan) -> Plan:
         """Bytes that the worst device with the same stages lacks; below 0 where it fits."""
         trial = msgspec.structs.replace(plan, recompute_layers=tuple(profile.layers[i].name for i in sorted(chosen)))
         stages = frozenset(s for s, own in enumerate(ranges) if chosen & set(own))
-        if stages:  # of every device that lacks memory: where nothing is chosen, repeating nothing keeps as much
+        if stages and not placed.schedule.splits:
+            # Of every device that lacks memory: a RECOMPUTE of nothing holds nothing, nor one before a whole backward.
             stages = frozenset(s for held_by in missing for s in held_by)
         if stages not in programs:
             programs[stages] = Linked(unroll(trial, replicas=None if plan.uneven else 1))  # replicas need alike

@@ -8,8 +8,7 @@ import sys
 import msgspec
 import pytest
 
-from executor.abilities import PERFORMS, SPLIT_AGAIN, missing
-from planner.orders import schedules
+from executor.abilities import PERFORMS, missing
 from planner.orders.operations import OPS
 from planner.placement.pipeline import Question
 from planner.placement.strategies import get
@@ -40,9 +39,8 @@ def test_a_plan_is_judged_without_torch() -> None:
 def test_what_can_be_run(strategy: str) -> None:
     plan = spread(strategy)
     assert missing(plan) == ()
-    splits = schedules.get(plan.schedule).splits
-    assert missing(msgspec.structs.replace(plan, recompute=True)) == (SPLIT_AGAIN,) * splits
-    assert missing(msgspec.structs.replace(plan, recompute_layers=("layer0",))) == (SPLIT_AGAIN,) * splits
+    assert missing(msgspec.structs.replace(plan, recompute=True)) == ()
+    assert missing(msgspec.structs.replace(plan, recompute_layers=("layer0",))) == ()
 
 
 @pytest.mark.parametrize(
