@@ -41,6 +41,7 @@ from planner.orders.operations import (
     TABLE,
 )
 from planner.programs.waits import MESSAGES, Linked
+from planner.values.plan import asynchronous
 from planner.values.trace import KINDS, MemoryPoint
 
 Floats = npt.NDArray[np.float64]
@@ -95,7 +96,9 @@ class MemoryModel:
         trains = self.placed.schedule.trains
         inputs, targets = self.placed.profile.drawn_bytes(self.plan.loaded(stage))
         first, last = self.linked.edges.ends(stage)
-        self._set(stage, LOAD, inside=inputs + targets, input=inputs * first + targets * last)
+        kept = inputs * first + targets * last
+        rolling = asynchronous(self.plan)  # what is kept is there all the time, then
+        self._set(stage, LOAD, inside=inputs + targets - kept * rolling, input=0.0 if rolling else kept)
         if trains:
             self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
         else:

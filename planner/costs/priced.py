@@ -18,6 +18,7 @@ from planner.costs.placed import Placed
 from planner.costs.prices import BY_DEVICE, PriceList, TransferKind
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Quantile, Spread
 from planner.orders import codes
+from planner.orders.action import Action
 from planner.orders.codes import OP, PORT, PORTS, STAGE, STAGES
 from planner.orders.operations import AGREEMENTS, LOAD, OPS, OPTIMIZER
 from planner.programs.waits import Linked, Numbers
@@ -56,14 +57,21 @@ class Costs:
     late: float = 0.0
     contended: bool = True
 
-    def replayed(self, trace: Trace) -> Costs:
+    def replayed(self, trace: Trace, share: int = 0) -> Costs:
         """Return the same costs with the computing times of a measured trace: the replay of DESIGN.md section 8.
 
-        What the simulator then still gets wrong is the schedule and communication model alone.
+        What the simulator then still gets wrong is the schedule and communication model alone. Of a plan without flush
+        the trace is one step, and every unrolled one takes its times: a pipeline has a `share` of its micro-batches.
         """
+
+        def named(action: Action) -> Action:
+            m = action.microbatch
+            return action._replace(microbatch=m % share) if share and m is not None else action
+
+        work = [{named(action): seconds for action, seconds in own.items()} for own in trace.work]
         reducing = codes.has(self.linked.flat, *AGREEMENTS)
         seconds = [
-            seconds if reduces else trace.work[row].get(action, seconds)
+            seconds if reduces else work[row].get(named(action), seconds)
             for action, row, seconds, reduces in zip(
                 self.linked.actions, self.linked.row.tolist(), self.seconds.tolist(), reducing.tolist(), strict=True
             )

@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import StageMemory
+from planner.orders import schedules
+from planner.orders.schedules.straight import in_flight
+from planner.values.plan import Plan, asynchronous
 from planner.values.trace import KINDS
 
 Floats = npt.NDArray[np.float64]
@@ -24,6 +27,16 @@ def keeps_gradients(placed: Placed) -> list[bool]:
     return [len(rows) > 1 and not served and not asynchronous for rows in placed.holders]
 
 
+def _batches(plan: Plan, stage: int) -> int:
+    """How many steps' batches a row keeps parts of: the step's, and those before of which a micro-batch is on its way.
+
+    A batch is one block of memory, of which micro-batches are views.
+    """
+    holders = len(plan.holders[stage])
+    ahead = in_flight(stage, plan.turns) - 1 if schedules.get(plan.schedule).asynchronous else 0
+    return 1 + -(-ahead * holders // plan.microbatches) if stage == 0 else 1
+
+
 def static_bytes(placed: Placed, of: Sequence[StageMemory], rows: int) -> Floats:
     """Return the bytes (rows, kinds) that are always there; `of` are the stages', `rows` those of a program."""
     plan, schedule, shards = placed.plan, placed.schedule, placed.synchronisation.shards
@@ -37,6 +50,10 @@ def static_bytes(placed: Placed, of: Sequence[StageMemory], rows: int) -> Floats
             static[row, _INDEX["buffers"]] += own.buffers
             if schedule.trains and not served and not plan.host_optimizer:
                 static[row, _INDEX["optimizer"]] += own.optimizer / (n if "optimizer" in shards else 1)
+            if asynchronous(plan):  # each step loads its batch
+                inputs, targets = placed.profile.drawn_bytes(plan.loaded(stage))
+                first, last = stage == 0, stage == len(plan.stages) - 1
+                static[row, _INDEX["input"]] += (inputs * first + targets * last) * _batches(plan, stage)
             if stay[stage] and schedule.trains:
                 static[row, _INDEX["gradients"]] += own.gradients / (n if "gradients" in shards else 1)
     if placed.synchronisation.server == "devices" and schedule.trains:

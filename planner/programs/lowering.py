@@ -13,7 +13,18 @@ from planner.programs.messages import messages
 from planner.programs.program import Program
 from planner.programs.proof import InTurn, prove
 from planner.programs.savings import offload, recompute
-from planner.programs.updates import advance, frame, gather, norm, optimize, reduce_beside, send_first, tie
+from planner.programs.updates import (
+    advance,
+    frame,
+    gather,
+    load,
+    loads,
+    norm,
+    optimize,
+    reduce_beside,
+    send_first,
+    tie,
+)
 from planner.values.plan import Plan, actions, asynchronous, windows
 
 ONCE = 1 << 32
@@ -33,17 +44,19 @@ def lower(plan: Plan, *, in_turn: InTurn = "per pair") -> Program:
     return program
 
 
-def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
+def unroll(plan: Plan, *, replicas: int | None = None, steps: int = 0) -> Program:
     """Lower a plan without the proof: for a search, whose interpreter finds a wait without end by itself.
 
-    Only the first `replicas` of the pipeline are unrolled, where they are all alike; all by default. Raises
+    Only the first `replicas` of the pipeline are unrolled, where they are all alike; all by default. A plan without
+    flush is unrolled over so many `steps`, `windows(plan)` by default. Raises
     `PlanError` (exit 2) where that is more than fits into this machine's memory.
     """
+    steps = steps or windows(plan)
     every = 1 if plan.uneven or not replicas else plan.replicas // replicas
     extent.check(actions(plan) // every, str(plan), plan.microbatches)
     schedule, agreed = schedules.get(plan.schedule), synchronisation.get(plan.synchronisation)
     share = _between_updates(plan)
-    rows = messages(compute_order(plan, replicas), plan.edges, taking_turns(plan))
+    rows = messages(compute_order(plan, replicas, steps), plan.edges, taking_turns(plan))
     agreeing = _agreeing(plan)[: len(rows)]
     if schedule.trains:
         rows = recompute(rows, _forgetful(plan))
@@ -70,12 +83,18 @@ def unroll(plan: Plan, *, replicas: int | None = None) -> Program:
     if updates and share < ONCE:
         rows = tuple(optimize(row, share) for row in rows)
         if plan.uneven:
-            rows = tuple(_whole_turns(plan, row, *held) for row, held in zip(rows, plan.stages_of, strict=True))
+            turns = plan.microbatches * steps
+            rows = tuple(_whole_turns(plan, row, turns, *held) for row, held in zip(rows, plan.stages_of, strict=True))
         rows = tuple(gather(row) if gathered else row for gathered, row in zip(gathers, rows, strict=True))
     last = (OPTIMIZER,) if updates and share >= ONCE else ()
     roles = plan.roles[: len(rows)]
     behind = [(*last, UNSHARD_FORWARD) if last and gathered else last for gathered in gathers]
-    return Program(frame(rows, roles, plan.edges, behind), plan.edges, roles)
+    heads = loads(roles, plan.edges)
+    if steps > 1 or asynchronous(plan):
+        own = plan.microbatches // plan.pipelines
+        rows = tuple(load(row, stages, own, steps) for row, stages in zip(rows, heads, strict=True))
+        heads = [()] * len(rows)
+    return Program(frame(rows, roles, heads, behind), plan.edges, roles)
 
 
 def _beside(plan: Plan) -> bool:
@@ -93,32 +112,33 @@ def taking_turns(plan: Plan) -> tuple[int, ...]:
     return plan.turns if plan.uneven and _beside(plan) else ()
 
 
-def _whole_turns(plan: Plan, row: Codes, stage: int) -> Codes:
+def _whole_turns(plan: Plan, row: Codes, microbatches: int, stage: int) -> Codes:
     """Leave out the reductions behind the last turn that all of a stage's replicas take: some would wait for ever.
 
     Replicas take micro-batches in turn (1F1B-RR), and how many are unrolled need not be a multiple of theirs. The
     updates behind these reductions stay, and use the gradients up.
     """
-    turns = plan.microbatches * windows(plan) // len(plan.holders[stage])
+    turns = microbatches // len(plan.holders[stage])
     return np.delete(row, np.flatnonzero(codes.has(row, *REDUCTIONS))[turns:])
 
 
-def compute_order(plan: Plan, pipelines: int | None = None) -> Order:
+def compute_order(plan: Plan, pipelines: int | None = None, steps: int = 0) -> Order:
     """Return the computes of every device: the schedule's, once for each of `pipelines` replicas (default: all).
 
-    A schedule without a flush goes on over several steps. Steps that end are put behind each other: where nobody waits
-    for other replicas, each of them still flushes its own pipeline.
+    A schedule without a flush goes on over several `steps`. Steps that end are put behind each other: where nobody
+    waits for other replicas, each of them still flushes its own pipeline.
     Raises `PlanError` (exit 2) when the schedule cannot arrange them.
     """
     replicas = plan.turns if plan.uneven else ()
     share = plan.microbatches if plan.uneven else plan.microbatches // plan.replicas
     shape = Shape(plan.depth, share, plan.chunks, replicas, plan.stage_seconds)
     order = schedules.arrange(plan.schedule, shape)
-    unrolled = share * windows(plan)
+    steps = steps or windows(plan)
+    unrolled = share * steps
     if unrolled > share and schedules.get(plan.schedule).asynchronous:
         order = schedules.get(plan.schedule).order(shape._replace(microbatches=unrolled))
     elif unrolled > share:
-        order = tuple(codes.join(*(row + share * window for window in range(windows(plan)))) for row in order)
+        order = tuple(codes.join(*(row + share * step for step in range(steps))) for row in order)
     if plan.uneven:
         return order
     return tuple(row + unrolled * replica for replica in range(pipelines or plan.replicas) for row in order)

@@ -164,15 +164,40 @@ def gather(row: Codes) -> Codes:
     return row
 
 
-def frame(rows: Order, roles: Sequence[RowRole], edges: Edges, behind: Sequence[tuple[str, ...]]) -> Order:
-    """Begin and end the step.
+def loads(roles: Sequence[RowRole], edges: Edges) -> list[tuple[int, ...]]:
+    """Return the stages of every row that load a part of the batch.
 
-    Its batch is produced where it is used: inputs where no edge reaches a stage, targets where none leaves it. At the
-    end every stage of a row does what is `behind` it: the update of its parameters, the gather of the updated shards.
+    It is produced where it is used: inputs where no edge reaches a stage, targets where none leaves it.
     """
     table = edges.table
-    loads = (np.diff(table.leaves) == 0) | (np.diff(table.reaches) == 0)
-    heads = [[codes.code(LOAD, s) for s in role.stages if loads[s]] for role in roles]
+    own = (np.diff(table.leaves) == 0) | (np.diff(table.reaches) == 0)
+    return [tuple(s for s in role.stages if own[s]) for role in roles]
+
+
+def load(row: Codes, stages: Sequence[int], share: int, steps: int) -> Codes:
+    """Load the batch of each of several steps before its first forward; `share` are a pipeline's micro-batches of one.
+
+    >>> from planner.orders.action import actions
+    >>> from planner.orders.schedules import Shape, arrange
+    >>> print(*actions(load(arrange("1f1b", Shape(2, 4))[0], (0,), 2, 2)))
+    0LOAD0 0F0 0F1 0B0 0LOAD2 0F2 0B1 0F3 0B2 0B3
+    """
+    forward = np.flatnonzero(codes.has(row, FORWARD) & np.isin(codes.stages(row), stages))
+    step = codes.microbatches(row[forward]) % (share * steps) // share
+    first = np.unique(codes.stages(row[forward]) << codes.STAGE | step, return_index=True)[1]
+    at = np.sort(forward[first])
+    return np.insert(row, at, codes.with_op(row[at], LOAD))
+
+
+def frame(
+    rows: Order, roles: Sequence[RowRole], loading: Sequence[tuple[int, ...]], behind: Sequence[tuple[str, ...]]
+) -> Order:
+    """Begin and end the step: with the stages of every row that are `loading` its batch.
+
+    At the end every stage of a row does what is `behind` it: the update of its parameters, the gather of the updated
+    shards.
+    """
+    heads = [[codes.code(LOAD, s) for s in own] for own in loading]
     tails = [[codes.code(op, s) for s in role.stages for op in last] for role, last in zip(roles, behind, strict=True)]
     lengths = [len(head) + len(row) + len(tail) for head, row, tail in zip(heads, rows, tails, strict=True)]
     framed = cut(np.empty(sum(lengths), np.int64), np.cumsum([0, *lengths]))

@@ -13,7 +13,7 @@ from planner.costs.priced import Costs, costs_of
 from planner.costs.stage_costs import QUANTILES, Quantile
 from planner.programs.lowering import lower
 from planner.programs.waits import Linked
-from planner.simulate.contention import Failure, Run, interpret
+from planner.simulate.contention import Failure, Run
 from planner.simulate.outline import outline
 from planner.simulate.steady import steady_step
 from planner.values.cluster import Cluster
@@ -102,7 +102,13 @@ def simulate(
     )
 
 
-def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> Trace:
-    """Put the measured computing times of one step through the simulator."""
+def replay(profile: Profile, plan: Plan, cluster: Cluster, measured: Trace) -> float:
+    """Put the measured computing times of one step through the simulator, and return the seconds of the step.
+
+    A plan without flush has a pipeline that is full then.
+    """
     costs = costs_of(Placed(profile, plan, cluster), Linked(lower(plan)))
-    return interpret(costs.replayed(measured), plan.devices)
+    overlap = asynchronous(plan)
+    run = Run(costs.replayed(measured, plan.microbatches // plan.pipelines if overlap else 0), plan.devices)
+    run.play()
+    return steady_step(plan, costs.linked, np.array(run.end)) if overlap else run.last

@@ -233,13 +233,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     noise: float
 
 
-def compare(predicted: Outcome, measured: Outcome, *, replays: tuple[Trace, ...] = ()) -> Comparison:
-    """Compare two outcomes of one plan. `replays` are the measured steps put through the simulator, step by step."""
+def compare(predicted: Outcome, measured: Outcome, *, replays: tuple[float, ...] = ()) -> Comparison:
+    """Compare two outcomes of one plan. `replays` are the seconds of its measured steps put through the simulator."""
     times = measured.step_times_s or tuple(t.end for t in measured.steps)
     low, high = predicted.interval_s
     replay = None
     if replays:
-        pairs = [(r.end, m.end) for r, m in zip(replays, measured.steps, strict=True)]
+        pairs = [(r, m.end) for r, m in zip(replays, measured.steps, strict=True)]
         replayed, real = sorted(pairs, key=lambda p: (p[0] - p[1]) / p[1])[len(pairs) // 2]
         replay = Error(name="step", predicted=replayed, measured=real)
     mine, theirs = _work(predicted), _work(measured)
