@@ -231,5 +231,4 @@ def _parties(plan: Plan, event: Event) -> tuple[str, int]:
     action = parse(event.action)
     if action.op != REDUCE_TIED:
         return event.action, 0
-    (stage,) = plan.stages_of[event.device]
-    return event.action, plan.holders[stage].index(event.device)
+    return event.action, event.device * plan.pipelines // len(plan.groups)

@@ -51,7 +51,9 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
                 "loss": e.loss,
                 "metrics": e.metrics,
                 "samples": e.samples,
-                "predicted_s": e.samples / result.predicted.evaluation_rate,
+                "predicted_s": e.samples / result.predicted.evaluation_rate
+                if result.predicted.evaluation_rate
+                else None,
                 "measured_s": e.seconds,
             }
             for e in result.measured.evaluations
@@ -93,7 +95,7 @@ def show(result: Run, comparison: Comparison) -> None:
     row("synchronising", percent(predicted.synchronising), percent(measured.synchronising), None)
     training = Error(name="training", predicted=count * predicted.step_s, measured=measured.training_s)
     row(f"all {count} steps", seconds(training.predicted), seconds(training.measured), training.relative)
-    if measured.evaluations:
+    if measured.evaluations and predicted.evaluation_rate:
         took = statistics.median(e.seconds for e in measured.evaluations)
         wanted = measured.evaluations[-1].samples / predicted.evaluation_rate
         evaluating = Error(name="evaluating", predicted=wanted, measured=took)

@@ -144,8 +144,9 @@ def run(
             curves.close()
             if curves.lost:
                 output.progress.print(f"the curves in {tensorboard} are not whole: {curves.lost}")
-    if measured.evaluations:
-        evaluating = predict(measured_profile, forward_only(chosen), measured_profile.machine)
+    evaluates = forward_only(chosen)
+    if measured.evaluations and evaluates is not None:
+        evaluating = predict(measured_profile, evaluates, measured_profile.machine)
         predicted = msgspec.structs.replace(predicted, evaluation_rate=evaluating.throughput)
     result = Run(profile=str(path), predicted=predicted, measured=measured, partial=measured.stopped, asked=asked)
     store.save_run(folder, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from planner.orders import schedules
 from planner.values.plan import Plan
 
 
@@ -20,8 +21,13 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def forward_only(plan: Plan) -> Plan:
-    """Return the plan that evaluates what a plan trains: the same stages, and forwards alone."""
+def forward_only(plan: Plan) -> Plan | None:
+    """Return the plan that evaluates what a plan trains: the same stages, and forwards alone.
+
+    None where devices hold several stages, whose forwards no schedule has alone.
+    """
+    if schedules.get(plan.schedule).placement != "straight":
+        return None
     return msgspec.structs.replace(
         plan,
         strategy="forward-only",
