@@ -21,6 +21,7 @@ from planner.orders.operations import (
     REDUCE_TIED,
     SEND_BACKWARD,
     SEND_FORWARD,
+    UNSHARD_FORWARD,
 )
 from planner.programs.lowering import unroll
 from planner.values.plan import Plan, asynchronous
@@ -41,6 +42,7 @@ PERFORMS = {
     NORM_GRAD: "measure_norm",
     REDUCE_NORM: "agree_on_norm",
     OPTIMIZER: "optimize",
+    UNSHARD_FORWARD: "gather",
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
 

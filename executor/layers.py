@@ -6,10 +6,10 @@ model's step. Parameters keep the names they have in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from executor.surroundings import Surroundings
 from executor.torch_adapter import registered_buffers
 from executor.user_code import Loss, explained
 from planner.basis.errors import PlanError
+from planner.values.blocks import blocks_of
 
 MODEL_INPUT = -1
 
@@ -38,6 +39,25 @@ class Wire:
     name: str
     source: int
     targets: tuple[int, ...]
+
+
+class Weighed(NamedTuple):
+    """A layer's name and the bytes of its parameters."""
+
+    name: str
+    parameter_bytes: int
+
+    @classmethod
+    def of(cls, layer: Layer) -> Weighed:
+        """Weigh a layer."""
+        return cls(layer.name, sum(p.nbytes for p in layer.module.parameters()))
+
+
+class Cut(NamedTuple):
+    """What of a cut model its blocks follow from (`planner.values.blocks.Outline`)."""
+
+    layers: tuple[Weighed, ...]
+    crossing: Callable[[int], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +108,10 @@ class LayeredModel:
         if cut == 0:
             return self.inputs
         return tuple(w.name for w in self.wires if w.source < cut and any(t >= cut for t in w.targets))
+
+    def blocks(self, layers: range) -> tuple[range, ...]:
+        """Cut a stage's layers into those whose sharded parameters are gathered together, as they are priced."""
+        return blocks_of(Cut(tuple(map(Weighed.of, self.layers)), self.crossing), layers)
 
     def stage(self, layers: range, checkpoints: Sequence[range] = ()) -> StageModule:
         """Return the run of layers as one module from the values at its start to those at its end.

@@ -35,19 +35,22 @@ class AllGradients:
     def __init__(self, most: float, scaling: Scaling | None, device: torch.device) -> None:
         self.most, self.scaling, self.device = most, scaling, device
         self.trained: dict[int, list[nn.Parameter]] = {}
-        self.counted: dict[int, tuple[list[nn.Parameter], int]] = {}
+        self.counted: dict[int, list[tuple[list[nn.Parameter], int]]] = {}
         self.squares, self.overflowing = torch.zeros((), device=device), torch.zeros((), device=device)
         self.norm, self.overflown = torch.zeros((), device=device), torch.zeros((), device=device)
         self.waiting: set[int] = set()
 
-    def add(self, stage: int, trained: Iterable[nn.Parameter], elsewhere: Iterable[nn.Parameter], holders: int) -> None:
-        """Add a stage with the parameters that it trains, of which as many ranks as `holders` have the same gradients.
+    def add(
+        self, stage: int, shares: Iterable[tuple[list[nn.Parameter], int]], elsewhere: Iterable[nn.Parameter]
+    ) -> None:
+        """Add a stage with what this rank updates of it, and how many ranks have the same gradients of that.
 
         Those that an earlier stage holds, too, are `elsewhere`: they count there.
         """
         others = {id(parameter) for parameter in elsewhere}
-        own = self.trained[stage] = list(trained)
-        self.counted[stage] = [parameter for parameter in own if id(parameter) not in others], holders
+        own = [(list(parameters), holders) for parameters, holders in shares]
+        self.trained[stage] = [parameter for parameters, _ in own for parameter in parameters]
+        self.counted[stage] = [([p for p in parameters if id(p) not in others], holders) for parameters, holders in own]
 
     def measure(self, stage: int) -> None:
         """Look at a stage's gradients, and divide them by the scale of the loss."""
@@ -57,10 +60,11 @@ class AllGradients:
         if self.scaling is not None:
             self.overflowing = self.overflowing + self.scaling.unscale(self.trained[stage]).to(self.device)
         if self.most:
-            counted, holders = self.counted[stage]
-            own = norm_of(counted).to(self.device)
-            self.squares = self.squares + own.double() ** 2 / holders
-            self.norm = own if len(self.trained) == 1 else self.squares.sqrt().to(own.dtype)
+            norms = [(norm_of(counted).to(self.device), holders) for counted, holders in self.counted[stage]]
+            for own, holders in norms:
+                self.squares = self.squares + own.double() ** 2 / holders
+            alone = len(self.trained) == 1 and len(norms) == 1
+            self.norm = norms[0][0] if alone else self.squares.sqrt().to(self.norm.dtype)
         self.waiting.add(stage)
         self.overflown = (self.overflowing > 0).float()
 

@@ -17,6 +17,7 @@ from executor.batch import Drawn, tensors, to
 from executor.boundaries import Described, boundaries
 from executor.compiling import compile_now
 from executor.devices import Backend
+from executor.elementwise import check_elementwise
 from executor.feed import open_feed
 from executor.groups import Groups, among
 from executor.initial import Weights, extra_states
@@ -29,11 +30,12 @@ from executor.precision import SCALED
 from executor.reduction import Shared
 from executor.saving import SavedAs
 from executor.scaling import Scaling
+from executor.sharding import Sharding
 from executor.stage import Sources, Stage, Tensors
 from executor.torch_adapter import pytree
-from planner.orders import schedules
+from planner.orders import schedules, synchronisation
 from planner.orders.action import Action, Row
-from planner.orders.operations import FORWARD, RECV_BACKWARD, RECV_FORWARD, SEND_BACKWARD
+from planner.orders.operations import FORWARD, RECV_BACKWARD, RECV_FORWARD, REDUCE_GRAD, SEND_BACKWARD
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
 
@@ -120,10 +122,25 @@ class Rank:
             self.unheld = {name: self.weights.real(tensor) for name, tensor in self.unheld.items()}
             parts = [part for stage in found.values() for part in (stage.module, stage.loss)]
             self.weights.load(layered, parts, device)
+        if synchronisation.get(plan.synchronisation).shards:
+            check_elementwise(self.file, layered.model, plan.synchronisation)
         taken = set[int]()
-        for stage in found.values():
-            stage.settle(sources, taken, device, plan.bucket_bytes)
+        for index, stage in found.items():
+            sharding = self._sharding(layered, index, ranges[index]) if stage.group is not None else None
+            stage.settle(sources, taken, device, plan.bucket_bytes, sharding)
         return found
+
+    def _sharding(self, layered: LayeredModel, stage: int, layers: range) -> Sharding | None:
+        """How a stage is sharded; None where it is not."""
+        shards = synchronisation.get(self.plan.synchronisation).shards
+        if not shards:
+            return None
+        whole = range(len(layers))
+        blocks = layered.blocks(layers) if "gradients" in shards else (layers,)
+        places = tuple(whole[block.start - layers.start : block.stop - layers.start] for block in blocks)
+        tied = {name for group in self.plan.tied for name in _tied(self.plan, layered, group)}
+        reductions = sum(action.op == REDUCE_GRAD and action.stage == stage for action in self.row)
+        return Sharding(shards, places, frozenset(tied), reductions)
 
     def _all_gradients(self) -> AllGradients | None:
         """What the update has to know of the gradients of all stages, where it has to know anything."""
@@ -132,7 +149,7 @@ class Rank:
         found = AllGradients(self.file.clip, self.scaling, self.backend.device)
         for index, stage in self.stages.items():
             before = (p for first, own in self.shared.items() if first != index for p in own.parameters)
-            found.add(index, stage.trained.values(), before, len(self.plan.holders[index]))
+            found.add(index, stage.shares, before)
         if self.scaling is not None:
             for stage in self.stages.values():
                 stage.scale = self.scaling.scale
@@ -316,9 +333,13 @@ class Rank:
 
     def reduce_gradients(self, action: Action) -> None:
         """Add up a stage's gradients over the ranks that hold it."""
-        buckets = self.stages[action.stage].buckets
-        assert buckets is not None, action
-        buckets.reduce()
+        self.stages[action.stage].reduce()
+
+    def gather(self, action: Action) -> None:
+        """Give all ranks that hold a stage the parameters that each has updated."""
+        shards = self.stages[action.stage].shards
+        assert shards is not None, action
+        shards.gather()
 
     def add_up_gradients(self, action: Action) -> None:
         """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
@@ -360,7 +381,7 @@ class Rank:
         return {
             "parameters": sum(p.nbytes for p in parameters),
             "buffers": sum(b.nbytes for module in modules for b in module.buffers()),
-            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            "gradients": sum(stage.gradient_bytes for stage in self.stages.values()),
             "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)),
             "communication": _stored((self.mailbox.held(), arrived, sending, list(self.unsent.values()))),
             "input": _stored((self.inputs, self.targets)),
@@ -401,10 +422,9 @@ def _shared(
     plan: Plan, layered: LayeredModel, groups: Groups, stages: dict[int, Stage], replica: int
 ) -> dict[int, Shared]:
     """Return what a rank shares with other stages of its replica, by the first of them. Makes process groups."""
-    stage_of = {name: s for s, own in enumerate(plan.stages) for name in own.layers}
     found = dict[int, Shared]()
     for tied in plan.tied:
-        names = {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(tied)}
+        names = _tied(plan, layered, tied)
         for r in range(plan.pipelines):
             rows = {s: [row for row in plan.holders[s] if groups.replicas[row] == r] for s in tied}
             group = among({row for own in rows.values() for row in own})
@@ -413,6 +433,12 @@ def _shared(
                 named = [{name: own[name] for name in names} for own in held.values()]
                 found[tied[0]] = Shared(named, group, [len(rows[s]) for s in held])
     return found
+
+
+def _tied(plan: Plan, layered: LayeredModel, tied: tuple[int, ...]) -> set[str]:
+    """Names of the parameters that just these stages share."""
+    stage_of = {name: s for s, own in enumerate(plan.stages) for name in own.layers}
+    return {first for first, *layers in layered.tied() if {stage_of[name] for name in layers} == set(tied)}
 
 
 def _extra(

@@ -9,6 +9,8 @@ A rank may hold any number of them. They know nothing of messages, nor of who ho
 from __future__ import annotations
 
 import copy
+import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ from executor.model_file import ModelFile
 from executor.noise import Noise
 from executor.reduction import Buckets, start_alike
 from executor.repeating import Forgotten
+from executor.sharding import Sharding, Shards
 from executor.stage_module import StageModule
 from executor.surroundings import on
 from executor.torch_adapter import halves, whole_backward
@@ -89,12 +92,20 @@ class Stage:
         self.scale: torch.Tensor | None = None
         """What losses are multiplied by for their backward, in float16."""
         self.buckets: Buckets | None = None
+        self.shards: Shards | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.places: dict[int, tuple[nn.Module, str]] = {}
         self.saved: dict[str, tuple[nn.Module, str]] = {}
         self.named: dict[str, nn.Parameter] = {}
 
-    def settle(self, sources: Sources, taken: set[int], device: torch.device, bucket_bytes: int) -> None:
+    def settle(
+        self,
+        sources: Sources,
+        taken: set[int],
+        device: torch.device,
+        bucket_bytes: int,
+        sharding: Sharding | None = None,
+    ) -> None:
         """Take its place on the device, now that its tensors have values: all ranks that hold it, at the same time.
 
         A parameter that an earlier stage of this rank holds, too, is copied: each stage has its own gradients, which
@@ -111,11 +122,51 @@ class Stage:
             self.saved.update(dict.fromkeys(sources.saved.get(before, ()), (part, name)))
             if isinstance(tensor, nn.Parameter):
                 self.named[sources.names[before]] = tensor
-        trained = self.trained
         if self.group is not None:
             start_alike(self.module, self.group)
-            self.buckets = Buckets(trained.values(), self.group, bucket_bytes)
-        self.optimizer = own_optimizer(sources.file, sources.layered.model, trained)
+            if sharding is not None:
+                self.shards = Shards(self._blocks(sharding), self.group, sharding.shards, sharding.reductions)
+            reduced = self._replicated().values()
+            self.buckets = Buckets(reduced, self.group, bucket_bytes) if reduced or sharding is None else None
+        self.optimizer = own_optimizer(sources.file, sources.layered.model, self.updated)
+
+    def _blocks(self, sharding: Sharding) -> list[dict[str, nn.Parameter]]:
+        """The parameters that are sharded, by block; in front of the blocks those that several of them hold."""
+        names = {id(parameter): name for name, parameter in self.named.items()}
+        held = [
+            dict.fromkeys(names[id(p)] for i in block for p in self.module.layers[i].module.parameters())
+            for block in sharding.blocks
+        ]
+        times = Counter(name for block in held for name in block)
+        common = [name for name, number in times.items() if number > 1]
+        blocks = [common, *([name for name in block if times[name] == 1] for block in held)]
+        return [{name: self.named[name] for name in block if name not in sharding.whole} for block in blocks]
+
+    def _replicated(self) -> dict[str, nn.Parameter]:
+        """The parameters that this rank trains whole."""
+        if self.shards is None:
+            return self.trained
+        sharded = {name for unit in self.shards.units for name in unit.flat.named}
+        return {name: parameter for name, parameter in self.trained.items() if name not in sharded}
+
+    @property
+    def updated(self) -> dict[str, nn.Parameter]:
+        """What this rank updates: the parameters that are trained, or its pieces of them."""
+        return {**self._replicated(), **(self.shards.pieces if self.shards is not None else {})}
+
+    @property
+    def shares(self) -> list[tuple[list[nn.Parameter], int]]:
+        """What this rank updates, with how many ranks do the same."""
+        every = 1 if self.group is None else dist.get_world_size(self.group)
+        pieces = list(self.shards.pieces.values()) if self.shards is not None else []
+        return [share for share in ((list(self._replicated().values()), every), (pieces, 1)) if share[0]]
+
+    def reduce(self) -> None:
+        """Add up the gradients over the ranks that hold the stage: all of them, or each rank's shard."""
+        if self.buckets is not None:
+            self.buckets.reduce()
+        if self.shards is not None:
+            self.shards.reduce()
 
     def _part(self, taken: set[int]) -> None:
         """Make what another stage of this rank holds, too, the stage's own; and note what it holds."""
@@ -211,10 +262,10 @@ class Stage:
         """Add the gradients of the parameters to what there is, behind `backward_input`."""
         half = self.passing.pop(microbatch).weight_half
         assert half is not None, microbatch
-        if self.buckets is None:
-            half()
-        else:
-            self.buckets.added(half)
+        for reduced in (self.buckets, self.shards):
+            if reduced is not None:
+                half = functools.partial(reduced.added, half)
+        half()
 
     def _ends(
         self, microbatch: int, passing: Passing, gradients: Tensors
@@ -244,10 +295,17 @@ class Stage:
         """
         if self.optimizer is not None and usable:
             self.optimizer.step()
-        if self.buckets is None:
+        for reduced in (self.buckets, self.shards):
+            if reduced is not None:
+                reduced.clear()
+        if self.group is None:
             self.module.zero_grad()
-        else:
-            self.buckets.clear()
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that are there now."""
+        own = sum(p.grad.nbytes for p in self._replicated().values() if p.grad is not None)
+        return own + (self.shards.gradient_bytes if self.shards is not None else 0)
 
     def forget(self) -> None:
         """Forget what micro-batches have left behind."""
@@ -255,5 +313,6 @@ class Stage:
         self.losses = {}
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The parameters' gradients by their names in the model."""
-        return {name: p.grad.cpu() for name, p in self.named.items() if p.grad is not None}
+        """The parameters' gradients by their names in the model: of shards on all that hold them at the same time."""
+        found = {name: p.grad.cpu() for name, p in self._replicated().items() if p.grad is not None}
+        return found if self.shards is None else {**found, **self.shards.gradients()}

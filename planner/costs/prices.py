@@ -10,7 +10,6 @@ import numpy as np
 
 from planner.basis.memo import memoised
 from planner.costs import collectives
-from planner.costs.blocks import blocks
 from planner.costs.flows import Flow, carrying, latency, together
 from planner.costs.placed import Placed
 from planner.costs.stage_costs import MEDIAN, QUANTILES, Spread, StageCosts, at, layer_table
@@ -32,6 +31,7 @@ from planner.orders.operations import (
     UNSHARD_FORWARD,
 )
 from planner.programs.waits import MESSAGES
+from planner.values.blocks import blocks
 from planner.values.cluster import by_size
 from planner.values.holding import replicas_of
 from planner.values.profile import Profile

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from planner.basis.memo import memoised
-from planner.costs.blocks import blocks
 from planner.costs.placed import Placed
+from planner.values.blocks import blocks
 from planner.values.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
 
 

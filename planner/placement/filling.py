@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from planner.basis.memo import memoised
-from planner.costs.blocks import LARGE, WORTH_A_COLLECTIVE, unjoined
 from planner.costs.stage_memory import stage_memory
 from planner.orders import schedules, synchronisation
 from planner.placement import partition
 from planner.placement.flight import Flight
+from planner.values.blocks import LARGE, WORTH_A_COLLECTIVE, unjoined
 from planner.values.plan import Plan
 from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from planner.basis.errors import PlanError
 from planner.basis.memo import memoised
-from planner.costs.blocks import modules
 from planner.costs.placed import Placed
 from planner.costs.stage_memory import of_stage, stage_memory
 from planner.costs.static_memory import static_bytes
 from planner.placement.flight import flight
+from planner.values.blocks import modules
 from planner.values.profile import Profile
 
 NOISE = 0.01

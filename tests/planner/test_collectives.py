@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.costs import collectives
-from planner.costs.blocks import WORTH_A_COLLECTIVE, blocks
 from planner.costs.collectives import ALL_REDUCE, HALF, Choice, over
 from planner.costs.flows import Flow, together
 from planner.costs.patterns import circles
@@ -20,6 +19,7 @@ from planner.placement.question import Question
 from planner.placement.strategies import get
 from planner.programs.lowering import unroll
 from planner.programs.waits import Linked
+from planner.values.blocks import WORTH_A_COLLECTIVE, blocks
 from planner.values.cluster import AllReduce, Cluster, Device, Host, Link
 from planner.values.cluster_file import read
 from planner.values.profile import Profile, Value

@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.basis.errors import USAGE, PlanError
-from planner.costs.blocks import WORTH_A_COLLECTIVE
 from planner.costs.memory import MemoryModel
 from planner.costs.placed import Placed
 from planner.costs.prices import PriceList
@@ -28,6 +27,7 @@ from planner.simulate.contention import simulated_step
 from planner.simulate.evaluate import evaluate
 from planner.simulate.predict import simulate
 from planner.simulate.staleness import staleness
+from planner.values.blocks import WORTH_A_COLLECTIVE
 from planner.values.cluster import Cluster
 from planner.values.hardware import Device, Host, Link
 from planner.values.plan import Plan, Stage, windows

@@ -7,6 +7,8 @@ group of parameters. A profile's blocks are found in the same way; layers withou
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Protocol
 
 from planner.basis.memo import memoised
 from planner.values.profile import Profile
@@ -19,7 +21,35 @@ LARGE = 25 * 2**20
 """Bytes above which a run of layers is looked into once more: DDP's other buckets, which keep a network busy."""
 
 
+class Outline(Protocol):
+    """What of a model's layers their blocks follow from."""
+
+    @property
+    def layers(self) -> Sequence[Named]:
+        """The model's layers."""
+
+    def crossing(self, cut: int) -> Sequence[object]:
+        """Return the values alive between layers `cut - 1` and `cut`."""
+
+
+class Named(Protocol):
+    """What of a layer its block follows from."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of its parameters."""
+
+
 def blocks(profile: Profile, layers: range) -> tuple[range, ...]:
+    """Cut a stage's layers into blocks, kept with the profile: `blocks_of`."""
+    return memoised(profile, ("blocks", layers), lambda: blocks_of(profile, layers))
+
+
+def blocks_of(outline: Outline, layers: range) -> tuple[range, ...]:
     """Cut a stage's layers into blocks.
 
     A block ends where the name's module does: `layers.3.attention` and `layers.3.mlp` are of `layers.3`, the first
@@ -27,13 +57,13 @@ def blocks(profile: Profile, layers: range) -> tuple[range, ...]:
     skip inside; what is then still large (an encoder's output crosses all of a decoder), where the fewest values cross.
     Single layers join their neighbours behind them until they are worth a collective, or the last block at the end.
     """
-    return memoised(profile, ("blocks", layers), lambda: _merged(profile, modules(profile, layers)))
+    return _merged(outline, modules(outline, layers))
 
 
-def modules(profile: Profile, layers: range) -> list[range]:
+def modules(outline: Outline, layers: range) -> list[range]:
     """Cut layers into modules, before any are joined: what a user would wrap into a checkpoint each."""
-    homes = _homes(profile, layers)
-    return [part for module in _whole(profile, homes, layers) for part in _smaller(profile, homes, module)]
+    homes = _homes(outline, layers)
+    return [part for module in _whole(outline, homes, layers) for part in _smaller(outline, homes, module)]
 
 
 def unjoined(profile: Profile) -> list[tuple[range, bool]]:
@@ -51,37 +81,37 @@ def unjoined(profile: Profile) -> list[tuple[range, bool]]:
     return found
 
 
-def _homes(profile: Profile, layers: range) -> dict[int, str]:
-    return {i: _home(profile.layers[i].name) for i in layers}
+def _homes(outline: Outline, layers: range) -> dict[int, str]:
+    return {i: _home(outline.layers[i].name) for i in layers}
 
 
-def _whole(profile: Profile, homes: dict[int, str], layers: range) -> list[range]:
-    return _parts(layers, {i for i in layers[1:] if _ends(profile, homes, i)})
+def _whole(outline: Outline, homes: dict[int, str], layers: range) -> list[range]:
+    return _parts(layers, {i for i in layers[1:] if _ends(outline, homes, i)})
 
 
-def _is_cut(profile: Profile, homes: dict[int, str], module: range) -> bool:
-    return len(module) > 1 and not homes[module.start] and _parameters(profile, module) > LARGE
+def _is_cut(outline: Outline, homes: dict[int, str], module: range) -> bool:
+    return len(module) > 1 and not homes[module.start] and _parameters(outline, module) > LARGE
 
 
-def _ends(profile: Profile, homes: dict[int, str], i: int) -> bool:
+def _ends(outline: Outline, homes: dict[int, str], i: int) -> bool:
     before, here = homes[i - 1], homes[i]
-    return before != here if before or here else len(profile.crossing(i)) == 1
+    return before != here if before or here else len(outline.crossing(i)) == 1
 
 
-def _smaller(profile: Profile, homes: dict[int, str], module: range) -> list[range]:
-    if not _is_cut(profile, homes, module):
+def _smaller(outline: Outline, homes: dict[int, str], module: range) -> list[range]:
+    if not _is_cut(outline, homes, module):
         return [module]
-    crossing = {i: len(profile.crossing(i)) for i in module[1:]}
+    crossing = {i: len(outline.crossing(i)) for i in module[1:]}
     cuts = {i for i, values in crossing.items() if values == min(crossing.values())}
-    return [part for run in _parts(module, cuts) for part in _smaller(profile, homes, run)]
+    return [part for run in _parts(module, cuts) for part in _smaller(outline, homes, run)]
 
 
 def _parts(layers: range, cuts: set[int]) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise([layers.start, *sorted(cuts), layers.stop])]
 
 
-def _parameters(profile: Profile, layers: range) -> int:
-    return sum(profile.layers[i].parameter_bytes for i in layers)
+def _parameters(outline: Outline, layers: range) -> int:
+    return sum(outline.layers[i].parameter_bytes for i in layers)
 
 
 def _home(name: str) -> str:
@@ -97,12 +127,12 @@ def _home(name: str) -> str:
     return ".".join(parts[:-1])
 
 
-def _merged(profile: Profile, modules: list[range]) -> tuple[range, ...]:
+def _merged(outline: Outline, modules: list[range]) -> tuple[range, ...]:
     found: list[range] = []
     begin = modules[0].start
     for module in modules:
-        size = _parameters(profile, range(begin, module.stop))
-        if size >= WORTH_A_COLLECTIVE or (len(module) > 1 and _parameters(profile, module)):
+        size = _parameters(outline, range(begin, module.stop))
+        if size >= WORTH_A_COLLECTIVE or (len(module) > 1 and _parameters(outline, module)):
             found.append(range(begin, module.stop))
             begin = module.stop
     if begin < modules[-1].stop:
