@@ -54,8 +54,8 @@ def halves(
     """Return the two halves of a backward, to be run once each in this order: for the inputs, for the parameters.
 
     Each adds to the gradients of what it is for, as torch's `PipelineStage` runs them: without inputs the second half
-    is the whole backward. Outputs that are views cannot be let go of by torch's functions; there
-    autograd walks the graph twice.
+    is the whole backward. Outputs that are views cannot be let go of by torch's functions, and what reaches a parameter
+    by several ways is counted twice by them, or breaks off; there autograd walks the graph twice.
     """
     if not outputs:
         return lambda: None, lambda: None
@@ -63,7 +63,7 @@ def halves(
         return lambda: None, lambda: torch.autograd.backward(outputs, gradients) if parameters else None
     if not parameters:
         return lambda: torch.autograd.backward(outputs, gradients), lambda: None
-    if any(output._is_view() for output in outputs):
+    if any(output._is_view() for output in outputs) or _by_several_ways(outputs, inputs, parameters):
 
         def of(wanted: list[Any], *, again: bool) -> Callable[[], object]:
             return lambda: torch.autograd.backward(outputs, gradients, inputs=wanted, retain_graph=again)
@@ -75,6 +75,18 @@ def halves(
         groups.extend(torch_backward.stage_backward_input(outputs, gradients, inputs, iter(parameters))[1])
 
     return first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups)
+
+
+def _by_several_ways(
+    outputs: list[torch.Tensor], inputs: list[torch.Tensor], parameters: list[torch.nn.Parameter]
+) -> bool:
+    """Whether gradients come to a parameter from several places on the way to the inputs: where it is used again."""
+    ends, begins, trained = (
+        [torch_backward._get_grad_fn_or_grad_acc(tensor) for tensor in tensors if tensor.requires_grad]
+        for tensors in (outputs, inputs, parameters)
+    )
+    groups = torch_backward.get_param_groups(begins, trained, torch_backward.construct_reverse_graph(ends))
+    return any(len(group["intermediates"]) > 1 for group in groups)
 
 
 def allocations(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int]]]:

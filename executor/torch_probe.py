@@ -21,7 +21,13 @@ OLDEST, NEWEST = (2, 11), (2, 15)
 """The first and the last version with which the tests have been run (CONTRIBUTING.md)."""
 
 NEEDED: dict[str, tuple[str, ...]] = {
-    "torch.distributed.pipelining._backward": ("stage_backward_input", "stage_backward_weight"),
+    "torch.distributed.pipelining._backward": (
+        "stage_backward_input",
+        "stage_backward_weight",
+        "construct_reverse_graph",
+        "get_param_groups",
+        "_get_grad_fn_or_grad_acc",
+    ),
     "torch.distributed.elastic.multiprocessing": (
         "DefaultLogsSpecs",
         "Std",

@@ -320,3 +320,24 @@ def test_halves_of_a_backward_give_its_gradients() -> None:
                 torch.equal(a, b)
                 for a, b in zip(expected, [x.grad, layer.weight.grad, layer.bias.grad], strict=True)  # type: ignore[arg-type]
             )
+
+
+def test_halves_of_what_is_called_again_give_its_gradients() -> None:
+    """Layers with others between their calls, and a weight that two layers share, each with a bias of its own."""
+    block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    one, other, weight = (nn.Parameter(torch.randn(*shape)) for shape in ((4,), (4,), (4, 4)))
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.linear(x, weight, one).tanh(), weight, other)
+
+    for forward, parameters in ((lambda x: block(block(x)), [*block.parameters()]), (shared, [one, other, weight])):
+        x = torch.randn(3, 4, requires_grad=True)
+        wanted = [x, *parameters]
+        expected = torch.autograd.grad(forward(x).sum(), wanted)
+        output = forward(x)
+        first, second = halves([output], [torch.ones_like(output)], [x], list(parameters))
+        first()
+        assert all(parameter.grad is None for parameter in parameters)
+        second()
+        for tensor, gradient in zip(wanted, expected, strict=True):
+            torch.testing.assert_close(tensor.grad, gradient)
