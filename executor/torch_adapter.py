@@ -54,8 +54,8 @@ def halves(
     """Return the two halves of a backward, to be run once each in this order: for the inputs, for the parameters.
 
     Each adds to the gradients of what it is for, as torch's `PipelineStage` runs them: without inputs the second half
-    is the whole backward. Outputs that are views cannot be let go of by torch's functions, and what reaches a parameter
-    by several ways is counted twice by them, or breaks off; there autograd walks the graph twice.
+    is the whole backward. Outputs that are views, or that are read on the way to others, cannot be let go of by torch's
+    functions, and parameters that are used again are beyond them; there autograd walks the graph twice.
     """
     if not outputs:
         return lambda: None, lambda: None
@@ -63,7 +63,7 @@ def halves(
         return lambda: None, lambda: torch.autograd.backward(outputs, gradients) if parameters else None
     if not parameters:
         return lambda: torch.autograd.backward(outputs, gradients), lambda: None
-    if any(output._is_view() for output in outputs) or _by_several_ways(outputs, inputs, parameters):
+    if any(output._is_view() for output in outputs) or _used_again(outputs, inputs, parameters):
 
         def of(wanted: list[Any], *, again: bool) -> Callable[[], object]:
             return lambda: torch.autograd.backward(outputs, gradients, inputs=wanted, retain_graph=again)
@@ -77,15 +77,17 @@ def halves(
     return first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups)
 
 
-def _by_several_ways(
-    outputs: list[torch.Tensor], inputs: list[torch.Tensor], parameters: list[torch.nn.Parameter]
-) -> bool:
-    """Whether gradients come to a parameter from several places on the way to the inputs: where it is used again."""
-    ends, begins, trained = (
-        [torch_backward._get_grad_fn_or_grad_acc(tensor) for tensor in tensors if tensor.requires_grad]
-        for tensors in (outputs, inputs, parameters)
-    )
-    groups = torch_backward.get_param_groups(begins, trained, torch_backward.construct_reverse_graph(ends))
+def _used_again(outputs: list[torch.Tensor], inputs: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether an output is read on the way to another one, or gradients come to a parameter from several places."""
+
+    def nodes(tensors: Iterable[torch.Tensor]) -> list[Any]:
+        return [torch_backward._get_grad_fn_or_grad_acc(tensor) for tensor in tensors if tensor.requires_grad]
+
+    ends = nodes(outputs)
+    readers = torch_backward.construct_reverse_graph(ends)
+    if any(readers[end] for end in ends):
+        return True
+    groups = torch_backward.get_param_groups(nodes(inputs), nodes(parameters), readers)
     return any(len(group["intermediates"]) > 1 for group in groups)
 
 

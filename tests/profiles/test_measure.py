@@ -322,20 +322,30 @@ def test_halves_of_a_backward_give_its_gradients() -> None:
             )
 
 
-def test_halves_of_what_is_called_again_give_its_gradients() -> None:
-    """Layers with others between their calls, and a weight that two layers share, each with a bias of its own."""
+def test_halves_of_what_is_used_again_give_its_gradients() -> None:
+    """Layers with others between their calls, a weight of two layers with their own biases, an output that is read."""
     block = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
-    one, other, weight = (nn.Parameter(torch.randn(*shape)) for shape in ((4,), (4,), (4, 4)))
+    first_bias, bias, weight = (nn.Parameter(torch.randn(*shape)) for shape in ((4,), (4,), (4, 4)))
 
-    def shared(x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(nn.functional.linear(x, weight, one).tanh(), weight, other)
+    def shared(x: torch.Tensor) -> list[torch.Tensor]:
+        return [nn.functional.linear(nn.functional.linear(x, weight, first_bias).tanh(), weight, bias)]
 
-    for forward, parameters in ((lambda x: block(block(x)), [*block.parameters()]), (shared, [one, other, weight])):
+    def passed_on(x: torch.Tensor) -> list[torch.Tensor]:
+        made = block[0](x)
+        return [block[2](made), made]
+
+    for forward, parameters in (
+        (lambda x: [block(block(x))], [*block.parameters()]),
+        (shared, [first_bias, bias, weight]),
+        (passed_on, [*block.parameters()]),
+    ):
         x = torch.randn(3, 4, requires_grad=True)
         wanted = [x, *parameters]
-        expected = torch.autograd.grad(forward(x).sum(), wanted)
-        output = forward(x)
-        first, second = halves([output], [torch.ones_like(output)], [x], list(parameters))
+        expected = torch.autograd.grad(sum(one.sum() for one in forward(x)), wanted)  # type: ignore[arg-type]
+        for tensor in wanted:
+            tensor.grad = None
+        outputs = forward(x)
+        first, second = halves(outputs, [torch.ones_like(one) for one in outputs], [x], list(parameters))
         first()
         assert all(parameter.grad is None for parameter in parameters)
         second()
