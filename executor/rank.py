@@ -70,12 +70,8 @@ class Rank:
         workers: int | None = None,
         weights: Weights | None = None,
     ) -> None:
-        self.file, self.plan, self.backend = file, plan, backend
-        self.program = lower(plan, in_turn=backend.in_turn)
-        self.row: Row = self.program.rows[rank]
-        self.groups = Groups(plan)
-        self.replica = self.groups.replicas[rank]
-        self.mailbox = Mailbox(self.program, self.groups.all, backend.device)
+        self._take_part(plan, backend, rank, seed)
+        self.file = file
         self.saved_as = SavedAs(shared=layered.shared_names(), pretrained=hasattr(layered.model, "save_pretrained"))
         self.unheld, self.weights, self.parted = layered.unheld() if rank == 0 else {}, weights, layered.parted
         self.stages = self._stages(layered, rank)
@@ -92,8 +88,18 @@ class Rank:
             workers=workers if self.loading else 0,
             device=backend.device,
         )
-        self.microbatches = plan.microbatches // plan.pipelines
         self.averaging = Averaging(file, self.groups.judging, plan.microbatches, backend.device)
+
+    def _take_part(self, plan: Plan, backend: Backend, rank: int, seed: int) -> None:
+        """Take a row of the plan's program and a place in its groups: all that a rank is before it holds stages."""
+        self.plan, self.backend = plan, backend
+        self.program = lower(plan, in_turn=backend.in_turn)
+        self.row: Row = self.program.rows[rank]
+        self.groups = Groups(plan)
+        self.replica = self.groups.replicas[rank]
+        self.mailbox = Mailbox(self.program, self.groups.all, backend.device)
+        self.microbatches = plan.microbatches // plan.pipelines
+        self.all_gradients: AllGradients | None = None
         self.drawn: Drawn | None = None
         self.inputs: dict[int, Tensors] = {}
         self.targets: dict[int, Any] = {}
@@ -198,7 +204,7 @@ class Rank:
         ready = self._stamp()
         self.mailbox.let_go(action)
         self.repeats = []
-        ended = OPS[action.op](self, action)
+        ended = getattr(self, PERFORMS[action.op])(action)
         end = self._stamp() if ended is None else ended
         if self.stamping:
             self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
@@ -400,9 +406,6 @@ class Rank:
 
 def nothing(stage: int) -> None:
     """Do nothing."""
-
-
-OPS: dict[str, Callable[[Rank, Action], Any]] = {op: getattr(Rank, method) for op, method in PERFORMS.items()}
 
 
 def split(tree: Any, parts: int) -> list[Any]:
