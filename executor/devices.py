@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -61,10 +63,24 @@ def _keep_freed_memory() -> None:
     depends on the largest tensors a process has ever had: a run would not cost what was profiled. Other C libraries
     are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        _MALLOPT(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def own_mapping() -> Iterator[None]:
+    """Let what is allocated inside have pages of its own, which are given back when it is freed."""
+    if _MALLOPT is not None:
+        _MALLOPT(_M_MMAP_THRESHOLD, 1)
+    try:
+        yield
+    finally:
+        if _MALLOPT is not None:
+            _MALLOPT(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+
+
+_MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 # From malloc.h; the threshold's largest value on 64 bits is 4 MiB times the size of a long.

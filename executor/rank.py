@@ -58,6 +58,8 @@ class Rank:
     one creates process groups.
     """
 
+    all_gradients: AllGradients | None
+
     def __init__(
         self,
         file: ModelFile,
@@ -93,13 +95,13 @@ class Rank:
     def _take_part(self, plan: Plan, backend: Backend, rank: int, seed: int) -> None:
         """Take a row of the plan's program and a place in its groups: all that a rank is before it holds stages."""
         self.plan, self.backend = plan, backend
+        self.all_gradients = None
         self.program = lower(plan, in_turn=backend.in_turn)
         self.row: Row = self.program.rows[rank]
         self.groups = Groups(plan)
         self.replica = self.groups.replicas[rank]
         self.mailbox = Mailbox(self.program, self.groups.all, backend.device)
         self.microbatches = plan.microbatches // plan.pipelines
-        self.all_gradients: AllGradients | None = None
         self.drawn: Drawn | None = None
         self.inputs: dict[int, Tensors] = {}
         self.targets: dict[int, Any] = {}
@@ -231,7 +233,7 @@ class Rank:
         stage = self.stages[action.stage]
         self.drawn = drawn = self.drawn or self.feed.take()
         first = self.replica * self.microbatches
-        held = [_microbatch(a) for a in self.row if a.op == FORWARD and a.stage == action.stage]
+        held = [microbatch(a) for a in self.row if a.op == FORWARD and a.stage == action.stage]
         inputs, targets = self.parted(drawn.inputs, drawn.targets)
         if stage.is_first:
             chunks = list(zip(*(tensor.chunk(self.microbatches) for tensor in inputs), strict=True))
@@ -247,7 +249,7 @@ class Rank:
 
     def forward(self, action: Action) -> None:
         """One micro-batch through a stage's layers; on the last stage also its loss, as its share of the step's."""
-        stage, m = self.stages[action.stage], _microbatch(action)
+        stage, m = self.stages[action.stage], microbatch(action)
         noise = Noise(self.seed, self.steps, m, self.backend.device)
         if not stage.is_last:
             stage.forward(m, self._arrived(stage, m), noise)
@@ -291,24 +293,24 @@ class Rank:
         stage = self.stages[action.stage]
         if not stage.splits:
             return self._stamp()
-        stage.repeat(_microbatch(action))
+        stage.repeat(microbatch(action))
         return None
 
     def backward(self, action: Action) -> None:
         """The whole backward of a micro-batch."""
-        stage, m = self.stages[action.stage], _microbatch(action)
+        stage, m = self.stages[action.stage], microbatch(action)
         gradients = self._returned(stage, m)
         self._keep(stage, m, stage.backward(m, gradients, self._on_repeat()))
 
     def backward_input(self, action: Action) -> None:
         """The half of a micro-batch's backward that the stage before is waiting for."""
-        stage, m = self.stages[action.stage], _microbatch(action)
+        stage, m = self.stages[action.stage], microbatch(action)
         gradients = self._returned(stage, m)
         self._keep(stage, m, stage.backward_input(m, gradients))
 
     def backward_weight(self, action: Action) -> None:
         """The other half, for the stage's parameters."""
-        self.stages[action.stage].backward_weight(_microbatch(action))
+        self.stages[action.stage].backward_weight(microbatch(action))
 
     def _on_repeat(self) -> Callable[[], None] | None:
         return (lambda: self.repeats.append(self._stamp())) if self.plan.recomputes else None
@@ -320,11 +322,11 @@ class Rank:
 
     def send_forward(self, action: Action) -> None:
         """Post the send of a stage's outputs."""
-        self.mailbox.send(action, self.stages[action.stage].passing[_microbatch(action)].outputs)
+        self.mailbox.send(action, self.stages[action.stage].passing[microbatch(action)].outputs)
 
     def send_backward(self, action: Action) -> None:
         """Post the send of the gradients of a stage's inputs."""
-        self.mailbox.send(action, self.unsent.pop((action.stage, _microbatch(action))))
+        self.mailbox.send(action, self.unsent.pop((action.stage, microbatch(action))))
 
     def receive(self, action: Action) -> None:
         """Post a receive."""
@@ -457,6 +459,7 @@ def _extra(
     return {name: lambda name=name: made[name] for name in every} | own
 
 
-def _microbatch(action: Action) -> int:
+def microbatch(action: Action) -> int:
+    """Return an action's micro-batch, which it has."""
     assert action.microbatch is not None, action
     return action.microbatch

@@ -96,6 +96,15 @@ def run(
         (folder / INITIAL).unlink(missing_ok=True)
     holders = tuple(sorted({rows[0] for rows in plan.holders}))
     saving.gather(folder, ranks, holders, load(model, plan.sequence))
+    return gathered(plan, folder, capacity_bytes)
+
+
+def gathered(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outcome:
+    """Return what was measured, with the memory unless a person has ended the run.
+
+    Raises `PlanError` (exit 130) when it ended before a step was recorded.
+    """
+    ranks = len(plan.devices)
     outcome = partial(plan, folder, capacity_bytes)
     if outcome is None:
         raise PlanError(

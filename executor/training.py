@@ -64,11 +64,15 @@ class _Done(msgspec.Struct):
 class Training:
     """A run's steps on one rank.
 
+    Without `rates` nothing is trained: a rehearsal.
+
     Losses and stamps are looked at when they are written, about once a second: looking at them means waiting for the
     device.
     """
 
-    def __init__(self, me: Rank, rates: Rates, backend: Backend, folder: Path, *, offset: float, where: str) -> None:
+    def __init__(
+        self, me: Rank, rates: Rates | None, backend: Backend, folder: Path, *, offset: float, where: str
+    ) -> None:
         self.me, self.rates, self.backend, self.offset, self.where = me, rates, backend, offset, where
         self.rank = dist.get_rank()
         self.ending = Ending(folder, backend)
@@ -84,9 +88,10 @@ class Training:
         Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
         """
         window, flushed, begin, done = recorded(steps), time.monotonic(), self.backend.stamp(), 0
-        self.me.updated = self.rates.step
+        if self.rates is not None:
+            self.me.updated = self.rates.step
         while done < steps:
-            rate = self.rates.current
+            rate = math.nan if self.rates is None else self.rates.current
             self.me.step(stamping=done in window)
             end = self.backend.stamp()
             losses, stamped = list(self.me.losses.values()), self.me.stamped

@@ -34,7 +34,8 @@ FOLDER = ".plan"
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """A measured run with the prediction it is held against. `partial` when it was interrupted or failed.
 
-    `asked` are the commands that simulate and run the same again.
+    `asked` are the commands that simulate and run the same again. `cluster` is what it was predicted for where that is
+    not the profile's machine: a rehearsal.
     """
 
     profile: str
@@ -42,6 +43,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     measured: Outcome
     partial: bool = False
     asked: str = ""
+    cluster: Cluster | None = None
 
 
 class Catalogue(Protocol):

@@ -17,7 +17,8 @@ from planner.values.profile import Profile
 
 def compared(result: Run, profile: Profile) -> Comparison:
     """Compare a run with its prediction, and with its own durations put through the simulator."""
-    replays = tuple(replay(profile, result.measured.plan, profile.machine, trace) for trace in result.measured.steps)
+    cluster = result.cluster or profile.machine
+    replays = tuple(replay(profile, result.measured.plan, cluster, trace) for trace in result.measured.steps)
     return compare(result.predicted, result.measured, replays=replays)
 
 
@@ -34,12 +35,12 @@ def as_data(result: Run, comparison: Comparison) -> dict[str, Any]:
 
     return {
         "plan": str(result.measured.plan),
-        "steps": len(result.measured.losses),
+        "steps": result.measured.performed,
         "asked_steps": result.measured.asked_steps,
         "stopped": result.measured.stopped,
         "recorded_steps": len(result.measured.steps),
         "training": {
-            "predicted_s": len(result.measured.losses) * result.predicted.step_s,
+            "predicted_s": result.measured.performed * result.predicted.step_s,
             "measured_s": result.measured.training_s,
         },
         "predicted": figures(result.predicted),
@@ -79,11 +80,11 @@ def show(result: Run, comparison: Comparison) -> None:
     from rich.table import Table
 
     predicted, measured = result.predicted, result.measured
-    count = len(measured.losses)
+    count = measured.performed
     whole = f"stopped after {count} of {measured.asked_steps} steps" if measured.stopped else f"{count} steps"
     table = Table(box=None, pad_edge=False, title=f"{measured.plan}, {whole}", title_justify="left")
     table.add_column("")
-    for name in ("predicted", "measured", "error"):
+    for name in ("predicted", measured.source, "error"):
         table.add_column(name, justify="right")
 
     def row(name: str, mine: str, theirs: str, error: float | None) -> None:

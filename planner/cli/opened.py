@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,15 +182,22 @@ def is_file(reference: str) -> bool:
     return reference.endswith(".toml") or os.sep in reference
 
 
-def meant(reference: str, profile: str | None, cluster: str | None) -> Meant:
+def anything(plan: Plan) -> bool:
+    """Whether a plan can be looked at: each can."""
+    return True
+
+
+def meant(reference: str, profile: str | None, cluster: str | None, able: Callable[[Plan], bool] = anything) -> Meant:
     """Return the plan that a name or a file means, with what the last simulation was about where nothing else is said.
+
+    The best is the best of those that are `able`.
 
     Raises `PlanError` when there is no such plan, or it is for another model or for more devices than there are.
     """
     from profiles import shipped
 
     store = Store(catalogue=shipped)
-    plan = store.plan(reference, lambda plan: True)
+    plan = store.plan(reference, able)
     known = not is_file(reference) or (profile is None and (store.root / "simulation.json").exists())
     ranking = store.load_ranking() if known else None
     path = store.profile_path(profile or (ranking.profile if ranking else None))

@@ -79,7 +79,7 @@ def write_page(store: Store, folder: Path, result: Run, profile: Profile, out: P
     compared_with = with_outcome(ranking, result.predicted) if same else None
     own = f"{result.asked} && plan report" if result.asked else f"plan report {folder.name}"
     command = f"{own} --out {shlex.quote(out.name)}"
-    return _write(result, result.predicted, profile, compared_with, profile.machine, out, command)
+    return _write(result, result.predicted, profile, compared_with, result.cluster or profile.machine, out, command)
 
 
 def with_outcome(ranking: Ranking, shown: Outcome) -> Ranking:

@@ -16,7 +16,10 @@ from planner.cli.line import LINE, again
 from planner.cli.measured import warn_beyond
 from planner.cli.opened import is_file, of_plan, on_devices_of, require_same
 from planner.cli.options import JsonOption
+from planner.cli.rehearse import STEPS as REHEARSED_STEPS
+from planner.cli.rehearse import Asked, data_of, rehearse, show_rehearsed
 from planner.cli.report import write_page
+from planner.cli.runnable import check_runnable
 from planner.cli.training import Progress
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
@@ -54,6 +57,21 @@ def run(
             "each epoch and of the run."
         ),
     ] = None,
+    rehearsal: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Real processes and messages on this machine, with waits instead of computing: from any profile, for "
+            "any number of devices.",
+        ),
+    ] = False,
+    message_scale: Annotated[
+        float | None,
+        typer.Option(help="With --rehearse: messages and collectives of so many times their bytes, 0.01 say."),
+    ] = None,
+    jitter: Annotated[
+        bool, typer.Option("--jitter", help="With --rehearse: draw waits from the profile's spread, from the seed.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train with a plan, by real processes, and compare with the prediction.
@@ -76,6 +94,22 @@ def run(
         )
     if not 0 <= seed < SEEDS:
         raise PlanError(what="--seed must be a number from 0 on", where="--seed", why=f"it is {seed}", fix="--seed 0")
+    _check_goes_together(
+        rehearsal,
+        {"--message-scale": message_scale is not None, "--jitter": jitter},
+        {"--epochs": epochs, "--tensorboard": tensorboard, "--evaluate-every": evaluate_every},
+    )
+    if rehearsal:
+        scale = 1.0 if message_scale is None else message_scale
+        found = rehearse(Asked(plan, profile, steps or REHEARSED_STEPS, seed, jitter, scale))
+        beyond = _beyond(found.comparison, check, data_of(found)) if check is not None else None
+        if json and beyond is None:
+            output.document("run", data_of(found))
+        elif not json:
+            show_rehearsed(found)
+        if beyond is not None:
+            raise beyond
+        return
     from executor.abilities import able
     from profiles import shipped
 
@@ -84,7 +118,7 @@ def run(
     if plan == "best":
         _check_meant_for_this_machine(store)
     wanted = store.plan(plan, able)
-    _check_runnable(wanted)
+    check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
     path, measured_profile = of_plan(store, path, store.load_profile(path), wanted, profile)
@@ -168,6 +202,18 @@ def run(
         raise failed
 
 
+def _check_goes_together(rehearsal: bool, rehearsing: dict[str, bool], training: dict[str, object]) -> None:
+    """Raise `PlanError` (exit 2) for an option of a rehearsal without one, or of a training in one."""
+    if rehearsal:
+        wrong = next((name for name, given in training.items() if given is not None), None)
+        why, fix = "a rehearsal waits instead of computing: nothing is trained", "leave it out, or --rehearse"
+    else:
+        wrong = next((name for name, given in rehearsing.items() if given), None)
+        why, fix = "it says how a rehearsal waits and sends", "plan run best --rehearse"
+    if wrong is not None:
+        raise PlanError(what=f"{wrong} has no meaning here", where=wrong, why=why, fix=fix)
+
+
 def _also(folder: Path) -> str:
     """The other forms in which the weights were written."""
     found = [name for name in ("weights.safetensors", "pretrained") if (folder / name).exists()]
@@ -214,22 +260,6 @@ def _asked(store: Store, reference: str, plan: Plan, path: Path) -> str:
 def _simulated_with(store: Store, reference: str) -> str | None:
     """The profile that the last simulation used, for the plans that come from it."""
     return None if is_file(reference) else store.load_ranking().profile
-
-
-def _check_runnable(plan: Plan) -> None:
-    """Raise `PlanError` (exit 2) for a plan that can only be simulated so far."""
-    from executor.abilities import missing
-
-    reasons = missing(plan)
-    if reasons:
-        k = len(plan.device_names)
-        raise PlanError(
-            what=f"{plan} cannot be run yet, only simulated",
-            where=f"plan {plan}",
-            why=f"the executor does not know: {', '.join(reasons)}",
-            fix=f"plan simulate --k {k} --m {plan.microbatches} --strategy 1f1b, then plan run best; or plan report "
-            "--simulated",
-        )
 
 
 def _check_meant_for_this_machine(store: Store) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from planner.basis.errors import PlanError
 from planner.search.ranking import Ranking
 from planner.store import is_table
 from planner.values.plan import Plan
@@ -51,3 +52,19 @@ def words(ranking: Ranking, profile: Profile, path: Path) -> tuple[str, str]:
     if found.why:
         return f"plan run best runs {found.plan} instead: for {ranking.best.plan}, {found.why}", "plan run best"
     return "", "plan run best"
+
+
+def check_runnable(plan: Plan) -> None:
+    """Raise `PlanError` (exit 2) for a plan that can only be simulated so far."""
+    from executor.abilities import missing
+
+    reasons = missing(plan)
+    if reasons:
+        k = len(plan.device_names)
+        raise PlanError(
+            what=f"{plan} cannot be run yet, only simulated",
+            where=f"plan {plan}",
+            why=f"the executor does not know: {', '.join(reasons)}",
+            fix=f"plan simulate --k {k} --m {plan.microbatches} --strategy 1f1b, then plan run best; or plan report "
+            "--simulated",
+        )

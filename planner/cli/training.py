@@ -45,10 +45,10 @@ def told(found: Evaluation) -> str:
 
 
 class Progress:
-    """The line that is shown of a run. `predicted` is what it is held against."""
+    """The line that is shown of a run. `predicted` is what it is held against; a rehearsal `trains` nothing."""
 
-    def __init__(self, predicted: Outcome) -> None:
-        self.predicted, self.plan = predicted, predicted.plan
+    def __init__(self, predicted: Outcome, *, trains: bool = True) -> None:
+        self.predicted, self.plan, self.trains = predicted, predicted.plan, trains
         self.done = 0
         self.latest: list[Step] = []
         self.live = output.progress.is_terminal
@@ -79,9 +79,10 @@ class Progress:
         epochs = -(-extent.steps // extent.epoch) if extent.epoch else 0
         epoch = f" (epoch {(self.done - 1) // extent.epoch + 1} of {epochs})" if epochs else ""
         norm = "" if math.isnan(self.latest[-1].norm) else f", gradient norm {self.latest[-1].norm:.3g}"
+        loss = f"loss {self.latest[-1].loss:.4g}{norm}, " if self.trains else ""
         left = duration((extent.steps - self.done) * each)
         return (
-            f"step {self.done} of {extent.steps}{epoch}, loss {self.latest[-1].loss:.4g}{norm}, "
+            f"step {self.done} of {extent.steps}{epoch}, {loss}"
             f"{rate(amount / each, unit)} (predicted {rate(amount / self.predicted.step_s, unit)}), {left} left"
         )
 

@@ -89,9 +89,11 @@ class Placed:
 
     def edge_bytes(self, edge: Edge, *, gradients: bool) -> float:
         """Bytes per micro-batch that go along an edge, or (only values with gradients) come back."""
+        scale = self.cluster.message_scale
         if not edge.values:
-            return self.profile.crossing_bytes(self.ranges[edge.consumer].start, self.plan.samples, gradients=gradients)
-        return sum(
+            start = self.ranges[edge.consumer].start
+            return scale * self.profile.crossing_bytes(start, self.plan.samples, gradients=gradients)
+        return scale * sum(
             value_bytes(value, self.plan.samples)
             for value in self.profile.values
             if value.name in edge.values and (value.gradient or not gradients)

@@ -164,6 +164,7 @@ class PriceList:
             beside = op == REDUCE_ASYNC and not self.overlaps
             return found._replace(seconds=0.0, busy=0.0, early=0.0, flows=()) if beside else found
         sizes, needed = self._gathered(stage, forward=op == UNSHARD_FORWARD)
+        sizes = [self._scaled(size) for size in sizes]
         choice = self._among(self.holders[stage], collectives.HALF)
         each = [choice.seconds(size) for size in sizes]
         return self._in_turn(op, stage, choice, sizes, collectives.lead(needed, each))
@@ -172,6 +173,7 @@ class PriceList:
         """A reduction of a stage's gradients, most of which may lie before its post: buckets fill in the backward."""
         choice = self._among(self.holders[stage], collectives.HALF if self.agreed.shards else collectives.ALL_REDUCE)
         sizes, ready, end = self._buckets(stage)
+        sizes = [self._scaled(size) for size in sizes]
         seconds = collectives.tail(ready, [choice.seconds(size) for size in sizes], end)
         found = self._in_turn(op, stage, choice, sizes, seconds)
         return found._replace(early=found.busy - seconds)
@@ -282,7 +284,15 @@ class PriceList:
         homes = {self.profile.layers[i].name: s for s, layers in enumerate(self.ranges) for i in layers}
         size = {layer.name: layer.gradient_bytes for layer in self.profile.layers}
         shared = [names for _, *names in self.profile.tied if {homes[n] for n in names} == set(group)]
-        return float(sum(min(size[name] for name in names) for names in shared))
+        return self._scaled(sum(min(size[name] for name in names) for names in shared))
+
+    def reduced_bytes(self, stage: int) -> list[float]:
+        """Bytes of each of the collectives in which a stage's holders reduce its gradients."""
+        return [self._scaled(size) for size in self._buckets(stage)[0]]
+
+    def _scaled(self, size: float) -> float:
+        """Bytes of a message or collective that carries so many."""
+        return self.cluster.message_scale * size
 
     def _served(self, op: str, stage: int, row: int) -> TransferKind:
         """A pull or push: every server's shard at the same time.
@@ -295,7 +305,7 @@ class PriceList:
         if self.agreed.server == "host":
             flows, seconds = self.copied(row, size, back=op == PULL)
             return TransferKind(op, stage, row, row, size, seconds, 0.0, flows)
-        each = size / max(1, len(self.plan.servers))
+        each = self._scaled(size) / max(1, len(self.plan.servers))
         ends = self._ends(op, row)
         if not ends:
             return TransferKind(op, stage, row, row, size, 0.0, 0.0, ())

@@ -22,7 +22,7 @@ from planner.costs.priced import Costs, costs_of
 from planner.costs.prices import TransferKind
 from planner.costs.stage_costs import MEDIAN
 from planner.orders import codes
-from planner.orders.operations import OPERATIONS, PULL, PUSH
+from planner.orders.operations import OPERATIONS, PULL, PUSH, named
 from planner.programs.lowering import unroll
 from planner.programs.waits import MESSAGES, Linked, waits_for_ever
 from planner.simulate.network import Network, load
@@ -105,6 +105,7 @@ class Run:
         self.late = frozenset(waiting(linked)) if costs.late else frozenset()
         self.network = Network(self.env, costs.cluster.bandwidths)
         self.cores = _cores(self.env, costs)
+        self.posting: list[bool] = codes.has(linked.flat, *named(group="pair")).tolist()
         self.nothing = Alone(self.env)
         self.server = Turns()
         self.pushed: dict[int, list[int]] = {}
@@ -148,6 +149,7 @@ class Run:
     def device(self, device: int) -> Walk:
         """Walk one row; what it waits for at a `yield` sends it on."""
         env, serve, resume = self.env, self.cores[device].serve, self.resumes[device]
+        passing, posting = self.costs.devices[device].waits, self.posting
         posts, waits, needs, seconds, done = self.posts, self.waits, self.needs, self.seconds, self.done
         start, ready, end, also = self.start, self.ready, self.end, self.also
         foreseen, unfinished, updates, waiting = self.foreseen, self.unfinished, self.costs.updates, self.waiting
@@ -190,6 +192,8 @@ class Run:
             if own > 0:
                 if i in updates:
                     self.update(i, own, resume)
+                elif passing and not posting[i]:  # nobody computes
+                    self.nothing.serve(own, resume)
                 else:
                     serve(own, resume)
                 yield
@@ -405,8 +409,8 @@ def _cores(env: simpy.Environment, costs: Costs) -> list[FairShare | Alone]:
         if alone or not (costs.contended and device.shares_cores):
             sharing.append(Alone(env))
             continue
-        key = (device.host, device.threads)
+        key = (device.host, 1 if device.waits else device.threads)  # who waits only posts
         if key not in pools:
-            pools[key] = FairShare(env, partial(hosts[device.host].speed, threads=device.threads))
+            pools[key] = FairShare(env, partial(hosts[device.host].speed, threads=key[1]))
         sharing.append(pools[key])
     return sharing

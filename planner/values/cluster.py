@@ -43,6 +43,7 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
     """Hosts, devices and links. `switches` name the nodes that only pass messages on (NVSwitch, InfiniBand).
 
     `elastic` hosts make as many CPU devices as a plan asks for, each with its share of the threads and the memory.
+    Messages and collectives have `message_scale` times the bytes of what they carry: a rehearsal's may have fewer.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Cluster(Communication, frozen=True, kw_only=True, dict=True):
     links: tuple[Link, ...] = ()
     switches: tuple[str, ...] = ()
     elastic: bool = False
+    message_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.elastic and not self.devices:

@@ -41,7 +41,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     `kind` is what it is, as in `profiles/data/hardware.toml`, "" where nobody says. In a cluster file, `speed_of` names
     the kind that `speed` is relative to; without, it is whatever was profiled.
     `price_per_hour` is in any currency.
-    Devices with the same `host` share its cores when `shares_cores` (CPU processes); a GPU does not.
+    Devices with the same `host` share its cores when `shares_cores` (CPU processes); a GPU does not. One that `waits`
+    instead of computing, as in a rehearsal, needs a core for everything else only.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     price_per_hour: float = 0.0
     shares_cores: bool = False
+    waits: bool = False
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,6 +81,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     evaluation_rate: float = 0.0
 
     @property
+    def performed(self) -> int:
+        """How many steps of a run there were, with the warm-up where it was trained."""
+        return len(self.losses) or len(self.step_times_s)
+
+    @property
     def stopped(self) -> bool:
         """Whether a measured run has ended before it was to."""
         return len(self.losses) < self.asked_steps
