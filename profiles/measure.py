@@ -178,6 +178,7 @@ def measure(
             derived=(*timer.derived, *_not_run(model, loaded, unsplit=unsplit)),
             one_by_one=not model.resident,
             interrupted=timer.interrupted,
+            waiting=passes.watch.waiting if device == "cpu" else 0.0,
         ),
     )
 

@@ -81,6 +81,7 @@ class LayerTimer:
         pass ends the measuring, as the end of the budget does.
         """
         before = torch.get_num_threads()
+        torch.set_num_threads(self.threads[0])  # counting warms up, and starts them
         self.budget, self.limit_s = budget, limit_s
         try:
             self._look_around()
@@ -277,7 +278,9 @@ class LayerTimer:
         threads, samples = setting
         plain = [known for known, more in self.cost if not more]
         near = min(plain, key=lambda known: (known[0] != threads, abs(known[1] - samples)))
-        return self.cost[near, False] * samples / near[1] * near[0] / threads
+        # Threads that wait for each other on busy cores take many times as long as one that has to wait for nobody.
+        fewer = self.watch.cores(near) / threads if near[0] != threads else 1.0
+        return self.cost[near, False] * samples / near[1] * fewer
 
     def _timed(self, setting: Setting, *, extra: bool) -> None:
         """Do a pass, and note what it costs."""

@@ -42,16 +42,22 @@ class Stopwatch:
         self.backend = backend
         self.seconds: dict[tuple[Setting, int, str], list[float]] = defaultdict(list)
         self.setting: Setting = (1, 1)
+        self.watched: dict[Setting, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        """Seconds that were timed with a setting, and those of processors that this process got meanwhile."""
 
     @contextmanager
     def around(self, part: int, kind: str) -> Iterator[None]:
         """Time what is done inside."""
         self.backend.synchronize()
+        clock, worked = time.monotonic(), time.process_time()
         begin = self.backend.stamp()
         yield
         end = self.backend.stamp()
         self.backend.synchronize()
         self.note(part, kind, begin, end)
+        watched = self.watched[self.setting]
+        watched[0] += time.monotonic() - clock
+        watched[1] += time.process_time() - worked
 
     def note(self, part: int, kind: str, begin: Any, end: Any) -> None:
         """Add the seconds between two stamps."""
@@ -62,6 +68,19 @@ class Stopwatch:
         self.backend.synchronize()
         if len(stamps) == 2:
             self.note(part, kind, *stamps)
+
+    def cores(self, setting: Setting) -> float:
+        """How many cores this process had at a time while a setting was timed: all its threads, where no one waits."""
+        seconds, worked = self.watched.get(setting, (0.0, 0.0))
+        return min(worked / seconds, setting[0]) if seconds > 0 else setting[0]
+
+    @property
+    def waiting(self) -> float:
+        """The share of what was timed in which not even one thread had a core, because other programs had them all."""
+        seconds, worked = (
+            (sum(column) for column in zip(*self.watched.values(), strict=True)) if self.watched else (0, 0)
+        )
+        return max(0.0, 1 - worked / seconds) if seconds > 0 else 0.0
 
     def timing(self, setting: Setting, part: int, kind: str) -> Timing:
         """The quantiles of what was collected; zero for what was never run."""

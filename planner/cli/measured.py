@@ -9,6 +9,9 @@ from planner.basis.units import percent, samples_words
 from planner.cli import output
 from planner.values.profile import Profile
 
+WAITING_LIMIT = 0.15
+"""The share of a profile's time without a core from which on its times say more about other programs than the model."""
+
 
 def timed(profile: Profile) -> list[int]:
     """The micro-batch sizes whose times were measured, or estimated."""
@@ -21,6 +24,11 @@ def notes(profile: Profile, budget: float) -> Iterator[str]:
     if how is None:
         return
     sizes = timed(profile)
+    if how.waiting > WAITING_LIMIT:
+        yield (
+            f"other programs kept the cores busy: for {percent(how.waiting)} of the time the model had none, and what "
+            "several threads take is longer still than that, as they wait for each other; profile again when they rest"
+        )
     if how.one_by_one:
         yield (
             "measured one layer at a time, as the whole does not fit into memory: that the layers compute what the "

@@ -252,7 +252,8 @@ class Measuring(msgspec.Struct, frozen=True, kw_only=True):
     Everything was measured in `rounds` at least. Sizes `between` those that were measured are interpolated, those
     `beyond` continue the line of the last. Layers of one kind differ by the share `unlike` at most. `derived` says in
     words what else was not run. `one_by_one` if no more than one layer was in memory, so that the cut model was not
-    compared with the whole one; `interrupted` if somebody ended it.
+    compared with the whole one; `interrupted` if somebody ended it. For the share `waiting` of the time not even one
+    thread had a core, because other programs had them all.
     """
 
     rounds: int
@@ -262,6 +263,7 @@ class Measuring(msgspec.Struct, frozen=True, kw_only=True):
     derived: tuple[str, ...] = ()
     one_by_one: bool = False
     interrupted: bool = False
+    waiting: float = 0.0
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, dict=True):

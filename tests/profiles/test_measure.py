@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,24 @@ def test_halves_of_what_is_used_again_give_its_gradients() -> None:
         second()
         for tensor, gradient in zip(wanted, expected, strict=True):
             torch.testing.assert_close(tensor.grad, gradient)
+
+
+def test_waiting_for_a_core_is_noticed() -> None:
+    """Who sleeps has no core, as who is kept from it."""
+    watch = Stopwatch(devices.Cpu())
+    assert (watch.waiting, watch.cores((2, 1))) == (0.0, 2)
+    watch.setting = 2, 1
+    with watch.around(0, "forward"):
+        time.sleep(0.05)
+    assert watch.waiting > 0.5
+    assert watch.cores((2, 1)) < 0.5
+    assert watch.cores((1, 1)) == 1
+
+
+def test_one_thread_is_tried_where_two_have_waited_for_each_other(by_hand: Timed) -> None:
+    """In proportion a pass of one thread would take 4 s of 3; what two of them have computed says that it is short."""
+    timer, _ = by_hand(lambda n: 2.0 if n == 1 else 1e9, 3.0)
+    assert {threads for threads, _ in timer.measured} == {2}
+    timer.watch.watched[2, 1] = [2.0, 0.1]
+    assert timer._expected((1, 1), extra=False) == pytest.approx(0.1)
+    assert timer._expected((2, 2), extra=False) == pytest.approx(4.0)
