@@ -23,6 +23,11 @@ def ask(folder: Path) -> bool:
     return True
 
 
+def asked(folder: Path) -> bool:
+    """Whether somebody has asked for the end."""
+    return _file(folder).exists()
+
+
 def _file(folder: Path) -> Path:
     """The file whose existence asks."""
     return folder / "stop"
@@ -33,12 +38,12 @@ class Ending:
 
     Rank 0 looks whether somebody asks for the end, and says to all others what it saw and behind which step they agree
     next. All agree behind the same steps, so nobody waits for a rank that has ended. How many steps that is follows
-    from their time and at most doubles, as the first ones are slow.
+    from their time and at most doubles, as the first ones are slow. `start` steps have been done in an earlier run.
     """
 
-    def __init__(self, folder: Path, backend: Backend) -> None:
+    def __init__(self, folder: Path, backend: Backend, start: int = 0) -> None:
         self.file, self.backend = _file(folder), backend
-        self.last, self.next, self.since = 0, 1, time.monotonic()
+        self.last, self.next, self.since = start, start + 1, time.monotonic()
 
     def here(self, done: int) -> bool:
         """Return whether the run ends behind `done` steps. Every rank asks that behind every step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,16 @@ def evaluated(folder: Path, skip: int = 0) -> list[Evaluation]:
     file = _file(folder)
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     return [msgspec.json.decode(line, type=Evaluation) for line in lines[skip:] if line.endswith(b"\n")]
+
+
+def shorten(folder: Path, steps: int) -> None:
+    """Forget what was found behind more than so many steps."""
+    begin_with(folder, [found for found in evaluated(folder) if found.step <= steps])
+
+
+def begin_with(folder: Path, found: Iterable[Evaluation]) -> None:
+    """Write what was found before, in an earlier run, in the place of all that there is."""
+    _file(folder).write_bytes(b"".join(msgspec.json.encode(each) + b"\n" for each in found))
 
 
 def _file(folder: Path) -> Path:

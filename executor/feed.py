@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,9 @@ class Feed(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Go on with the first step of an epoch."""
 
+    def start(self, step: int) -> None:
+        """Go on with the share of a step, which is counted from the run's first on."""
+
     def take(self) -> Drawn:
         """Return the share of the next step; behind the last of an epoch comes the first of the next one."""
 
@@ -49,6 +53,10 @@ class Draws:
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: no sample is ever drawn again."""
+
+    def start(self, step: int) -> None:
+        """Go on with the share of a step."""
+        self.step = step
 
     def take(self) -> Drawn:
         """Draw the share of the next step."""
@@ -90,7 +98,17 @@ class Dealt:
 
     def set_epoch(self, epoch: int) -> None:
         """Go on with the first step of an epoch."""
-        self.addresses.epoch, self.made = epoch, None
+        self.addresses.epoch, self.addresses.skipped, self.made = epoch, 0, None
+
+    def start(self, step: int) -> None:
+        """Go on with the share of a step. A stream is read up to there from its epoch's begin, and its draws drawn."""
+        epoch, behind = divmod(step, self.steps) if self.steps else (0, step)
+        self.set_epoch(epoch)
+        if self.shares.source.streams:
+            for _ in range(behind):
+                self.take()
+        else:
+            self.addresses.skipped = behind
 
     def take(self) -> Drawn:
         """Return the share of the next step.
@@ -169,17 +187,17 @@ class _Said(Dataset[Any]):
 
 
 class _Anew(Iterable[Address]):
-    """The addresses of shares, which begin anew with an epoch each time.
+    """The addresses of shares, which begin anew with an epoch each time, behind those that are skipped of it.
 
     It knows nothing of who takes them: in a circle of references the garbage collector would close the pipe to a worker
     before the worker is told to end, and its end be waited for in vain, for 5 s.
     """
 
     def __init__(self, shares: Making) -> None:
-        self.shares, self.epoch = shares, 0
+        self.shares, self.epoch, self.skipped = shares, 0, 0
 
     def __iter__(self) -> Iterator[Address]:
-        return self.shares.addresses(self.epoch)
+        return itertools.islice(self.shares.addresses(self.epoch), self.skipped, None)
 
 
 class _Begun:

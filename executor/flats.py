@@ -54,6 +54,11 @@ class Flat:
                 found[name] = shard[begin - first : end - first]
         return found
 
+    def begins(self) -> dict[str, int]:
+        """Return behind how many of a parameter's numbers this rank's piece of it begins."""
+        first = self.rank * self.size
+        return {name: max(0, first - a) for name, a in zip(self.named, self.starts, strict=False)}
+
     def reduce_scatter(self, whole: torch.Tensor) -> None:
         """Add up a tensor over the ranks in place; each has the sum of its own shard then, and rubbish elsewhere."""
         if dist.get_backend(self.group) == "nccl":

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from executor.evaluations import evaluated
+from executor.notes import noted
 from executor.steps import Extent, announced, joined
 from planner.values.evaluation import Evaluation
 from planner.values.step import Step
@@ -20,18 +21,23 @@ EVERY_S = 0.5
 
 
 @contextmanager
-def following(folder: Path, ranks: int, watches: Sequence[Watch]) -> Iterator[None]:
+def following(
+    folder: Path, ranks: int, watches: Sequence[Watch], say: Callable[[str], object] = lambda text: None
+) -> Iterator[None]:
     """Tell all `watches`, in a thread of its own, the steps that all ranks have finished since the last time,
-    and what the model was found to be behind them.
+    and what the model was found to be behind them; `say` what ranks have noted.
 
     They are told once more when the run has ended, in whatever way, and not after that.
     """
     over = threading.Event()
 
     def follow() -> None:
-        seen = judged = 0
+        seen = judged = read = 0
         while True:
             last = over.wait(EVERY_S)
+            for line in noted(folder, skip=read):
+                say(line)
+                read += 1
             extent = announced(folder)
             if extent is not None:
                 steps = joined(folder, ranks, skip=seen)

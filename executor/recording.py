@@ -19,6 +19,19 @@ def recording_of(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.recorded.jsonl"
 
 
+def recorded_by(folder: Path, rank: int) -> list[RankStep]:
+    """Return what a rank has recorded, and has written to its end."""
+    file = recording_of(folder, rank)
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    return [msgspec.json.decode(line, type=RankStep) for line in lines if line.endswith(b"\n")]
+
+
+def shorten(folder: Path, rank: int, steps: int) -> None:
+    """Forget what a rank has recorded of steps behind the first so many."""
+    kept = [step for step in recorded_by(folder, rank) if step.step < steps]
+    recording_of(folder, rank).write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in kept))
+
+
 class RankStep(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank recorded of a step, which is counted from 0: its events in seconds of the shared clock."""
 

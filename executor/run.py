@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from executor import saving
+from executor import checkpointing, checkpoints, saving
 from executor.compiling import check_compiler
-from executor.ending import ask
+from executor.ending import ask, asked
+from executor.evaluations import begin_with as begin_with_evaluations
 from executor.evaluations import evaluated
 from executor.following import Watch, following
 from executor.initial import FILE as INITIAL
 from executor.launch import launch
 from executor.model_file import load
-from executor.recording import RankMemory, RankStep, recording_of
-from executor.steps import announced, joined
+from executor.recording import RankMemory, RankStep, recorded_by
+from executor.steps import announced, begin_with, joined
+from executor.training import DIVERGED
 from executor.worker import PATIENCE_S, Job, main
-from planner.basis.errors import INTERRUPTED, PlanError
+from planner.basis.errors import INTERRUPTED, RUN_FAILED, PlanError
 from planner.orders.action import parse
 from planner.orders.operations import AGREEMENTS, REDUCE_TIED
 from planner.values.evaluation import Evaluation
@@ -45,13 +48,21 @@ def run(
     watches: Sequence[Watch] = (),
     workers: int | None = None,
     evaluate_every: int | None = None,
+    checkpoint_every: int = 0,
+    max_restarts: int = 0,
+    resume: Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
+    patience_s: float = PATIENCE_S,
 ) -> Outcome:
     """Train `plan` for so many steps, or epochs of the model file's data, and return what was measured.
 
     `folder` receives each rank's results and log, and the trained weights as `weights.pt`, a state dict of the
-    unsplit model, and in the other forms of `executor.saving.gather`. `workers` processes make batches of `data()`
-    ready for each rank that loads. `watches` are told the steps, about twice a second, as they are finished. The first
-    Ctrl-C ends the run behind a step that all ranks agree on: the outcome then says that it was `stopped`.
+    unsplit model, and in the other forms of `executor.saving.gather`. It receives a checkpoint behind every so many
+    steps (`checkpoint_every`); where a rank fails, all begin again from the newest, as often as `max_restarts`. The run
+    goes on from that of another run's folder (`resume`). `workers` processes make batches of `data()` ready for each
+    rank that loads. `watches` are told the steps, about twice a second, as they are finished, and `say` what a person
+    should know meanwhile. The first Ctrl-C ends the run behind a step that all ranks agree on: the outcome then says
+    that it was `stopped`.
 
     Raises `PlanError` for epochs without data (exit 2), without the compiler that compiled layers need (5),
     when a rank fails (6), or when the run ended before a step was
@@ -83,15 +94,19 @@ def run(
         seed=seed,
         evaluate_every=evaluate_every,
         folder=str(folder.resolve()),
-        patience_s=max(PATIENCE_S, 10 * expected_step_s),
+        patience_s=max(patience_s, 10 * expected_step_s),
         workers=workers,
+        checkpoint_every=checkpoint_every,
+        resume=str(resume.resolve()) if resume is not None else "",
     )
     path = folder / "job.json"
     path.write_bytes(msgspec.json.encode(job))
     ranks = len(plan.devices)
+    if resume is not None:
+        _continued(folder, ranks, resume)
     try:
-        with following(folder, ranks, watches):
-            launch(main, str(path.resolve()), ranks, folder / "logs", stop=lambda: ask(folder))
+        with following(folder, ranks, watches, say):
+            _launched(str(path.resolve()), ranks, folder, max_restarts, say)
     finally:
         (folder / INITIAL).unlink(missing_ok=True)
     holders = tuple(sorted({rows[0] for rows in plan.holders}))
@@ -122,11 +137,46 @@ def gathered(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Out
     return msgspec.structs.replace(outcome, memory_step=_memory_trace(outcome.trace, memory))
 
 
+def _launched(job: str, ranks: int, folder: Path, restarts: int, say: Callable[[str], object]) -> None:
+    """Run the ranks of a job; where one fails, begin again from the newest checkpoint, so many times at most."""
+    for attempt in itertools.count():
+        logs = folder / ("logs" if not attempt else f"logs.{attempt}")
+        try:
+            launch(main, job, ranks, logs, stop=lambda: ask(folder))
+        except PlanError as error:
+            if attempt == restarts or error.code != RUN_FAILED or asked(folder) or not again(error):
+                raise
+            say(f"{error.what}, {error.where.splitlines()[0]} ({error.why}): restart {attempt + 1} of {restarts}")
+        else:
+            return
+
+
+def again(error: PlanError) -> bool:
+    """Whether a run that has failed may fare better in another attempt: what is computed again is the same again."""
+    return error.what != DIVERGED
+
+
+def checkpoint_of(folder: Path) -> tuple[Job, int]:
+    """Return the job of a run, and the step of its newest checkpoint. Raises `PlanError` (exit 4) where it has none."""
+    job = msgspec.json.decode((folder / "job.json").read_bytes(), type=Job)
+    steps = checkpoints.steps(folder / checkpoints.FOLDER)
+    if not steps:
+        raise checkpointing.none(folder / checkpoints.FOLDER)
+    return job, steps[0]
+
+
+def _continued(folder: Path, ranks: int, earlier: Path) -> None:
+    """Let a new run's folder begin with the steps of an earlier one; its ranks keep those that a checkpoint has."""
+    job, _ = checkpoint_of(earlier)
+    begin_with(folder, ranks, joined(earlier, len(job.plan.devices)))
+    begin_with_evaluations(folder, evaluated(earlier))
+
+
 def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outcome | None:
     """Return what was measured of the steps that every rank has finished and written, if any of them was recorded."""
     ranks = range(len(plan.devices))
     steps = joined(folder, len(ranks))
-    recorded = [_recorded(recording_of(folder, rank), len(steps)) for rank in ranks]
+    recorded = [[one for one in recorded_by(folder, rank) if one.step < len(steps)] for rank in ranks]
     count = min(len(steps_of) for steps_of in recorded)
     if not count:
         return None
@@ -134,13 +184,6 @@ def partial(plan: Plan, folder: Path, capacity_bytes: tuple[float, ...]) -> Outc
     found = evaluated(folder)
     outcome = gather(plan, [steps_of[:count] for steps_of in recorded], steps, capacity_bytes, found)
     return msgspec.structs.replace(outcome, asked_steps=extent.steps if extent else len(steps))
-
-
-def _recorded(file: Path, finished: int) -> list[RankStep]:
-    """What a rank has recorded of steps that are finished, and has written to its end."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    found = [msgspec.json.decode(line, type=RankStep) for line in lines if line.endswith(b"\n")]
-    return [step for step in found if step.step < finished]
 
 
 def gather(
@@ -153,14 +196,16 @@ def gather(
     """Join what the ranks recorded into one trace per step, and add the times of all steps behind these.
 
     A step begins when the step before it ended, so the times of the steps add up to the time of the run. A device
-    that is done early may load its next batch before that: at a negative time. Behind an evaluation it begins when the
-    last device goes on with it, and no step's time has the evaluation in it.
+    that is done early may load its next batch before that: at a negative time. Behind a pause (an evaluation, a
+    checkpoint, a run that was taken up again) it begins when the last device goes on; no step's time has that in it.
     """
-    paused = [e.step for e in evaluations if e.step < len(steps)]
+    pauses = [b.begin - a.end for a, b in itertools.pairwise(steps)]
     rows = list(zip(*recorded, strict=True))
     ends = [max(e.end for of_rank in row for e in of_rank.events) for row in rows]
-    begins = [min(e.start for of_rank in rows[0] for e in of_rank.events), *ends[:-1]]
-    begins = [steps[row[0].step].begin if row[0].step in paused else b for row, b in zip(rows, begins, strict=True)]
+    begins = [min(e.start for of_rank in rows[0] for e in of_rank.events)]
+    for before, row, end in zip(rows, rows[1:], ends, strict=False):
+        step = row[0].step
+        begins.append(end if step == before[0].step + 1 and not pauses[step - 1] else steps[step].begin)
     traces = tuple(
         _trace(plan, [of_rank.events for of_rank in row], begin) for row, begin in zip(rows, begins, strict=True)
     )
@@ -178,7 +223,7 @@ def gather(
         losses=tuple(step.loss for step in steps),
         rates=() if any(map(math.isnan, rates)) else rates,
         norms=() if all(math.isnan(s.norm) for s in steps) else tuple(_finite(s.norm) for s in steps),
-        training_s=steps[-1].end - steps[0].begin - sum(steps[i].begin - steps[i - 1].end for i in paused),
+        training_s=steps[-1].end - steps[0].begin - sum(pauses),
         evaluations=tuple(evaluations),
     )
 

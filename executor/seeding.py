@@ -31,3 +31,11 @@ def mixed(*numbers: int) -> int:
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def begin(seed: int) -> None:
+    """Seed what Python and numpy draw from in this process, which nobody else does: runs would differ."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

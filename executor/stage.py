@@ -155,6 +155,12 @@ class Stage:
         return {**self._replicated(), **(self.shards.pieces if self.shards is not None else {})}
 
     @property
+    def begins(self) -> dict[str, int]:
+        """Behind how many of a parameter's numbers this rank's piece of it begins, for those of which it has one."""
+        units = self.shards.units if self.shards is not None else []
+        return {name: begin for unit in units for name, begin in unit.flat.begins().items() if name in unit.pieces}
+
+    @property
     def shares(self) -> list[tuple[list[nn.Parameter], int]]:
         """What this rank updates, with how many ranks do the same."""
         every = 1 if self.group is None else dist.get_world_size(self.group)

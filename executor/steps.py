@@ -9,6 +9,7 @@ A rank's loss is its part of the mean, the norm is the whole model's. A step is 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,6 +84,21 @@ def joined(folder: Path, ranks: int, skip: int = 0) -> list[Step]:
         )
         for step_of in zip(*found, strict=False)
     ]
+
+
+def shorten(folder: Path, rank: int, steps: int) -> None:
+    """Forget what a rank has written of the steps behind the first so many."""
+    path = file_of(folder, rank)
+    if path.exists():
+        os.truncate(path, min(path.stat().st_size, steps * _FORMAT.size))
+
+
+def begin_with(folder: Path, ranks: int, steps: Iterable[Step]) -> None:
+    """Write the steps of an earlier run as if these ranks had done them: the first has all of their losses."""
+    known = list(steps)
+    for rank in range(ranks):
+        own = known if rank == 0 else [step._replace(loss=0.0, rate=math.nan, norm=math.nan) for step in known]
+        append(file_of(folder, rank), encode(own))
 
 
 def _read(path: Path, skip: int) -> list[Step]:

@@ -20,12 +20,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from executor.checkpointing import Checkpointing
 from executor.devices import Backend
 from executor.ending import Ending
 from executor.evaluations import Evaluations
 from executor.rank import Rank, Stamped, nothing
 from executor.rates import Rates
-from executor.recording import RankStep, events, recording_of
+from executor.recording import RankStep, events, recorded_by, recording_of
 from executor.steps import append, encode, file_of
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.values.step import Step
@@ -36,18 +37,24 @@ WARM_UP_STEPS = 3
 RECORDED_STEPS = 30
 """Steps whose every action is recorded, at most: as many as their median and its noise need."""
 
+DIVERGED = "the loss is no number any more"
+
 FLUSH_S = 1.0
 """Finished steps are written at most this often, so that writing does not disturb the steps."""
 
 
-def recorded(steps: int) -> range:
+def recorded(steps: int, start: int = 0, have: int = 0) -> range:
     """Return which of a run's steps are recorded: those behind the warm-up, which is at most half of the run.
+
+    One that goes on behind `start` steps warms up again, and records what is missing of those that it has (`have`).
 
     >>> recorded(20), recorded(10000), recorded(1), recorded(3)
     (range(3, 20), range(3, 33), range(0, 1), range(1, 3))
+    >>> recorded(100, start=10), recorded(100, start=10, have=4), recorded(100, start=50, have=30)
+    (range(13, 43), range(13, 39), range(53, 53))
     """
-    first = min(WARM_UP_STEPS, steps // 2)
-    return range(first, min(steps, first + RECORDED_STEPS))
+    first = start + min(WARM_UP_STEPS, (steps - start) // 2)
+    return range(first, min(steps, first + max(0, RECORDED_STEPS - have)))
 
 
 class _Done(msgspec.Struct):
@@ -67,30 +74,43 @@ class Training:
     Without `rates` nothing is trained: a rehearsal.
 
     Losses and stamps are looked at when they are written, about once a second: looking at them means waiting for the
-    device.
+    device. `start` steps have been done in an earlier run.
     """
 
     def __init__(
-        self, me: Rank, rates: Rates | None, backend: Backend, folder: Path, *, offset: float, where: str
+        self,
+        me: Rank,
+        rates: Rates | None,
+        backend: Backend,
+        folder: Path,
+        *,
+        offset: float,
+        where: str,
+        start: int = 0,
     ) -> None:
         self.me, self.rates, self.backend, self.offset, self.where = me, rates, backend, offset, where
         self.rank = dist.get_rank()
-        self.ending = Ending(folder, backend)
+        self.ending, self.start = Ending(folder, backend, start), start
         self.steps_file, self.recorded_file = file_of(folder, self.rank), recording_of(folder, self.rank)
         self.pending: list[_Done] = []
-        self.written = 0
+        self.written = start
+        self.have = len(recorded_by(folder, self.rank)) if start else 0
 
-    def run(self, steps: int, evaluations: Evaluations | None = None) -> int:
+    def run(
+        self, steps: int, evaluations: Evaluations | None = None, checkpointing: Checkpointing | None = None
+    ) -> int:
         """Train for so many steps, or until somebody asks for the end, and return how many there were.
 
-        The model is evaluated in between where `evaluations` are due; no step's time has that in it.
+        The model is evaluated in between where `evaluations` are due, and remembered where `checkpointing` is; no
+        step's time has that in it.
 
         Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
         """
-        window, flushed, begin, done = recorded(steps), time.monotonic(), self.backend.stamp(), 0
+        window, flushed = recorded(steps, self.start, self.have), time.monotonic()
+        begin, done, ended = self.backend.stamp(), self.start, False
         if self.rates is not None:
             self.me.updated = self.rates.step
-        while done < steps:
+        while done < steps and not ended:
             rate = math.nan if self.rates is None else self.rates.current
             self.me.step(stamping=done in window)
             end = self.backend.stamp()
@@ -101,11 +121,15 @@ class Training:
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
                 flushed = time.monotonic()
-            if done < steps and self.ending.here(done):
-                break
-            if evaluations is not None and evaluations.due(done):
+            ended = done < steps and self.ending.here(done)
+            judged = evaluations is not None and not ended and evaluations.due(done)
+            kept = checkpointing is not None and checkpointing.due(done, last=ended or done == steps)
+            if judged or kept:
                 self.flush()
-                evaluations.behind(done)
+                if evaluations is not None and judged:
+                    evaluations.behind(done)
+                if checkpointing is not None and kept:
+                    checkpointing.save(done)
                 begin, flushed = self.backend.stamp(), time.monotonic()
         self.me.updated = nothing
         self.flush()
@@ -146,7 +170,7 @@ class Training:
 
     def _diverged(self, loss: float) -> PlanError:
         return PlanError(
-            what="the loss is no number any more",
+            what=DIVERGED,
             where=f"{self.where}, step {self.written + 1}",
             why=f"it is {loss}: the model has diverged, or its loss divides by nothing",
             fix="lower the learning rate, or clip gradients: clip = 1.0; the steps before are kept in the run's folder",

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from executor.checkpointing import Checkpointing, forget_behind, found_by_all
+from executor.checkpoints import Manifest
 from executor.devices import Backend, open_device
 from executor.evaluation import prepare
 from executor.evaluations import Evaluations
@@ -27,6 +29,8 @@ from executor.rank import Rank
 from executor.rates import Rates
 from executor.recording import memory_step
 from executor.saving import await_all, save
+from executor.seeding import begin, mixed
+from executor.state import restore
 from executor.steps import Extent, announce
 from executor.training import Training
 from planner.basis.errors import RUN_FAILED, PlanError
@@ -42,6 +46,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `folder` receives their results; a peer is waited for `patience_s` at most.
 
+    A checkpoint is written behind every so many steps (`checkpoint_every`, 0: never). The run goes on from the newest
+    one in its folder, or else in that of another run that it is to `resume`.
+
     `workers` are the processes that make batches of `data()` ready for each rank that loads; as many as the model
     file's DataLoader has, where nothing is said.
     """
@@ -56,6 +63,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     patience_s: float
     workers: int | None = None
+
+    checkpoint_every: int = 0
+    resume: str = ""
 
 
 @record
@@ -87,14 +97,23 @@ def main(path: str) -> None:
         (folder / INITIAL).unlink()  # all ranks have read it: they have just spoken with each other
     extent = extent_of(job, me.feed)
     rates = Rates(file, me.optimizers, extent.steps, judged=wanted)
+    found = found_by_all(folder, job.resume, backend.device)
+    start = found.manifest.step if found else 0
+    forget_behind(folder, rank, start)
+    about = Manifest(step=start, steps=extent.steps, epoch=extent.epoch, seed=job.seed, model=job.model, plan=job.plan)
+    checkpointing = Checkpointing(me, rates, folder, about, job.checkpoint_every)
+    begin(mixed(job.seed, rank))
+    if found is not None:
+        restore(me, rates, rank, found, extent.steps)
     if rank == 0:
         announce(folder, extent)
-    training = Training(me, rates, backend, folder, offset=offset, where=f"{job.model}, plan {job.plan}")
+    where = f"{job.model}, plan {job.plan}"
+    training = Training(me, rates, backend, folder, offset=offset, where=where, start=start)
     evaluations = None
     if evaluator is not None:
         told = folder if rank == 0 else None
         evaluations = Evaluations(evaluator, rates, extent, every=job.evaluate_every or 0, folder=told)
-    done = training.run(extent.steps, evaluations)
+    done = training.run(extent.steps, evaluations, checkpointing)
     save(me.state(), folder / f"rank{rank}.pt")
     if rank == 0:
         me.saved_as.write(folder)

@@ -254,6 +254,24 @@ class Store:
             raise unwritable(folder, error) from error
         return path
 
+    def begun_run(self, reference: str) -> Path:
+        """Return the folder of a run, finished or not, by its name or path, or of the `last` one.
+
+        Raises `PlanError` with the nearest name (exit 4).
+        """
+        folder = self.root / "runs"
+        known = sorted(p.parent for p in folder.glob("*/job.json")) if folder.is_dir() else []
+        given = Path(reference)
+        if (given / "job.json").is_file():
+            return given
+        if reference == "last" and known:
+            return known[-1]
+        for path in known:
+            if path.name == reference:
+                return path
+        names = ["last", *(path.name for path in known)] if known else []
+        raise unknown("run", reference, names, where=str(folder), fix="plan run best", code=ARTEFACT)
+
     def save_run(self, folder: Path, run: Run) -> None:
         """Save what a run measured."""
         write(folder / "outcome.json", msgspec.json.encode(run))

@@ -19,6 +19,7 @@ from planner.cli.options import JsonOption
 from planner.cli.rehearse import STEPS as REHEARSED_STEPS
 from planner.cli.rehearse import Asked, data_of, rehearse, show_rehearsed
 from planner.cli.report import write_page
+from planner.cli.resuming import resumed
 from planner.cli.runnable import check_runnable
 from planner.cli.training import Progress
 from planner.simulate.predict import simulate as predict
@@ -36,11 +37,17 @@ SEEDS = 2**31
 
 def run(
     plan: Annotated[
-        str, typer.Argument(help="best, a plan of the last simulation, or the path of a plan file.")
-    ] = "best",
+        str | None,
+        typer.Argument(
+            help="best, a plan of the last simulation, or the path of a plan file. Default: best; with --resume, that "
+            "run's own."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. Default: 20.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the model file's data(), instead of steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the batches.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the weights and the batches. Default: 0.", show_default=False)
+    ] = None,
     profile: Annotated[
         str | None, typer.Option(help="A profile's path or name. Default: the one that was simulated.")
     ] = None,
@@ -72,6 +79,16 @@ def run(
     jitter: Annotated[
         bool, typer.Option("--jitter", help="With --rehearse: draw waits from the profile's spread, from the seed.")
     ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Remember the run behind every so many steps and at its end; 0 is never.")
+    ] = 0,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on from the last checkpoint of a run, by the name or path of its folder, or 'last'."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="Where a process fails, go on from the last checkpoint by itself, so many times.")
+    ] = 0,
     json: JsonOption = False,
 ) -> None:
     """Train with a plan, by real processes, and compare with the prediction.
@@ -79,6 +96,9 @@ def run(
     Behind a warm-up of three steps up to 30 steps are recorded action by action, then the training goes on without.
     The first Ctrl-C ends the training behind a step and saves the weights, the second one ends at once.
     """
+    for name, count in (("--checkpoint-every", checkpoint_every), ("--max-restarts", max_restarts)):
+        if count < 0:
+            raise PlanError(what=f"{name} cannot be negative", where=name, why=f"it is {count}", fix=f"{name} 10")
     for name, given in (("--steps", steps), ("--epochs", epochs)):
         if given is not None and given < 1:
             raise PlanError(what=f"{name} must be positive", where=name, why=f"it is {given}", fix="--steps 20")
@@ -92,16 +112,23 @@ def run(
             why="both are given, and one of them follows from the other",
             fix=f"--epochs {epochs}",
         )
-    if not 0 <= seed < SEEDS:
+    if seed is not None and not 0 <= seed < SEEDS:
         raise PlanError(what="--seed must be a number from 0 on", where="--seed", why=f"it is {seed}", fix="--seed 0")
     _check_goes_together(
         rehearsal,
         {"--message-scale": message_scale is not None, "--jitter": jitter},
-        {"--epochs": epochs, "--tensorboard": tensorboard, "--evaluate-every": evaluate_every},
+        {
+            "--epochs": epochs,
+            "--tensorboard": tensorboard,
+            "--evaluate-every": evaluate_every,
+            "--checkpoint-every": checkpoint_every or None,
+            "--resume": resume,
+            "--max-restarts": max_restarts or None,
+        },
     )
     if rehearsal:
         scale = 1.0 if message_scale is None else message_scale
-        found = rehearse(Asked(plan, profile, steps or REHEARSED_STEPS, seed, jitter, scale))
+        found = rehearse(Asked(plan or "best", profile, steps or REHEARSED_STEPS, seed or 0, jitter, scale))
         beyond = _beyond(found.comparison, check, data_of(found)) if check is not None else None
         if json and beyond is None:
             output.document("run", data_of(found))
@@ -115,9 +142,16 @@ def run(
 
     store = Store(catalogue=shipped)
     store.check_writable()
+    earlier = resumed(store, resume) if resume is not None else None
+    if earlier is not None:
+        steps, epochs, seed = earlier.extent(steps, epochs, seed)
+        plan = plan or earlier.plan_file(store)
+    plan = plan or "best"
     if plan == "best":
         _check_meant_for_this_machine(store)
     wanted = store.plan(plan, able)
+    if earlier is not None:
+        earlier.check(wanted)
     check_runnable(wanted)
     path = store.profile_path(profile or _simulated_with(store, plan))
     _check_has_model(path)
@@ -157,13 +191,17 @@ def run(
             device=kind,
             steps=0 if epochs else steps or STEPS,
             epochs=epochs or 0,
-            seed=seed,
+            seed=seed or 0,
             folder=folder,
             capacity_bytes=predicted.capacity_bytes,
             expected_step_s=predicted.step_s,
             evaluate_every=evaluate_every,
             watches=(Progress(predicted),) if curves is None else (Progress(predicted), curves),
             workers=measured_profile.loading.workers if measured_profile.loading else 0,
+            checkpoint_every=checkpoint_every,
+            max_restarts=max_restarts,
+            resume=earlier.folder if earlier is not None else None,
+            say=lambda text: output.progress.print(f"note: {text}", markup=False, soft_wrap=True),
         )
     except (PlanError, KeyboardInterrupt):
         kept = partial(chosen, folder, predicted.capacity_bytes)
@@ -226,7 +264,8 @@ def _stopped(measured: Outcome, data: dict[str, Any]) -> PlanError:
         what=f"interrupted after {len(measured.losses)} of {measured.asked_steps} steps",
         where="plan run",
         why="Ctrl-C, or a signal that asks for the end",
-        fix=f"start the command again; {data['weights']} has what was trained",
+        fix=f"start the command again, with --resume last where it has checkpoints; {data['weights']} has what was "
+        "trained",
         code=INTERRUPTED,
         details=data,
     )
