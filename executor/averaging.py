@@ -8,6 +8,7 @@ ignore them. Whether that is so is checked before a profile is measured, and in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,7 +110,15 @@ def weight_of(file: ModelFile, part: Drawn, ends: Ends = NO_ENDS) -> float:
     """
     if file.weight is not None:
         with explained(file.path, "weight(inputs, targets)"):
-            return float(file.weight(part.given, part.targets))
+            weight = float(file.weight(part.given, part.targets))
+        if not 0 <= weight < math.inf:
+            raise PlanError(
+                what="weight(inputs, targets) does not return a weight",
+                where=file.path,
+                why=f"it returns {weight:g} for {part.samples} samples",
+                fix="return over how much the loss is a mean: a number that is not negative, 0 where nothing counts",
+            )
+        return weight
     labels = labels_of(part)
     return float(part.samples) if labels is None else part.samples * share(labels, ends)
 

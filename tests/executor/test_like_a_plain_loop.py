@@ -146,6 +146,14 @@ def test_labels_among_the_inputs_are_weighed_as_targets_are(path: str) -> None:
     assert weight_of(load(path), Drawn(samples=2, given={"x": labels}, targets=None)) == 2
 
 
+@pytest.mark.parametrize("returned", ["-1.0", "float('nan')", "float('inf')"])
+def test_a_weight_is_a_number_that_is_not_negative(path: str, returned: str) -> None:
+    Path(path).write_text(f"{MODEL}\ndef weight(inputs, targets): return {returned}\n")
+    part = Drawn(samples=2, given=torch.zeros(2, 4), targets=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(PlanError, match="does not return a weight"):
+        weight_of(load(path), part)
+
+
 def shared(averaging: Averaging, targets: torch.Tensor, loss_of: Any = None) -> list[float]:
     """What the losses of a step's two micro-batches, each 1, are of the whole batch's."""
     parts = [Drawn(samples=len(own), given=torch.zeros(len(own), 4), targets=own) for own in targets.chunk(2)]
