@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.orders import codes, schedules
+from planner.orders import codes, schedules, synchronisation
 from planner.orders.operations import (
     BACKWARD,
     BACKWARD_INPUT,
@@ -19,8 +19,11 @@ from planner.orders.operations import (
     REDUCE_GRAD,
     REDUCE_NORM,
     REDUCE_TIED,
+    RESHARD_BACKWARD,
+    RESHARD_FORWARD,
     SEND_BACKWARD,
     SEND_FORWARD,
+    UNSHARD_BACKWARD,
     UNSHARD_FORWARD,
 )
 from planner.programs.lowering import unroll
@@ -43,8 +46,14 @@ PERFORMS = {
     REDUCE_NORM: "agree_on_norm",
     OPTIMIZER: "optimize",
     UNSHARD_FORWARD: "gather",
+    UNSHARD_BACKWARD: "gather_backward",
+    RESHARD_FORWARD: "let_go",
+    RESHARD_BACKWARD: "let_go",
 }
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
+
+
+HALVES_OF_SHARDS = "sharded parameters in a backward of two halves"
 
 
 def missing(plan: Plan) -> tuple[str, ...]:
@@ -52,11 +61,13 @@ def missing(plan: Plan) -> tuple[str, ...]:
 
     Operations of the plan's program that no rank performs, and what a rank's own structure rules out.
     """
+    shards = synchronisation.get(plan.synchronisation).shards
     limits = {
         "steps without a backward": not schedules.get(plan.schedule).trains,
         "steps that overlap, without a flush": asynchronous(plan),
         "tensors split over devices": plan.tensor > 1,
         "an optimizer on the host": plan.host_optimizer,
+        HALVES_OF_SHARDS: "parameters" in shards and schedules.get(plan.schedule).splits,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
     present = codes.extent(flat).present

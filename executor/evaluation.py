@@ -127,6 +127,7 @@ class Evaluator:
             for module in self.modules.values():
                 stack.enter_context(evaluating(module))
             stack.enter_context(self._statistics())
+            stack.enter_context(self.me.whole())
             for keys, parts in self._rounds():
                 for name, value in self._round(keys, parts):
                     sums[name] += value

@@ -24,7 +24,9 @@ class Flat:
     def __init__(self, named: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
         self.named, self.group = dict(named), group
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.like = next(iter(self.named.values())).detach()
+        first = next(iter(self.named.values()))
+        self.like = torch.empty(1, dtype=first.dtype, device=first.device)
+        """Stands for a parameter that is not there."""
         self.shapes = [p.shape for p in self.named.values()]
         sizes = [p.numel() for p in self.named.values()]
         self.starts = list(itertools.accumulate(sizes, initial=0))
@@ -34,6 +36,10 @@ class Flat:
     def zeros(self) -> torch.Tensor:
         """Return a tensor with room for all parameters."""
         return torch.zeros(self.ranks * self.size, dtype=self.like.dtype, device=self.like.device)
+
+    def empty(self) -> torch.Tensor:
+        """Return a tensor with room for all parameters, with anything in it."""
+        return torch.empty(self.ranks * self.size, dtype=self.like.dtype, device=self.like.device)
 
     def shard(self, whole: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of such a tensor."""
@@ -69,12 +75,16 @@ class Flat:
         for work in works:
             work.wait()
 
-    def gather(self, whole: torch.Tensor) -> list[dist.Work]:
-        """Begin to fill a tensor, in which this rank's shard is there, with the shards of all; return what to await."""
+    def gather(self, whole: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[dist.Work]:
+        """Begin to fill a tensor, in which this rank's shard is there, with the shards of all; return what to await.
+
+        Over another `group` of the same ranks, where there is one: what is done in a group is done by all in one order.
+        """
+        group = group or self.group
         if dist.get_backend(self.group) == "nccl":
-            return [dist.all_gather_into_tensor(whole, self.shard(whole), group=self.group, async_op=True)]
+            return [dist.all_gather_into_tensor(whole, self.shard(whole), group=group, async_op=True)]
         parts = whole.split(self.size)
-        return [dist.broadcast(part, group_src=r, group=self.group, async_op=True) for r, part in enumerate(parts)]
+        return [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(parts)]
 
 
 def by_kind(named: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> list[Flat]:

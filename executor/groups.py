@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 
 from executor.torch_adapter import timeout
+from planner.orders import synchronisation
 from planner.values.plan import Plan
 
 
@@ -15,10 +16,12 @@ class Groups:
 
     `all` carries the messages, apart from the collectives. `replicas` says of which pipeline each row is, and
     `pipeline` joins the rows of this rank's. `holding` joins those that hold each stage, for its gradients: one group
-    per stage, as what is done in a group is done by all in one order. `judging` joins those that have losses.
+    per stage, as what is done in a group is done by all in one order; `gathering` does so for sharded parameters.
+    `judging` joins those that have losses.
     """
 
     def __init__(self, plan: Plan) -> None:
+        shards = synchronisation.get(plan.synchronisation).shards
         rows = range(len(plan.groups))
         self.all = group_of(rows)
         self.replicas = tuple(row * plan.pipelines // len(rows) for row in rows)
@@ -26,6 +29,7 @@ class Groups:
         pipelines = [among(row for row in rows if self.replicas[row] == r) for r in range(plan.pipelines)]
         self.pipeline = pipelines[own]
         self.holding = [among(holders) for holders in plan.holders]
+        self.gathering = [among(holders) for holders in plan.holders] if "parameters" in shards else []
         self.judging = among(plan.holders[-1])
 
 

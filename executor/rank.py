@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +35,24 @@ from executor.stage import Sources, Stage, Tensors
 from executor.torch_adapter import pytree
 from planner.orders import schedules, synchronisation
 from planner.orders.action import Action, Row
-from planner.orders.operations import FORWARD, RECV_BACKWARD, RECV_FORWARD, REDUCE_GRAD, SEND_BACKWARD
+from planner.orders.operations import BACKWARD, FORWARD, RECV_BACKWARD, RECV_FORWARD, REDUCE_GRAD, SEND_BACKWARD
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
 
 
 @dataclass
 class Stamped:
-    """An action with the device's stamps: begun, its wait over, done; `repeats` bracket recomputes inside it."""
+    """An action with the device's stamps: begun, its wait over, done.
+
+    `repeats` bracket recomputes inside it, `waits` what it waits for other ranks.
+    """
 
     action: Action
     start: Any
     ready: Any
     end: Any
     repeats: tuple[Any, ...] = ()
+    waits: tuple[Any, ...] = ()
 
 
 class Rank:
@@ -114,6 +118,9 @@ class Rank:
         self.updated: Callable[[int], object] = nothing
         """Called behind every update of a stage: a run sets its next step's learning rate there."""
         self.repeats: list[Any] = []
+        self.waits: list[Any] = []
+        for stage in self.stages.values():
+            stage.watch_waits(lambda: self.waits.append(self._stamp()))
 
     def _stages(self, layered: LayeredModel, rank: int) -> dict[int, Stage]:
         """Make the stages that the rank holds, and give them their values."""
@@ -148,7 +155,8 @@ class Rank:
         places = tuple(whole[block.start - layers.start : block.stop - layers.start] for block in blocks)
         tied = {name for group in self.plan.tied for name in _tied(self.plan, layered, group)}
         reductions = sum(action.op == REDUCE_GRAD and action.stage == stage for action in self.row)
-        return Sharding(shards, places, frozenset(tied), reductions)
+        gathering = self.groups.gathering[stage] if self.groups.gathering else None
+        return Sharding(shards, places, frozenset(tied), reductions, gathering)
 
     def _all_gradients(self) -> AllGradients | None:
         """What the update has to know of the gradients of all stages, where it has to know anything."""
@@ -205,11 +213,11 @@ class Rank:
         self.mailbox.arrive(action)
         ready = self._stamp()
         self.mailbox.let_go(action)
-        self.repeats = []
+        self.repeats, self.waits = [], []
         ended = getattr(self, PERFORMS[action.op])(action)
         end = self._stamp() if ended is None else ended
         if self.stamping:
-            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats)))
+            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats), tuple(self.waits)))
 
     def _stamp(self) -> Any:
         return self.backend.stamp() if self.stamping else None
@@ -344,10 +352,25 @@ class Rank:
         self.stages[action.stage].reduce()
 
     def gather(self, action: Action) -> None:
-        """Give all ranks that hold a stage the parameters that each has updated."""
-        shards = self.stages[action.stage].shards
-        assert shards is not None, action
-        shards.gather()
+        """Give all ranks that hold a stage the parameters that each has updated; or begin to, for a forward."""
+        stage = self.stages[action.stage]
+        assert stage.shards is not None, action
+        if stage.gathering is None:
+            stage.shards.gather()
+        else:
+            stage.gathering.post(FORWARD, action.microbatch, backwards=False)
+
+    def gather_backward(self, action: Action) -> None:
+        """Begin to gather the parameters for a backward."""
+        gathering = self.stages[action.stage].gathering
+        assert gathering is not None, action
+        gathering.post(BACKWARD, action.microbatch, backwards=True)
+
+    def let_go(self, action: Action) -> None:
+        """Let go of all parameters but this rank's shards."""
+        gathering = self.stages[action.stage].gathering
+        assert gathering is not None, action
+        gathering.leave()
 
     def add_up_gradients(self, action: Action) -> None:
         """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
@@ -377,7 +400,6 @@ class Rank:
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
         modules = [stage.module for stage in self.stages.values()]
-        parameters = {id(p): p for module in modules for p in module.parameters()}.values()
         state = [entry for optimizer in self.optimizers.values() for entry in optimizer.state.values()]
         sending = [sent for action, (_, sent) in self.mailbox.sending.items() if action.op == SEND_BACKWARD]
         arrived = [
@@ -387,19 +409,30 @@ class Rank:
             for passing in stage.passing.values()
         ]
         return {
-            "parameters": sum(p.nbytes for p in parameters),
+            "parameters": sum(stage.parameter_bytes for stage in self.stages.values()),
             "buffers": sum(b.nbytes for module in modules for b in module.buffers()),
             "gradients": sum(stage.gradient_bytes for stage in self.stages.values()),
             "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)),
-            "communication": _stored((self.mailbox.held(), arrived, sending, list(self.unsent.values()))),
+            "communication": sum(stage.gathering.bytes for stage in self.stages.values() if stage.gathering is not None)
+            + _stored((self.mailbox.held(), arrived, sending, list(self.unsent.values()))),
             "input": _stored((self.inputs, self.targets)),
         }
 
     def state(self) -> dict[str, Any]:
         """The stages' part of the whole model's `state_dict`; the first rank's with what no stage holds."""
-        own = {name: getattr(*place) for stage in self.stages.values() for name, place in stage.saved.items()}
-        found = {name: tensor.detach().cpu() for name, tensor in {**self.unheld, **own}.items()}
+        found = {name: tensor.detach().cpu() for name, tensor in self.unheld.items()}
+        with self.whole():
+            for stage in self.stages.values():
+                found |= {name: getattr(*place).detach().cpu() for name, place in stage.saved.items()}
         return {**found, **{name: state() for name, state in self.extra.items()}}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have all parameters of its stages whole for a while: on all ranks at the same time."""
+        with ExitStack() as stack:
+            for stage in self.stages.values():
+                stack.enter_context(stage.whole())
+            yield
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The gradients under the same names."""

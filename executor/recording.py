@@ -76,6 +76,9 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             since = posted.pop(receive)
             size = sum(one.nbytes for one in me.passed(receive))
             found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))
+        # What is waited for inside, as for gathered parameters, is shown in front, as it is priced.
+        waits = [seconds(stamp) for stamp in stamped.waits]
+        ready += sum(waits[1::2]) - sum(waits[::2])
         found.append(Event(rank, COMPUTE, str(action), start, ready, end))
     return tuple(found)
 

@@ -25,13 +25,15 @@ from executor.flats import Flat, by_kind
 
 class Sharding(NamedTuple):
     """How a stage is sharded: the kinds of what is (`shards`), its layers' blocks by their place in it, the parameters
-    that stay `whole` because other stages hold them, too, and how often gradients are reduced between two updates.
+    that stay `whole` because other stages hold them, too, how often gradients are reduced between two updates, and the
+    group that gathers parameters for every use, where they are sharded.
     """
 
     shards: tuple[str, ...]
     blocks: tuple[range, ...]
     whole: frozenset[str]
     reductions: int
+    gathering: dist.ProcessGroup | None = None
 
 
 class Unit:
@@ -44,10 +46,10 @@ class Unit:
         with torch.no_grad():
             for parameter, view in zip(self.parameters, flat.views(whole), strict=True):
                 view.copy_(parameter)
-        self.values: torch.Tensor | None = whole
+        self.values: torch.Tensor | None = None
         """All parameters; None while only this rank's shard is there."""
-        self.own = flat.shard(whole)
-        self.point(whole)
+        self.own = flat.shard(whole).clone() if "parameters" in shards else flat.shard(whole)
+        self.open(whole)
         self.trained = self.parameters[0].requires_grad
         self.gradients: torch.Tensor | None = None
         """The gradients of all its parameters, as far as they are whole."""
@@ -64,10 +66,17 @@ class Unit:
             return self.flat.shard(self.gradients)
         return torch.zeros_like(self.own) if self.trained else self.own[:0]
 
-    def point(self, whole: torch.Tensor) -> None:
+    def open(self, whole: torch.Tensor) -> None:
         """Let its parameters be parts of a tensor."""
+        self.values = whole
         for parameter, view in zip(self.parameters, self.flat.views(whole), strict=True):
             parameter.data = view
+
+    def close(self) -> None:
+        """Let go of all but this rank's shard."""
+        self.values = None
+        for parameter in self.parameters:
+            parameter.data = self.flat.like.expand(parameter.shape)
 
     def take(self, parameter: torch.Tensor) -> None:
         """Move a parameter's gradient, as a backward has left it, into its place among those of the unit."""
@@ -172,8 +181,13 @@ class Shards:
         for unit in self.trained:
             unit.missing = {id(p) for p in unit.parameters}
         self.done += 1
-        if self.done == self.reductions and self.trained:
+        if self.complete and self.trained:
             self._agree()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all reductions before an update are done."""
+        return self.done == self.reductions
 
     def _agree(self) -> None:
         names = [(name, id(p)) for unit in self.trained for name, p in unit.flat.named.items()]
@@ -215,6 +229,11 @@ class Shards:
                 work.wait()
             found |= dict(zip(unit.flat.named, unit.flat.views(whole), strict=True))
         return {name: gradient for name, gradient in found.items() if name in self.used}
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of this rank's shards of the parameters."""
+        return sum(unit.own.nbytes for unit in self.units)
 
     @property
     def gradient_bytes(self) -> int:

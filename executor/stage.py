@@ -12,6 +12,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from executor.boundaries import Boundary
 from executor.compiling import compile_layers
+from executor.gathering import COMMON, Gathering
 from executor.hollow import places
 from executor.layer import as_tuple
 from executor.layers import LayeredModel
@@ -34,6 +36,7 @@ from executor.surroundings import on
 from executor.torch_adapter import halves, whole_backward
 from executor.updating import own_optimizer
 from planner.basis.errors import RUN_FAILED, PlanError
+from planner.orders.operations import BACKWARD, FORWARD
 
 Tensors = tuple[torch.Tensor, ...]
 Judged = Callable[[Any], torch.Tensor]
@@ -93,6 +96,7 @@ class Stage:
         """What losses are multiplied by for their backward, in float16."""
         self.buckets: Buckets | None = None
         self.shards: Shards | None = None
+        self.gathering: Gathering | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.places: dict[int, tuple[nn.Module, str]] = {}
         self.saved: dict[str, tuple[nn.Module, str]] = {}
@@ -126,6 +130,7 @@ class Stage:
             start_alike(self.module, self.group)
             if sharding is not None:
                 self.shards = Shards(self._blocks(sharding), self.group, sharding.shards, sharding.reductions)
+                self.gathering = self._gathering(sharding, self.shards)
             reduced = self._replicated().values()
             self.buckets = Buckets(reduced, self.group, bucket_bytes) if reduced or sharding is None else None
         self.optimizer = own_optimizer(sources.file, sources.layered.model, self.updated)
@@ -141,6 +146,25 @@ class Stage:
         common = [name for name, number in times.items() if number > 1]
         blocks = [common, *([name for name in block if times[name] == 1] for block in held)]
         return [{name: self.named[name] for name in block if name not in sharding.whole} for block in blocks]
+
+    def _gathering(self, sharding: Sharding, shards: Shards) -> Gathering | None:
+        """What has parameters whole while they are needed, where each rank keeps a shard of them."""
+        if sharding.gathering is None:
+            return None
+        block_of = [COMMON + 1 + number for number, block in enumerate(sharding.blocks) for _ in block]
+        found = Gathering(shards.blocks, sharding.gathering, block_of, self.module.repeated)
+        self.module.on_layer = found.reach
+        return found
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Have all parameters whole for a while, on all ranks that hold the stage at the same time."""
+        return nullcontext() if self.gathering is None else self.gathering.whole()
+
+    def watch_waits(self, on_wait: Callable[[], None]) -> None:
+        """Have a function called before and after whatever waits for other ranks while a stage computes."""
+        for own in (self.shards, self.gathering):
+            if own is not None:
+                own.on_wait = on_wait
 
     def _replicated(self) -> dict[str, nn.Parameter]:
         """The parameters that this rank trains whole."""
@@ -168,11 +192,14 @@ class Stage:
         return [share for share in ((list(self._replicated().values()), every), (pieces, 1)) if share[0]]
 
     def reduce(self) -> None:
-        """Add up the gradients over the ranks that hold the stage: all of them, or each rank's shard."""
-        if self.buckets is not None:
-            self.buckets.reduce()
+        """Add up the gradients over the ranks that hold the stage: all of them, or each rank's shard.
+
+        Sharded gradients are reduced after every backward, those that stay whole once.
+        """
         if self.shards is not None:
             self.shards.reduce()
+        if self.buckets is not None and (self.shards is None or self.shards.complete):
+            self.buckets.reduce()
 
     def _part(self, taken: set[int]) -> None:
         """Make what another stage of this rank holds, too, the stage's own; and note what it holds."""
@@ -204,7 +231,10 @@ class Stage:
         flags = (one.gradient for one in self.boundary.taken)
         inputs = tuple(value.requires_grad_(flag) for value, flag in zip(inputs, flags, strict=True))
         self.module.noise, self.module.forgotten = noise, [] if self.splits else None
-        result, forgotten = self.module(*inputs), self.module.forgotten
+        if self.gathering is not None:
+            self.gathering.enter(FORWARD, microbatch, backwards=False)
+        with nullcontext() if self.gathering is None else self.gathering.saving():
+            result, forgotten = self.module(*inputs), self.module.forgotten
         self.module.forgotten = None
         if self.is_last:
             noise.at(self.module.first + len(self.module.layers))
@@ -236,6 +266,8 @@ class Stage:
         """
         passing = self.passing.pop(microbatch)
         self.module.on_repeat = on_repeat
+        if self.gathering is not None:
+            self.gathering.enter(BACKWARD, microbatch, backwards=True)
         whole_backward(*self._ends(microbatch, passing, gradients))
         self.module.on_repeat = None
         return self._of_inputs(passing)
@@ -306,6 +338,14 @@ class Stage:
                 reduced.clear()
         if self.group is None:
             self.module.zero_grad()
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the parameters that are always there."""
+        if self.shards is None or self.gathering is None:
+            return sum(p.nbytes for p in self.named.values())
+        sharded = {name for unit in self.shards.units for name in unit.flat.named}
+        return sum(p.nbytes for name, p in self.named.items() if name not in sharded) + self.shards.shard_bytes
 
     @property
     def gradient_bytes(self) -> int:

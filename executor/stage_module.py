@@ -40,9 +40,9 @@ class StageModule(nn.Module):
     """Layers run one after another; a value is dropped after its last use.
 
     Those of each of the `checkpoints` (by their place) run under `torch.utils.checkpoint`; `on_repeat` is then called
-    before and after each repetition, so that it can be stamped. Where a list of what is `forgotten` is set, each of
-    them is added there, to be repeated by whoever has the list. Where there is `noise`, layers draw from it; the
-    `first` has that number in the model.
+    before and after each repetition, so that it can be stamped, `on_layer` in front of each layer with its place. Where
+    a list of what is `forgotten` is set, each of them is added there, to be repeated by whoever has the list. Where
+    there is `noise`, layers draw from it; the `first` has that number in the model.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class StageModule(nn.Module):
         self.written = Written(self.body)
         self.layers, self.inputs, self.outputs = tuple(layers), inputs, outputs
         self.on_repeat: Callable[[], None] | None = None
+        self.on_layer: Callable[[int], None] | None = None
         self.noise: Noise | None = None
         self.forgotten: list[Forgotten] | None = None
         self.first, self.surroundings = first, surroundings
@@ -98,6 +99,11 @@ class StageModule(nn.Module):
             changed=frozenset(name for layer in layers for name in layer.changes) & set(inputs),
             written=Written(nn.ModuleList(layer.module for layer in layers)) if repeated else None,
         )
+
+    @property
+    def repeated(self) -> tuple[range, ...]:
+        """The layers that are repeated together for their backward, by their place."""
+        return tuple(run.layers for run in self._runs if run.written is not None)
 
     def surrounded(self, values: Values) -> Values:
         """Return what the layers take of nobody, for a micro-batch of which some values are."""
@@ -183,6 +189,8 @@ class StageModule(nn.Module):
         result: Any = None
         for i in layers:
             layer = self.layers[i]
+            if self.on_layer is not None:
+                self.on_layer(i)
             if noise is not None:
                 noise.at(self.first + i)
             given = [live[name] for name in layer.inputs]

@@ -8,7 +8,7 @@ import sys
 import msgspec
 import pytest
 
-from executor.abilities import PERFORMS, missing
+from executor.abilities import HALVES_OF_SHARDS, PERFORMS, missing
 from planner.orders.operations import OPS
 from planner.placement.pipeline import Question
 from planner.placement.strategies import get
@@ -79,3 +79,9 @@ def test_savings_that_cannot_be_run_yet() -> None:
         ({"host_optimizer": True}, "an optimizer on the host"),
     ):
         assert words in missing(msgspec.structs.replace(plan, **change))
+
+
+def test_sharded_parameters_are_not_read_in_halves_of_a_backward() -> None:
+    plan = spread("zb-h1", 4, 8, replicas=2)
+    assert missing(plan) == ()
+    assert missing(msgspec.structs.replace(plan, synchronisation="zero-3")) == (HALVES_OF_SHARDS,)

@@ -16,7 +16,7 @@ from tests.executor.jobs import SEED, Case, Cases, main
 from tests.executor.test_gradients import plan_of, reference
 
 MODELS = str(Path(__file__).parent / "shared_models.py")
-ZERO = ("zero-1",)
+ZERO = ("zero-1", "zero-2", "zero-3")
 STEPS = 5
 
 
@@ -31,7 +31,9 @@ def case(
 def cases(k: int) -> list[Case]:
     if k == 2:
         names = ("model", "clipped", "half", "fp16", "frozen", "tied", "routed", "adagrad", "momentum")
-        return [case(name, 1, 2, kind) for kind in ZERO for name in names]
+        found = [case(name, 1, 2, kind) for kind in ZERO for name in names]
+        found += [case(name, 1, 2, kind, "gpipe", recompute=True) for kind in ZERO[1:] for name in ("model", "tied")]
+        return found
     found = [case(name, 2, 2, kind) for kind in ZERO for name in ("model", "tied", "clipped")]
     return [*found, *(case("model", 4, 1, kind, "chimera") for kind in ZERO)]
 
