@@ -67,24 +67,33 @@ class Flat:
 
     def reduce_scatter(self, whole: torch.Tensor) -> None:
         """Add up a tensor over the ranks in place; each has the sum of its own shard then, and rubbish elsewhere."""
-        if dist.get_backend(self.group) == "nccl":
-            dist.reduce_scatter_tensor(self.shard(whole), whole, group=self.group)
-            return
-        parts = whole.split(self.size)
-        works = [dist.reduce(part, group_dst=r, group=self.group, async_op=True) for r, part in enumerate(parts)]
-        for work in works:
-            work.wait()
+        reduce_scatter(whole, self.group)
 
     def gather(self, whole: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[dist.Work]:
         """Begin to fill a tensor, in which this rank's shard is there, with the shards of all; return what to await.
 
         Over another `group` of the same ranks, where there is one: what is done in a group is done by all in one order.
         """
-        group = group or self.group
-        if dist.get_backend(self.group) == "nccl":
-            return [dist.all_gather_into_tensor(whole, self.shard(whole), group=group, async_op=True)]
-        parts = whole.split(self.size)
-        return [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(parts)]
+        return gather(whole, group or self.group)
+
+
+def reduce_scatter(whole: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Add up a tensor of as many equal shards as a group has ranks, in place: each rank has the sum of its own then."""
+    parts = whole.chunk(dist.get_world_size(group))
+    if dist.get_backend(group) == "nccl":
+        dist.reduce_scatter_tensor(parts[dist.get_rank(group)], whole, group=group)
+        return
+    works = [dist.reduce(part, group_dst=r, group=group, async_op=True) for r, part in enumerate(parts)]
+    for work in works:
+        work.wait()
+
+
+def gather(whole: torch.Tensor, group: dist.ProcessGroup) -> list[dist.Work]:
+    """Begin to fill such a tensor, of which this rank's shard is there, with the others'; return what to await."""
+    parts = whole.chunk(dist.get_world_size(group))
+    if dist.get_backend(group) == "nccl":
+        return [dist.all_gather_into_tensor(whole, parts[dist.get_rank(group)], group=group, async_op=True)]
+    return [dist.broadcast(part, group_src=r, group=group, async_op=True) for r, part in enumerate(parts)]
 
 
 def by_kind(named: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> list[Flat]:

@@ -81,6 +81,8 @@ class Rank:
         self.saved_as = SavedAs(shared=layered.shared_names(), pretrained=hasattr(layered.model, "save_pretrained"))
         self.unheld, self.weights, self.parted = layered.unheld() if rank == 0 else {}, weights, layered.parted
         self.stages = self._stages(layered, rank)
+        for stage in self.stages.values():
+            stage.watch_waits(lambda: self.waited.append(self._stamp()))
         self.extra = _extra(layered, [stage.module for stage in self.stages.values()], weights, first=rank == 0)
         self.shared = _shared(plan, layered, self.groups, self.stages, self.replica)
         self.scaling = Scaling(backend.device) if plan.norm and file.precision == SCALED else None
@@ -118,9 +120,7 @@ class Rank:
         self.updated: Callable[[int], object] = nothing
         """Called behind every update of a stage: a run sets its next step's learning rate there."""
         self.repeats: list[Any] = []
-        self.waits: list[Any] = []
-        for stage in self.stages.values():
-            stage.watch_waits(lambda: self.waits.append(self._stamp()))
+        self.waited: list[Any] = []
 
     def _stages(self, layered: LayeredModel, rank: int) -> dict[int, Stage]:
         """Make the stages that the rank holds, and give them their values."""
@@ -213,11 +213,11 @@ class Rank:
         self.mailbox.arrive(action)
         ready = self._stamp()
         self.mailbox.let_go(action)
-        self.repeats, self.waits = [], []
+        self.repeats, self.waited = [], []
         ended = getattr(self, PERFORMS[action.op])(action)
         end = self._stamp() if ended is None else ended
         if self.stamping:
-            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats), tuple(self.waits)))
+            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats), tuple(self.waited)))
 
     def _stamp(self) -> Any:
         return self.backend.stamp() if self.stamping else None

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from executor.boundaries import Boundary, Described
 from executor.devices import Backend
+from executor.flats import gather, reduce_scatter
 from executor.groups import among
 from executor.noise import Noise
 from executor.rank import Rank, microbatch
@@ -54,6 +55,7 @@ class RehearsedRank(Rank):
             for index in plan.stages_of[rank]
         }
         self.stages = dict(self.waiting)
+        self.gathering: dict[tuple[int, str, int | None], list[dist.Work]] = {}
         self.tied = self._tied(rehearsal)
         apart = sum(flat.nbytes for stage in self.waiting.values() for flat in stage.flats)
         self.static = own.static
@@ -80,6 +82,7 @@ class RehearsedRank(Rank):
     def forward(self, action: Action) -> None:
         """Let a micro-batch pass through a stage that waits."""
         stage, m = self.stages[action.stage], microbatch(action)
+        self._await_gathers(action.stage, FORWARD, m)
         noise = Noise(self.seed, self.steps, m, self.backend.device)
         stage.forward(m, () if stage.is_first else self._arrived(stage, m), noise)
 
@@ -87,7 +90,36 @@ class RehearsedRank(Rank):
         """Add up as many bytes over the ranks that hold a stage as its gradients have."""
         stage = self.waiting[action.stage]
         for flat in stage.flats:
-            add_up(flat, stage.group)
+            if stage.gathers and stage.group is not None:
+                reduce_scatter(flat, stage.group)
+            else:
+                add_up(flat, stage.group)
+
+    def gather(self, action: Action) -> None:
+        """Gather as many bytes as a stage's parameters have; for a forward begin to."""
+        works = self.waiting[action.stage].begin_gathers()
+        self.gathering[action.stage, FORWARD, action.microbatch] = works
+        if action.microbatch is None:
+            self._await_gathers(action.stage, FORWARD, None)
+
+    def gather_backward(self, action: Action) -> None:
+        """Begin to gather as many bytes as a stage's parameters have."""
+        self.gathering[action.stage, BACKWARD, action.microbatch] = self.waiting[action.stage].begin_gathers()
+
+    def let_go(self, action: Action) -> None:
+        """Let go of nothing: what was gathered was nothing."""
+
+    def _await_gathers(self, stage: int, op: str, microbatch: int | None) -> None:
+        works = self.gathering.pop((stage, op, microbatch), [])
+        self.waited.append(self._stamp())
+        for work in works:
+            work.wait()
+        self.waited.append(self._stamp())
+
+    def backward(self, action: Action) -> None:
+        """Let a micro-batch pass back through a stage that waits, behind the gather that it wants."""
+        self._await_gathers(action.stage, BACKWARD, action.microbatch)
+        super().backward(action)
 
     def add_up_gradients(self, action: Action) -> None:
         """Add up as many bytes as stages share."""
@@ -124,9 +156,16 @@ class WaitingStage(Stage):
         boundary = Boundary(tuple(map(_described, shadow.taken)), tuple(map(_described, shadow.made)))
         super().__init__(index, StageModule((), *names), boundary, None, group, splits=splits)
         self.shadow, self.waits = shadow, waits
-        self.flats = [torch.zeros(_floats(size)) for size in shadow.reduced] if group is not None else []
+        ranks = 1 if group is None else dist.get_world_size(group)
+        self.flats = [torch.zeros(_floats(size, ranks)) for size in shadow.reduced] if group is not None else []
         """What the stage's holders reduce: as many bytes in as many collectives, without gradients in them."""
+        self.gathers = [torch.zeros(_floats(size, ranks)) for size in shadow.gathered] if group is not None else []
         self.gradients_held: Tensors = ()
+
+    def begin_gathers(self) -> list[dist.Work]:
+        """Begin to gather as many bytes as the stage's parameters have."""
+        assert self.group is not None, "nobody else holds the stage"
+        return [work for flat in self.gathers for work in gather(flat, self.group)]
 
     def forward(self, microbatch: int, inputs: Tensors, noise: Noise, judged: Judged | None = None) -> None:
         """Wait, and make what is sent on; what only passes through is passed on."""
@@ -196,5 +235,6 @@ def _described(value: Passed) -> Described:
     return Described(torch.Size([value.bytes]), torch.uint8, value.gradient)
 
 
-def _floats(size: int) -> int:
-    return max(1, size // 4)
+def _floats(size: int, ranks: int = 1) -> int:
+    """How many numbers of four bytes there are, a multiple of the ranks that share them."""
+    return ranks * max(1, size // 4 // ranks)

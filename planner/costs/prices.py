@@ -290,6 +290,10 @@ class PriceList:
         """Bytes of each of the collectives in which a stage's holders reduce its gradients."""
         return [self._scaled(size) for size in self._buckets(stage)[0]]
 
+    def gathered_bytes(self, stage: int) -> list[float]:
+        """Bytes of each of the collectives in which a stage's holders gather its parameters for a forward."""
+        return [self._scaled(size) for size in self._gathered(stage, forward=True)[0]]
+
     def _scaled(self, size: float) -> float:
         """Bytes of a message or collective that carries so many."""
         return self.cluster.message_scale * size

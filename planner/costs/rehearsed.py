@@ -109,6 +109,7 @@ def _shadow(placed: Placed, memory: MemoryModel, prices: PriceList, stage: int) 
         batch=changes(LOAD, "input"),
         gradients=round(float(memory.gradients[stage])),
         reduced=tuple(max(1, round(size)) for size in prices.reduced_bytes(stage)),
+        gathered=tuple(max(1, round(size)) for size in prices.gathered_bytes(stage) if placed.synchronisation.shards),
         tied=round(prices.tied_bytes(tied)) if tied else 0,
     )
 

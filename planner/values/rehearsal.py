@@ -23,7 +23,8 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True):
     `taken` goes into it and `made` comes out of it, per micro-batch; what is in both is passed on. `inside` are the
     bytes that an action needs while it runs, by operation, `first` the same where it has to allocate the stage's
     `gradients`; `kept` are those that it leaves behind for the micro-batch's backward. `reduced` are the bytes of each
-    collective among the stage's holders, `tied` those added up with other stages.
+    collective among the stage's holders, `tied` those added up with other stages, `gathered` those of each gather of
+    parameters of which the holders have shards.
     """
 
     taken: tuple[Passed, ...]
@@ -35,6 +36,7 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True):
     gradients: int
     reduced: tuple[int, ...]
     tied: int
+    gathered: tuple[int, ...] = ()
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
