@@ -170,7 +170,8 @@ class Source:
             what=f"{self.call} has fewer samples than one step's batch",
             where=self.path,
             why=f"it has {found}, and a batch is {samples}",
-            fix=f"plan with a smaller batch (batch_size = {max(1, found // 4)} in the model file), or have more data",
+            fix=f"plan with a smaller batch (batch_size = {1 << max(0, found.bit_length() - 1)} in the model file), or "
+            "have more data",
         )
 
     def correct(self, what: str) -> str:

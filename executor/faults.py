@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from planner.basis import sources
-from planner.basis.errors import PlanError
+from planner.basis.errors import DEVICE, PlanError
 
 LONGEST = 400
 """Characters of a library's message that are passed on."""
@@ -34,12 +34,27 @@ class explained:  # noqa: N801 - reads as a clause: with explained(path, "model(
         if error is None or isinstance(error, (PlanError, KeyboardInterrupt, GeneratorExit)):
             return
         file = self.path.partition(":")[0]
+        if _out_of_memory(error):
+            raise PlanError(
+                what=f"{self.call} needs more memory than this host gives",
+                where=_where(file, error),
+                why=_why(error),
+                fix="run it where there is more memory, free some, or make it smaller: fewer samples, layers or tokens",
+                code=DEVICE,
+            ) from error
         raise PlanError(
             what=f"{self.call} fails",
             where=_where(file, error),
             why=_why(error),
             fix=self.fix or _fix(file, self.call, error),
         ) from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory was too small, which Python says with a class of its own and torch in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 @contextmanager

@@ -111,7 +111,14 @@ def _compare_losses(file: ModelFile, layered: LayeredModel, sample_s: float, all
 
 
 def check_batch(file: ModelFile) -> None:
-    """Raise `PlanError` (exit 5) where a step's inputs and targets alone are more than this host's memory."""
+    """Refuse a batch of which inputs and targets alone are more than this host has memory, or than the data has.
+
+    Raises `PlanError`, exit 5 or 2.
+    """
+    epoch = file.data.source.samples if file.data is not None else None
+    if epoch is not None and epoch < file.batch_size:
+        assert file.data is not None
+        raise file.data.source.too_short(epoch, file.batch_size)
     samples, memory = 2, devices.memory_bytes("cpu")
     drawn = file.drawn(samples, seed=0)
     taken = sum(t.nbytes for t in tensors((drawn.given, drawn.targets))) / samples * file.batch_size

@@ -16,7 +16,7 @@ from executor import averaging, launch
 from executor.agreement import agree
 from executor.layers import cut
 from executor.model_file import ModelFile, load
-from planner.basis.errors import PlanError
+from planner.basis.errors import DEVICE, PlanError
 
 GOOD = """
 import torch
@@ -297,3 +297,13 @@ def test_what_a_model_file_prints_is_no_part_of_an_answer(tmp_path: Path, capsys
     out, err = capsys.readouterr()
     assert out == ""
     assert set(err.split()) >= {"import", "model", "batch", "data"}
+
+
+def test_what_no_memory_holds_is_said_to_be_too_large(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("from torch import nn\ndef model(): return nn.Linear(10**7, 10**7)\n")
+    text = (tmp_path / "m.py").read_text() + "import torch\ndef batch(n): return torch.ones(n, 2), torch.ones(n, 2)\n"
+    (tmp_path / "m.py").write_text(text)
+    with pytest.raises(PlanError, match="needs more memory than this host gives") as caught:
+        load(str(tmp_path / "m.py")).build(0)
+    assert caught.value.code == DEVICE
+    assert "m.py:2" in caught.value.where
