@@ -285,13 +285,16 @@ class Stage:
         own = {id(value) for value in passing.inputs}
         passed = [(v, g) for v, g in zip(outputs, ends or (), strict=False) if id(v) in own]
         kept = [i for i, value in enumerate(outputs) if id(value) not in own]
-        first, passing.weight_half = halves(
+        half = halves(
             [outputs[i] for i in kept],
             None if ends is None else [ends[i] for i in kept],
             [value for value in passing.inputs if value.requires_grad],
             list(self.trained.values()),
         )
-        first()
+        half.first()
+        passing.weight_half = half.second
+        if self.is_last:
+            passing.outputs = ()  # a loss that was scaled still holds what only the first half has needed
         for value, gradient in passed:
             value.grad = gradient if value.grad is None else value.grad + gradient
         return self._of_inputs(passing)

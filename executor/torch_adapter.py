@@ -17,7 +17,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,36 +45,56 @@ def whole_backward(outputs: list[torch.Tensor], gradients: list[torch.Tensor] | 
         torch.autograd.backward(outputs, gradients)
 
 
+class Halves(NamedTuple):
+    """A backward in two halves, to be run once each in this order: for the inputs, for the parameters.
+
+    `between` returns the gradients that the first has left for the second, which also needs what the forward has saved.
+    """
+
+    first: Callable[[], object]
+    second: Callable[[], object]
+    between: Callable[[], list[torch.Tensor]]
+
+
 def halves(
     outputs: list[torch.Tensor],
     gradients: list[torch.Tensor] | None,
     inputs: list[torch.Tensor],
     parameters: list[torch.nn.Parameter],
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return the two halves of a backward, to be run once each in this order: for the inputs, for the parameters.
+) -> Halves:
+    """Return the two halves of a backward.
 
     Each adds to the gradients of what it is for, as torch's `PipelineStage` runs them: without inputs the second half
     is the whole backward. Outputs that are views, or that are read on the way to others, cannot be let go of by torch's
     functions, and parameters that are used again are beyond them; there autograd walks the graph twice.
     """
+    given = list(gradients or ())
     if not outputs:
-        return lambda: None, lambda: None
+        return Halves(_nothing, _nothing, list)
     if not inputs:
-        return lambda: None, lambda: torch.autograd.backward(outputs, gradients) if parameters else None
+        whole = (lambda: torch.autograd.backward(outputs, gradients)) if parameters else _nothing
+        return Halves(_nothing, whole, lambda: given)
     if not parameters:
-        return lambda: torch.autograd.backward(outputs, gradients), lambda: None
+        return Halves(lambda: torch.autograd.backward(outputs, gradients), _nothing, list)
     if any(output._is_view() for output in outputs) or _used_again(outputs, inputs, parameters):
 
         def of(wanted: list[Any], *, again: bool) -> Callable[[], object]:
             return lambda: torch.autograd.backward(outputs, gradients, inputs=wanted, retain_graph=again)
 
-        return of(inputs, again=True), of(parameters, again=False)
+        return Halves(of(inputs, again=True), of(parameters, again=False), lambda: given)
     groups: list[dict[str, Any]] = []
 
     def first() -> None:
         groups.extend(torch_backward.stage_backward_input(outputs, gradients, inputs, iter(parameters))[1])
 
-    return first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups)
+    def between() -> list[torch.Tensor]:
+        return [g for group in groups for of in group.get("grads") or () for g in of or () if g is not None]
+
+    return Halves(first, lambda: torch_backward.stage_backward_weight(iter(parameters), groups), between)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _used_again(outputs: list[torch.Tensor], inputs: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> bool:

@@ -32,6 +32,9 @@ from planner.basis.errors import PlanError
 Around = Callable[[int, str], AbstractContextManager[Any]]
 """Called with the part's index (the loss is the last) and "forward", "backward", …; entered around that work."""
 
+Between = Callable[[int, list[torch.Tensor], list[torch.Tensor]], object]
+"""Called between the halves of a part's backward, with what the first keeps and the gradients of the outputs."""
+
 Tensors = tuple[torch.Tensor, ...]
 Gradients = tuple[torch.Tensor | None, ...]
 """Of the outputs that can have one; None for one that nobody reads."""
@@ -206,26 +209,38 @@ class Chain:
                     arrived[name] = arrived[name] + gradient if name in arrived else gradient
                 del gradient
 
-    def halves(self, done: Pass, around: Around) -> None:
+    def halves(self, done: Pass, around: Around, between: Between = lambda part, kept, given: None) -> None:
         """Run the two halves of every part's backward, apart: for its inputs, and then for its parameters."""
         for i, (taken, made) in enumerate(zip(done.inputs, done.outputs, strict=True)):
-            self.halves_part(i, taken, made, done.gradients[i], around)
+            self.halves_part(i, taken, made, done.gradients[i], around, between)
 
-    def halves_part(self, part: int, taken: Tensors, made: Tensors, gradients: Gradients, around: Around) -> None:
-        """Run them for one part, or the loss, as the executor's stages do; its graph is used up."""
-        # torch's functions let go of what they begin with: a value that is only passed on is kept by a view of it.
-        passed = {id(t) for t in taken}
-        made = tuple(o.view_as(o) if id(o) in passed else o for o in made)
-        outputs, given = _with_gradients([o for o in made if o.requires_grad], gradients)
+    def halves_part(
+        self,
+        part: int,
+        taken: Tensors,
+        made: Tensors,
+        gradients: Gradients,
+        around: Around,
+        between: Between = lambda part, kept, given: None,
+    ) -> None:
+        """Run them for one part, or the loss, as the executor's stages do inside of them; its graph is used up.
+
+        `between` is told what the first half keeps for the second.
+        """
+        # torch's functions let go of what they begin with, which a value that is only passed on is not, nor a view, nor
+        # one that is read on the way to another: a stage that goes on behind the layer does not begin with any of them.
+        outputs, given = _with_gradients([o.clone() for o in made if o.requires_grad], gradients)
         if not outputs:
             return
         module = self.layers[part].module if part < len(self.layers) else None
         parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
         inputs = [t for t in taken if t.requires_grad]
-        first, second = halves(outputs, given or None, inputs, parameters)
-        for kind, run in (("backward_input", first), ("backward_weight", second)):
-            with around(part, kind):
-                run()
+        half = halves(outputs, given or None, inputs, parameters)
+        with around(part, "backward_input"):
+            half.first()
+        between(part, half.between(), given)
+        with around(part, "backward_weight"):
+            half.second()
         take_gradients(taken)
 
     def repeats(self, done: Pass, stamp: Callable[[], Any]) -> list[list[Any]]:

@@ -22,14 +22,12 @@ from executor.torch_adapter import pytree, tensors_without_data
 from planner.values.profile import LayerSizes
 from profiles.chain import Chain
 from profiles.counting import Counter
-from profiles.sizes import recorded_sizes
+from profiles.sizes import PEAKS, recorded_sizes
 
 T = TypeVar("T")
 
 Counted = tuple[list[LayerSizes], dict[str, tuple[int, bool]]]
 """Every part's bytes at one micro-batch size, the loss last, and each value's (bytes, has a gradient)."""
-
-PEAKS = ("forward_peak_bytes", "backward_first_peak_bytes", "backward_peak_bytes")
 
 
 @contextmanager

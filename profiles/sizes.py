@@ -48,6 +48,32 @@ class Recorder(Protocol):
         """Return (peak, kept) bytes of a range; raises `KeyError` when there was none."""
 
 
+PEAKS = {
+    "forward_peak_bytes": "forward1",
+    "backward_first_peak_bytes": "backward0",
+    "backward_peak_bytes": "backward1",
+    "input_peak_bytes": "backward_input1",
+    "weight_first_peak_bytes": "backward_weight0",
+    "weight_peak_bytes": "backward_weight1",
+}
+"""The range in which each peak is recorded: pass 0 allocates the gradients, pass 1 adds to them."""
+
+
+class _Between:
+    """Bytes of the gradients that the first half of each part's backward keeps for the second."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[int, int] = {}
+        self.output: dict[int, bool] = {}
+
+    def keep(self, part: int, kept: list[torch.Tensor], given: list[torch.Tensor]) -> None:
+        """Note what a part keeps; the gradients of its outputs were given."""
+        storages = {storage_of(t): t.untyped_storage().nbytes() for t in kept}
+        outputs = {storage_of(t) for t in given}
+        self.bytes[part] = sum(size for storage, size in storages.items() if storage not in outputs)
+        self.output[part] = bool(outputs & storages.keys())
+
+
 class _Saved:
     """Storages that autograd keeps, by the part that made them; parameters, buffers and inputs are nobody's."""
 
@@ -115,14 +141,13 @@ def recorded_sizes(
 ) -> tuple[list[LayerSizes], dict[str, tuple[int, bool]]]:
     """Return the same with peaks from any recorder.
 
-    It sees ranges named like "forward1.3" and "backward0.3": pass 0 allocates the gradients, pass 1 adds to them.
+    It sees ranges named like "forward1.3" and "backward0.3" (`PEAKS`).
     """
     inputs, targets = chain.draw(samples)
     saved = _Saved(chain)
     saved.nobody |= {storage_of(t) for t in inputs}
     saved.nobody |= {storage_of(t) for t in tensors(targets)}
-    for parameter in chain.whole.parameters():
-        parameter.grad = None
+    _forget(chain.whole)
     flop: dict[int, int] = {}
     values: dict[str, tuple[int, bool]] = {}
     count = len(chain.layers)
@@ -133,9 +158,10 @@ def recorded_sizes(
         values |= {name: (t.nbytes, t.requires_grad) for name, t in zip(chain.layered.inputs, inputs, strict=True)}
         output_bytes = [sum(t.nbytes for t in made) for made in done.outputs]
         chain.backward(done, _plain)
+        gradients = done.gradients
         del done
-        for parameter in chain.whole.parameters():
-            parameter.grad = None
+        _forget(chain.whole)
+        between = _Between()
         with watching as recorder:
             for number in range(2):  # the first allocates the gradients, the second adds to them
 
@@ -145,12 +171,28 @@ def recorded_sizes(
                 again = chain.forward(inputs, targets, around)
                 chain.backward(again, around, keep=False)
                 del again
+                if number == 0:
+                    _forget(chain.whole)
+                again = chain.forward(inputs, targets, _plain)
+                again.gradients = gradients
+                chain.halves(again, around, between.keep)
+                del again
     peaks = [_peaks(recorder, part) for part in range(count + 1)]
-    return _joined(samples, saved, output_bytes, peaks, flop), values
+    return _joined(samples, saved, between, output_bytes, peaks, flop), values
+
+
+def _forget(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = None
 
 
 def _joined(
-    samples: int, saved: _Saved, output_bytes: list[int], peaks: list[tuple[int, int, int]], flop: dict[int, int]
+    samples: int,
+    saved: _Saved,
+    between: _Between,
+    output_bytes: list[int],
+    peaks: list[dict[str, int]],
+    flop: dict[int, int],
 ) -> list[LayerSizes]:
     return [
         LayerSizes(
@@ -159,19 +201,18 @@ def _joined(
             output_bytes=output_bytes[part],
             output_saved=saved.output_saved(part),
             saves_output=saved.saves_output(part),
-            forward_peak_bytes=peaks[part][0],
-            backward_first_peak_bytes=peaks[part][1],
-            backward_peak_bytes=peaks[part][2],
+            between_bytes=between.bytes.get(part, 0),
+            between_output=between.output.get(part, False),
             flop=flop.get(part, 0),
+            **peaks[part],
         )
         for part in range(len(output_bytes))
     ]
 
 
-def _peaks(recorder: Recorder, part: int) -> tuple[int, int, int]:
-    """Of a part's forward, its first backward and those that follow."""
-    backwards = _peak(recorder, f"backward0.{part}"), _peak(recorder, f"backward1.{part}")
-    return recorder.span(f"forward1.{part}")[0], *backwards
+def _peaks(recorder: Recorder, part: int) -> dict[str, int]:
+    """Every peak of a part."""
+    return {field: _peak(recorder, f"{kind}.{part}") for field, kind in PEAKS.items()}
 
 
 def _peak(recorder: Recorder, name: str) -> int:
@@ -241,7 +282,8 @@ class PartCounter:
         self.values = {name: (t.nbytes, t.requires_grad) for name, t in flow.values.items()}
         self.flop: dict[int, int] = {}
         self.output_bytes: list[int] = []
-        self.peaks: list[tuple[int, int, int]] = []
+        self.peaks: list[dict[str, int]] = []
+        self.between = _Between()
         self.outputs: list[Tensors] = []
 
     def count(self, part: int) -> None:
@@ -267,13 +309,19 @@ class PartCounter:
                     again = flow.forward(part, around, own=True)
                     flow.backward(part, again, around, keep=False)
                     del again
+                    if number == 0:
+                        gradients = flow.backward(part, flow.forward(part, _plain), _plain, keep=True)
+                        _forget(layer.module)
+                    for (at, read, made), given in zip(flow.forward(part, _plain), gradients, strict=False):
+                        chain.halves_part(at, read, made, given, around, self.between.keep)
+                        del read, made
             flow.next = passed
             last = part == len(chain.layers) - 1
             self.peaks += [_peaks(recorder, at) for at in range(part, part + 1 + last)]
 
     def sizes(self) -> list[LayerSizes]:
         """Return every part's bytes, the loss last, when all have been counted."""
-        return _joined(self.flow.samples, self.saved, self.output_bytes, self.peaks, self.flop)
+        return _joined(self.flow.samples, self.saved, self.between, self.output_bytes, self.peaks, self.flop)
 
 
 @contextmanager

@@ -178,10 +178,10 @@ def fits(profile: Profile, k: int, samples: int, capacity: float, m: int) -> boo
 
 def _stage_bytes(profile: Profile, layers: range, samples: int, m: int) -> float:
     """What a stage holds at most: everything static, all micro-batches' ends, and one micro-batch's activations."""
-    of = stage_memory(profile, layers, samples, (layers,))
+    of, again = (stage_memory(profile, layers, samples, runs) for runs in ((layers,), ()))
     static = of.parameters + of.buffers + of.gradients + of.optimizer
     last = layers.stop == len(profile.layers)
-    return static + m * (of.received + (0.0 if last else of.kept)) + of.saved - of.kept + of.input_peak
+    return static + m * (of.received + (0.0 if last else of.kept)) + of.saved - of.kept + again.backward_peak
 
 
 def largest_transformer(k: int) -> tuple[int, float]:

@@ -93,6 +93,8 @@ class MemoryModel:
         gathered = of.gathered if "parameters" in self.shards else 0.0
         whole = of.reduced if "gradients" in self.shards else 0.0
         repeated = of.saved - of.kept
+        # A gradient that comes from a stage of the same device is no message; it is kept like those of the layers.
+        between = of.between + max(0.0, of.returned - received_gradient)
         trains = self.placed.schedule.trains
         inputs, targets = self.placed.profile.drawn_bytes(self.plan.loaded(stage))
         first, last = self.linked.edges.ends(stage)
@@ -121,14 +123,15 @@ class MemoryModel:
             stage,
             BACKWARD_INPUT,
             inside=of.input_peak + gathered,
+            activations=between,
             communication=sent,
         )
         self._set(
             stage,
             BACKWARD_WEIGHT,
-            inside=whole,
-            inside_first=whole + of.reduced,
-            activations=-of.saved,
+            inside=whole + of.weight_peak,
+            inside_first=whole + max(of.reduced, of.weight_first_peak),
+            activations=-of.saved - between,
             communication=-received - received_gradient,
         )
         self._set(stage, RELEASE, activations=-of.kept)

@@ -20,13 +20,14 @@ class StageMemory:
     """Bytes of one stage at one micro-batch size.
 
     `received` and `sent_gradient` are what it gets from the stage before it and what it gives back, per micro-batch;
-    `received_gradient` what it gets from the stage behind it. `kept` lies between a micro-batch's forward and its
-    backward, `saved` is the same with everything repeated that checkpoints forgot. Every `*_peak` is the most that is
-    live inside the action above what was live when it began: `backward_peak` of a whole backward that repeats what it
-    needs as it goes, `input_peak` of a backward that finds everything there, `repeat_peak` of repeating all that
-    checkpoints forgot. `gathered` is the most that two
-    neighbouring blocks' parameters need, `reduced` what one block's gradients need: sharded ones are whole only for a
-    moment.
+    `received_gradient` what it gets from the stage behind it, of which the first half of a backward keeps `returned`.
+    `kept` lies between a micro-batch's forward and its backward, `saved` is the same with everything repeated that
+    checkpoints forgot. Every `*_peak` is the most that is live inside the action above what was live when it began:
+    `backward_peak` of a whole backward that repeats what it needs as it goes, `input_peak` and `weight_peak` of the two
+    halves of one that finds everything there, `repeat_peak` of repeating all that checkpoints forgot; `between` are
+    gradients that the first half keeps for the second. Where no input has a gradient the second half is the whole
+    backward. `gathered` is the most that two neighbouring blocks' parameters need, `reduced` what one block's gradients
+    need: sharded ones are whole only for a moment.
     """
 
     parameters: float
@@ -37,12 +38,16 @@ class StageMemory:
     received: float
     received_gradient: float
     sent_gradient: float
+    returned: float
     saved: float
     kept: float
     forward_peak: float
     backward_first_peak: float
     backward_peak: float
     input_peak: float
+    between: float
+    weight_first_peak: float
+    weight_peak: float
     repeat_peak: float
     gathered: float
     reduced: float
@@ -64,6 +69,9 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
     own = [profile.layers[i] for i in layers]
     plain, forgetful = _Walk(profile, layers, samples, ()), _Walk(profile, layers, samples, checkpoints)
     twice = profile.repeated(layers).values()
+    sent_gradient = profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0
+    input_peak, between = plain.input_half() if sent_gradient else (0.0, 0.0)
+    weight = plain.weight_peak if sent_gradient else plain.backward_peak
     gathered = [sum(profile.layers[i].parameter_bytes for i in block) for block in blocks(profile, layers)]
     reduced = [sum(profile.layers[i].gradient_bytes for i in block) for block in blocks(profile, layers)]
     return StageMemory(
@@ -74,13 +82,17 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
         optimizer_peak=max(layer.optimizer_peak_bytes for layer in own),
         received=profile.crossing_bytes(layers.start, samples) if layers.start else 0.0,
         received_gradient=plain.received,
-        sent_gradient=profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0,
+        sent_gradient=sent_gradient,
+        returned=plain.received if plain.parts[-1].between_output or not sent_gradient else 0.0,
         saved=plain.kept,
         kept=forgetful.kept,
         forward_peak=forgetful.forward_peak(),
         backward_first_peak=forgetful.backward_peak(first=True),
         backward_peak=forgetful.backward_peak(first=False),
-        input_peak=plain.backward_peak(first=False),
+        input_peak=input_peak,
+        between=between,
+        weight_first_peak=weight(first=True),
+        weight_peak=weight(first=False),
         repeat_peak=forgetful.repeats_peak(checkpoints),
         gathered=float(max(a + b for a, b in zip(gathered, [*gathered[1:], 0], strict=True))),
         reduced=float(max(reduced)),
@@ -116,6 +128,7 @@ class _Walk:
         if layers.stop == len(profile.layers):
             self.gradients.append(self.parts[-1].output)
             self.parts.append(_Sizes.of(profile.loss, samples))
+        self._trained = [j < len(self.own) and self.own[j].gradient_bytes > 0 for j in range(len(self.parts))]
         self.saved = [0.0 if j in self.run_of else part.saved for j, part in enumerate(self.parts)]
         self.kept = sum(self.saved) + sum(self.outputs)
 
@@ -194,6 +207,42 @@ class _Walk:
                 live += self.allocated[j]
         return peak
 
+    def input_half(self) -> tuple[float, float]:
+        """Walk the layers backwards for the gradients of their inputs: return the peak, and what is kept behind it.
+
+        Each keeps the gradients that its parameters' half will need. At the end torch lets go of what nobody needs any
+        more, which is what was saved behind the last parameter. What the stage has received is in its buffer.
+        """
+        live = peak = arriving = saved = 0.0
+        for j in reversed(range(len(self.parts))):
+            part = self.parts[j]
+            peak = max(peak, live + part.input_peak)
+            live += self._staying_between(j) + self.gradients[j] - arriving
+            arriving = self.gradients[j]
+        for part, trained in zip(reversed(self.parts), reversed(self._trained), strict=True):
+            if trained:
+                break
+            saved += part.saved
+        return max(peak, live), max(0.0, live - arriving - saved)
+
+    def weight_peak(self, *, first: bool) -> float:
+        """Walk the layers forwards, as torch does for the gradients of their parameters; each lets go of what it kept.
+
+        What the forward has saved goes with the last of them. With `first` gradients are allocated.
+        """
+        live = peak = 0.0
+        for j, part in enumerate(self.parts):
+            peak = max(peak, live + (part.weight_first_peak if first else part.weight_peak))
+            live -= self._staying_between(j)
+            if first and j < len(self.own):
+                live += self.allocated[j]
+        return peak
+
+    def _staying_between(self, j: int) -> float:
+        """Bytes that the first half of a layer's backward keeps for the second, but for what the stage has received."""
+        part, behind = self.parts[j], self.gradients[j + 1] if j + 1 < len(self.parts) else 0.0
+        return part.between + (behind if part.between_output else 0.0)
+
 
 def _readers(profile: Profile) -> list[set[int]]:
     """Which layers read what each layer makes, kept with the profile."""
@@ -217,6 +266,11 @@ class _Sizes:
     forward_peak: float
     backward_first_peak: float
     backward_peak: float
+    between: float
+    between_output: bool
+    input_peak: float
+    weight_first_peak: float
+    weight_peak: float
 
     @classmethod
     def of(cls, layer: LayerProfile, samples: int) -> _Sizes:
@@ -231,4 +285,9 @@ class _Sizes:
             at(lambda s: s.forward_peak_bytes),
             at(lambda s: s.backward_first_peak_bytes),
             at(lambda s: s.backward_peak_bytes),
+            at(lambda s: s.between_bytes),
+            layer.sizes[-1].between_output,
+            at(lambda s: s.input_peak_bytes or s.backward_peak_bytes),
+            at(lambda s: s.weight_first_peak_bytes),
+            at(lambda s: s.weight_peak_bytes),
         )

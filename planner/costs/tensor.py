@@ -86,6 +86,10 @@ def _layer(layer: LayerProfile, n: int, reduce: collectives.Choice, scale: float
             forward_peak_bytes=round(own.forward_peak_bytes * share),
             backward_first_peak_bytes=round(own.backward_first_peak_bytes * share),
             backward_peak_bytes=round(own.backward_peak_bytes * share),
+            between_bytes=round(own.between_bytes * share),
+            input_peak_bytes=round(own.input_peak_bytes * share),
+            weight_first_peak_bytes=round(own.weight_first_peak_bytes * share),
+            weight_peak_bytes=round(own.weight_peak_bytes * share),
             flop=own.flop // n,
         )
 

@@ -19,7 +19,7 @@ from planner.placement import partition
 from planner.placement.flight import Flight
 from planner.values.blocks import LARGE, WORTH_A_COLLECTIVE, unjoined
 from planner.values.plan import Plan
-from planner.values.profile import LayerProfile, Profile, interpolate, value_bytes
+from planner.values.profile import LayerProfile, LayerSizes, Profile, interpolate, value_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
 
 
 class LayerBytes(NamedTuple):
-    """A layer's bytes: kept per micro-batch, its output in that if a backward needs it, its output, and in passing."""
+    """A layer's bytes: kept per micro-batch, its output in that if a backward needs it, its output, and in passing.
+
+    `between` are those that the first half of a backward keeps for the second, with the gradients of what it puts out.
+    """
 
     saved: float
     output: float
     sent: float
     peak: float
+    between: float
 
 
 class Holding(NamedTuple):
@@ -92,6 +96,8 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
         times = repeated if schedule.splits else repeated - 1
         again = np.where(checkpoints.inside, times * sizes.saved, 0.0)
     weights = static + resident * kept + again
+    if schedule.splits:
+        weights = weights + repeated * sizes.between
     last = len(profile.layers)
     inputs, targets = (
         interpolate([(float(row[0]), float(row[kind])) for row in profile.batch_bytes], own.loaded) for kind in (1, 2)
@@ -129,6 +135,7 @@ class _Sizes(NamedTuple):
     output: Table
     sent: Table
     peak: Table
+    between: Table
     forward: Table
     backward: Table
 
@@ -284,7 +291,8 @@ def layer_bytes(profile: Profile, samples: int) -> list[LayerBytes]:
             # A forward has the output in front of it besides, a backward the gradients behind it.
             before = own[i - 1].sent if i else 0.0
             behind = cuts[i + 1][1] if i + 1 < len(own) else layer.sent
-            found.append(layer._replace(peak=layer.peak + max(before, behind)))
+            between = layer.between + (behind if profile.layers[i].sizes[-1].between_output else 0.0)
+            found.append(layer._replace(peak=layer.peak + max(before, behind), between=between))
         return found
 
     return memoised(profile, ("bytes", samples), make)
@@ -296,8 +304,8 @@ def _own(layer: LayerProfile, samples: int) -> LayerBytes:
 
     sent = at("output_bytes")
     output = sent if layer.output_saved else 0.0
-    peak = max(at("forward_peak_bytes"), at("backward_peak_bytes"), at("backward_first_peak_bytes"))
-    return LayerBytes(at("saved_bytes") + output, output, sent, peak)
+    peak = max(map(at, (field for field in LayerSizes.__struct_fields__ if field.endswith("_peak_bytes"))))
+    return LayerBytes(at("saved_bytes") + output, output, sent, peak, at("between_bytes"))
 
 
 def _loss(profile: Profile, samples: int) -> LayerBytes:

@@ -90,6 +90,10 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     itself `saves_output`, otherwise until those who read it have had theirs. The peaks are transient bytes above what
     was live when the layer's forward or backward started: `backward_first_peak_bytes` while gradients are allocated,
     `backward_peak_bytes` while they are accumulated into.
+
+    Of a backward in halves the first keeps `between_bytes` of gradients for the second, deduplicated by storage, and
+    where it is `between_output` the gradient of the layer's output besides. `input_peak_bytes` are the first half's,
+    `weight_first_peak_bytes` and `weight_peak_bytes` the second's. All are 0 where nobody has measured them.
     """
 
     samples: int
@@ -101,6 +105,11 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     backward_peak_bytes: int
     flop: int
     saves_output: bool = True
+    between_bytes: int = 0
+    between_output: bool = False
+    input_peak_bytes: int = 0
+    weight_first_peak_bytes: int = 0
+    weight_peak_bytes: int = 0
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True):

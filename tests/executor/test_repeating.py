@@ -56,11 +56,11 @@ def test_halves_of_what_is_repeated_are_those_of_what_is_kept(checkpoints: list[
             output = module(inputs[-1])
             repetitions.append(module.forgotten)
             rest.append(halves([output], [torch.ones_like(output)], [inputs[-1]], list(module.parameters())))
-        for (first, _), forgotten in zip(rest, repetitions, strict=True):
+        for (first, _, _), forgotten in zip(rest, repetitions, strict=True):
             for one in forgotten:
                 one.repeat()
             first()
-        for _, second in reversed(rest):
+        for _, second, _ in reversed(rest):
             second()
         repeated = {i for run in runs for i in run}
         assert [block.calls for block in blocks] == [6 if i in repeated else 3 for i in range(4)]

@@ -65,6 +65,7 @@ def models(draw: st.DrawFn) -> Profile:
     layers = []
     for layer, one in zip(costs.layers, out, strict=True):
         saved, kept, own = draw(st.sampled_from([1, 2, 3])), draw(st.booleans()), draw(st.booleans())
+        between, with_output = draw(st.sampled_from([0, 1, 5])), draw(st.booleans())
         sizes = tuple(
             msgspec.structs.replace(
                 size,
@@ -75,6 +76,11 @@ def models(draw: st.DrawFn) -> Profile:
                 forward_peak_bytes=(saved + 1) * one * size.samples,
                 backward_peak_bytes=2 * one * size.samples,
                 backward_first_peak_bytes=2 * one * size.samples + layer.gradient_bytes,
+                between_bytes=between * one * size.samples,
+                between_output=with_output,
+                input_peak_bytes=(between + 2) * one * size.samples,
+                weight_first_peak_bytes=layer.gradient_bytes,
+                weight_peak_bytes=layer.gradient_bytes // 2,
             )
             for size in layer.sizes
         )

@@ -312,7 +312,7 @@ def test_halves_of_a_backward_give_its_gradients() -> None:
         expected = [x.grad, layer.weight.grad, layer.bias.grad]
         x.grad = layer.weight.grad = layer.bias.grad = None
         output = forward()
-        first, second = halves([output], [torch.ones_like(output)], [x], list(layer.parameters()))
+        first, second, _ = halves([output], [torch.ones_like(output)], [x], list(layer.parameters()))
         first()
         assert layer.weight.grad is None
         second()
@@ -346,7 +346,7 @@ def test_halves_of_what_is_used_again_give_its_gradients() -> None:
         for tensor in wanted:
             tensor.grad = None
         outputs = forward(x)
-        first, second = halves(outputs, [torch.ones_like(one) for one in outputs], [x], list(parameters))
+        first, second, _ = halves(outputs, [torch.ones_like(one) for one in outputs], [x], list(parameters))
         first()
         assert all(parameter.grad is None for parameter in parameters)
         second()
