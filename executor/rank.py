@@ -32,10 +32,21 @@ from executor.saving import SavedAs
 from executor.scaling import Scaling
 from executor.sharding import Sharding
 from executor.stage import Sources, Stage, Tensors
+from executor.swapping import Swapped, open_tier
 from executor.torch_adapter import pytree
 from planner.orders import schedules, synchronisation
 from planner.orders.action import Action, Row
-from planner.orders.operations import BACKWARD, FORWARD, RECV_BACKWARD, RECV_FORWARD, REDUCE_GRAD, SEND_BACKWARD
+from planner.orders.operations import (
+    BACKWARD,
+    FORWARD,
+    OFFLOAD,
+    OPERATIONS,
+    RECV_BACKWARD,
+    RECV_FORWARD,
+    REDUCE_GRAD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+)
 from planner.programs.lowering import lower
 from planner.values.plan import Plan
 
@@ -121,6 +132,9 @@ class Rank:
         """Called behind every update of a stage: a run sets its next step's learning rate there."""
         self.repeats: list[Any] = []
         self.waited: list[Any] = []
+        self.swapped = {(a.stage, microbatch(a)) for a in self.row if a.op == OFFLOAD}
+        self.tier = open_tier(backend.device) if self.swapped else None
+        self.leaving: list[tuple[int, int]] = []
 
     def _stages(self, layered: LayeredModel, rank: int) -> dict[int, Stage]:
         """Make the stages that the rank holds, and give them their values."""
@@ -211,8 +225,12 @@ class Rank:
     def _perform(self, action: Action) -> None:
         start = self._stamp()
         self.mailbox.arrive(action)
+        if OPERATIONS[action.op].needs and (action.stage, action.microbatch) in self.swapped:
+            self.stages[action.stage].swapped(microbatch(action)).wait()
         ready = self._stamp()
         self.mailbox.let_go(action)
+        if self.leaving:
+            self._leave()
         self.repeats, self.waited = [], []
         ended = getattr(self, PERFORMS[action.op])(action)
         end = self._stamp() if ended is None else ended
@@ -259,10 +277,42 @@ class Rank:
         """One micro-batch through a stage's layers; on the last stage also its loss, as its share of the step's."""
         stage, m = self.stages[action.stage], microbatch(action)
         noise = Noise(self.seed, self.steps, m, self.backend.device)
-        if not stage.is_last:
-            stage.forward(m, self._arrived(stage, m), noise)
-            return
-        stage.forward(m, self._arrived(stage, m), noise, lambda result: self._judged(stage, m, result))
+        inputs = self._arrived(stage, m)
+        staying: Tensors = ()
+        if self.tier is not None:
+            staying = (*stage.staying, *inputs, *tensors(self.targets[m] if stage.is_last else ()))
+        swapped = self._swapped(stage, m, staying, compiled=self.file.compiled)
+        judged = (lambda result: self._judged(stage, m, result)) if stage.is_last else None
+        stage.forward(m, inputs, noise, judged, swapped)
+
+    def _swapped(self, stage: Stage, m: int, staying: Tensors = (), *, compiled: bool = False) -> Swapped | None:
+        """Return what a micro-batch keeps on its way to the host, where it is swapped; `staying` does not go there."""
+        if self.tier is None or (stage.index, m) not in self.swapped:
+            return None
+        return Swapped(self.tier, staying, compiled=compiled)
+
+    def offload(self, action: Action) -> None:
+        """Begin to copy to the host what a micro-batch keeps for its backward."""
+        self.stages[action.stage].swapped(microbatch(action)).offload()
+
+    def release(self, action: Action) -> None:
+        """Let go of it; of what was sent, as soon as that is known to have been received."""
+        self.stages[action.stage].swapped(microbatch(action)).release()
+        if action.stage + 1 not in self.stages:  # the next stage here reads it
+            self.leaving.append((action.stage, microbatch(action)))
+            self._leave()
+
+    def fetch(self, action: Action) -> None:
+        """Begin to copy it back."""
+        self.stages[action.stage].swapped(microbatch(action)).fetch()
+
+    def _leave(self) -> None:
+        """Let go of what micro-batches have sent that are on the host."""
+        sending = {(a.stage, a.microbatch) for a in self.mailbox.sending if a.op == SEND_FORWARD}
+        for stage, m in [one for one in self.leaving if one not in sending]:
+            self.leaving.remove((stage, m))
+            if m in self.stages[stage].passing:
+                self.stages[stage].let_go(m)
 
     def _judged(self, stage: Stage, m: int, result: Any) -> torch.Tensor:
         """The loss of a micro-batch as its part of the step's."""

@@ -20,6 +20,7 @@ from executor.rank import Rank, microbatch
 from executor.reduction import add_up
 from executor.stage import Judged, Passing, Stage, Tensors
 from executor.stage_module import StageModule
+from executor.swapping import Swapped
 from executor.waiting import Waits, untouched
 from planner.orders import schedules
 from planner.orders.action import Action
@@ -84,7 +85,8 @@ class RehearsedRank(Rank):
         stage, m = self.stages[action.stage], microbatch(action)
         self._await_gathers(action.stage, FORWARD, m)
         noise = Noise(self.seed, self.steps, m, self.backend.device)
-        stage.forward(m, () if stage.is_first else self._arrived(stage, m), noise)
+        inputs = () if stage.is_first else self._arrived(stage, m)
+        stage.forward(m, inputs, noise, swapped=self._swapped(stage, m))
 
     def reduce_gradients(self, action: Action) -> None:
         """Add up as many bytes over the ranks that hold a stage as its gradients have."""
@@ -167,7 +169,14 @@ class WaitingStage(Stage):
         assert self.group is not None, "nobody else holds the stage"
         return [work for flat in self.gathers for work in gather(flat, self.group)]
 
-    def forward(self, microbatch: int, inputs: Tensors, noise: Noise, judged: Judged | None = None) -> None:
+    def forward(
+        self,
+        microbatch: int,
+        inputs: Tensors,
+        noise: Noise,
+        judged: Judged | None = None,
+        swapped: Swapped | None = None,
+    ) -> None:
         """Wait, and make what is sent on; what only passes through is passed on."""
         untouched(self.shadow.inside[FORWARD])
         there = dict(zip(self.module.inputs, inputs, strict=True))
@@ -176,7 +185,11 @@ class WaitingStage(Stage):
         kept = untouched(self.shadow.kept.get(FORWARD, 0) - sum(one.bytes for one in new))
         self.waits.wait(self.index, FORWARD)
         outputs = tuple(there[one.name] for one in self.shadow.made)
-        self.passing[microbatch] = Passing(inputs, outputs, kept)
+        held = kept if swapped is None else swapped.hold(kept)
+        self.passing[microbatch] = Passing(inputs, outputs, held, swapped=swapped)
+
+    def let_go(self, microbatch: int) -> None:
+        """Keep what was sent: there is no graph behind it that would give it back."""
 
     def backward(self, microbatch: int, gradients: Tensors, on_repeat: Callable[[], None] | None = None) -> Tensors:
         """Wait, let go of what the micro-batch has kept, and return the gradients of its inputs."""

@@ -26,6 +26,15 @@ class _Place:
     tensor: torch.Tensor | None = None
 
 
+class _Inputs(torch.autograd.Function):
+    """Keeps tensors where autograd keeps them, so that whoever moves what it keeps sees them, too."""
+
+    @staticmethod
+    def forward(ctx: Any, _: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*kept)
+        return torch.empty(0)
+
+
 class _FilledError(Exception):
     """Nothing behind this is needed."""
 
@@ -47,14 +56,18 @@ class Forgotten:
         compiled: bool = False,
     ) -> None:
         self.work, self.inputs, self.first, self.again, self.compiled = work, inputs, first, again, compiled
+        self.kept: Callable[[], list[torch.Tensor]] = list
         self.places: list[tuple[weakref.ref[_Place], torch.Size, torch.dtype]] = []
         self.repeated = False
 
     def run(self) -> Any:
         """Do the work, and forget what it needs for its backward."""
+        flags = [value.requires_grad for value in self.inputs]
+        kept = _Inputs.apply(torch.empty(0, requires_grad=True), *self.inputs).grad_fn  # type: ignore[no-untyped-call]
         with self.first, self._watching(self._forget, self._remember):
             result = self.work(*self.inputs)
-        self.inputs = tuple(value.detach().requires_grad_(value.requires_grad) for value in self.inputs)
+        self.inputs = ()
+        self.kept = lambda: [t.detach().requires_grad_(flag) for t, flag in zip(kept.saved_tensors, flags, strict=True)]
         return result
 
     def _watching(self, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> saved_tensors_hooks:
@@ -100,10 +113,10 @@ class Forgotten:
 
         try:
             with self.again, torch.enable_grad(), self._watching(fill, lambda own: own):
-                self.work(*self.inputs)
+                self.work(*self.kept())
         except _FilledError:
             pass
         else:
             raise CheckpointError(f"a repeated forward came to {filled} tensors where the first had {len(self.places)}")
-        self.repeated, self.inputs = True, ()
-        del self.work
+        self.repeated = True
+        del self.work, self.kept

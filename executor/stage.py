@@ -33,6 +33,7 @@ from executor.repeating import Forgotten
 from executor.sharding import Sharding, Shards
 from executor.stage_module import StageModule
 from executor.surroundings import on
+from executor.swapping import Swapped, let_go
 from executor.torch_adapter import halves, whole_backward
 from executor.updating import own_optimizer
 from planner.basis.errors import RUN_FAILED, PlanError
@@ -46,7 +47,8 @@ Judged = Callable[[Any], torch.Tensor]
 class Passing:
     """A micro-batch between its forward and its backward: what went in, what came out (on the last stage its loss).
 
-    `weight_half` is what is left of a backward that is done in two halves, `forgotten` what is repeated before them.
+    `weight_half` is what is left of a backward that is done in two halves, `forgotten` what is repeated before them;
+    `swapped` is what of it is copied to the host and back.
     """
 
     inputs: Tensors
@@ -54,6 +56,7 @@ class Passing:
     result: Any = None
     weight_half: Callable[[], object] | None = None
     forgotten: list[Forgotten] | None = None
+    swapped: Swapped | None = None
 
 
 @dataclass
@@ -223,29 +226,57 @@ class Stage:
         """Whether it makes the loss."""
         return not self.module.outputs
 
-    def forward(self, microbatch: int, inputs: Tensors, noise: Noise, judged: Judged | None = None) -> None:
+    def forward(
+        self,
+        microbatch: int,
+        inputs: Tensors,
+        noise: Noise,
+        judged: Judged | None = None,
+        swapped: Swapped | None = None,
+    ) -> None:
         """Compute one micro-batch with its noise; the last stage's result is `judged`: its part of the step's loss.
 
-        Raises `PlanError` (exit 6) when what is to be sent on is not what the next stage expects.
+        What is kept for its backward goes to `swapped`, where it is to be copied to the host. Raises `PlanError` (exit
+        6) when what is to be sent on is not what the next stage expects.
         """
         flags = (one.gradient for one in self.boundary.taken)
         inputs = tuple(value.requires_grad_(flag) for value, flag in zip(inputs, flags, strict=True))
         self.module.noise, self.module.forgotten = noise, [] if self.splits else None
         if self.gathering is not None:
             self.gathering.enter(FORWARD, microbatch, backwards=False)
-        with nullcontext() if self.gathering is None else self.gathering.saving():
-            result, forgotten = self.module(*inputs), self.module.forgotten
-        self.module.forgotten = None
+        with nullcontext() if swapped is None else swapped.keeping():
+            with nullcontext() if self.gathering is None else self.gathering.saving():
+                result, forgotten = self.module(*inputs), self.module.forgotten
+            self.module.forgotten = None
+            if self.is_last:
+                noise.at(self.module.first + len(self.module.layers))
+                assert judged is not None, "the last stage makes the loss"
+                self.losses[microbatch] = loss = judged(result)
         if self.is_last:
-            noise.at(self.module.first + len(self.module.layers))
-            assert judged is not None, "the last stage makes the loss"
-            loss = judged(result)
-            self.losses[microbatch] = loss
-            self.passing[microbatch] = Passing(inputs, (loss,), result, forgotten=forgotten)
+            self.passing[microbatch] = Passing(inputs, (loss,), result, forgotten=forgotten, swapped=swapped)
             return
         outputs = as_tuple(result)
         self._check(outputs)
-        self.passing[microbatch] = Passing(inputs, outputs, forgotten=forgotten)
+        self.passing[microbatch] = Passing(inputs, outputs, forgotten=forgotten, swapped=swapped)
+
+    def swapped(self, microbatch: int) -> Swapped:
+        """Return what is copied to the host of a micro-batch."""
+        found = self.passing[microbatch].swapped
+        assert found is not None, microbatch
+        return found
+
+    def let_go(self, microbatch: int) -> None:
+        """Let go of the values of what came out of a micro-batch, which nobody needs any more but its graph."""
+        passing = self.passing[microbatch]
+        passing.result = None
+        if not self.is_last:
+            let_go(passing.outputs, (*self.staying, *passing.inputs))
+
+    @property
+    def staying(self) -> Tensors:
+        """What is there whatever micro-batches keep."""
+        parts = [part for part in (self.module, self.loss) if isinstance(part, nn.Module)]
+        return tuple(tensor for _, _, tensor in places(parts))
 
     def _check(self, outputs: Tensors) -> None:
         for i, (value, expected) in enumerate(zip(outputs, self.boundary.made, strict=True)):

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 MODELS = HERE / "proof_models.py"
 NAMES = ("gpt", "unet", "normed", "tied")
 PRECISIONS = ("", "_bf16")
-SAVINGS = ("none", "stages", "layers", "blocks")
+SAVINGS = ("none", "stages", "layers", "blocks", "swap", "stages+swap", "layers+swap")
 BATCH, MICROBATCHES, STEPS, SEED = 16, 8, 5, 11
 TOLERANCE = 1e-6
 """Relative to the largest of a tensor, where sums have another order."""
