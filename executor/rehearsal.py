@@ -76,9 +76,9 @@ class RehearsedRank(Rank):
     def load(self, action: Action) -> None:
         """Wait for as long as a batch takes, and hold its bytes."""
         stage = self.waiting[action.stage]
-        untouched(stage.shadow.inside[LOAD])
-        self.inputs = {**self.inputs, -1 - action.stage: untouched(stage.shadow.batch)}
-        self.waits.wait(action.stage, LOAD)
+        with self.waits.waiting(action.stage, LOAD):
+            untouched(stage.shadow.inside[LOAD])
+            self.inputs = {**self.inputs, -1 - action.stage: untouched(stage.shadow.batch)}
 
     def forward(self, action: Action) -> None:
         """Let a micro-batch pass through a stage that waits."""
@@ -131,7 +131,8 @@ class RehearsedRank(Rank):
 
     def measure_norm(self, action: Action) -> None:
         """Wait for as long as a norm takes."""
-        self.waits.wait(action.stage, NORM_GRAD)
+        with self.waits.waiting(action.stage, NORM_GRAD):
+            pass
 
     def agree_on_norm(self, action: Action) -> None:
         """Add up two numbers over all ranks."""
@@ -143,16 +144,21 @@ class RehearsedRank(Rank):
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
-        gradients = sum(part.nbytes for stage in self.waiting.values() for part in stage.gradients_held)
-        known = super().bytes_by_kind() | self.static
-        return known | {"gradients": self.static.get("gradients", 0) + gradients}
+        known = super().bytes_by_kind()
+        return known | self.static | {"gradients": self.static.get("gradients", 0) + known["gradients"]}
 
 
 class WaitingStage(Stage):
     """A stage that waits: what goes in and out is as large as the profile says, and so is what it keeps."""
 
     def __init__(
-        self, index: int, shadow: Shadow, waits: Waits, group: dist.ProcessGroup | None, *, splits: bool
+        self,
+        index: int,
+        shadow: Shadow,
+        waits: Waits,
+        group: dist.ProcessGroup | None,
+        *,
+        splits: bool,
     ) -> None:
         names = [tuple(value.name for value in values) for values in (shadow.taken, shadow.made)]
         boundary = Boundary(tuple(map(_described, shadow.taken)), tuple(map(_described, shadow.made)))
@@ -178,12 +184,12 @@ class WaitingStage(Stage):
         swapped: Swapped | None = None,
     ) -> None:
         """Wait, and make what is sent on; what only passes through is passed on."""
-        untouched(self.shadow.inside[FORWARD])
-        there = dict(zip(self.module.inputs, inputs, strict=True))
-        new = [one for one in self.shadow.made if one.name not in there]
-        there |= {one.name: _described(one).empty(_CPU) for one in new}
-        kept = untouched(self.shadow.kept.get(FORWARD, 0) - sum(one.bytes for one in new))
-        self.waits.wait(self.index, FORWARD)
+        with self.waits.waiting(self.index, FORWARD):
+            untouched(self.shadow.inside[FORWARD])
+            there = dict(zip(self.module.inputs, inputs, strict=True))
+            new = [one for one in self.shadow.made if one.name not in there]
+            there |= {one.name: _described(one).empty(_CPU) for one in new}
+            kept = untouched(self.shadow.kept.get(FORWARD, 0) - sum(one.bytes for one in new))
         outputs = tuple(there[one.name] for one in self.shadow.made)
         held = kept if swapped is None else swapped.hold(kept)
         self.passing[microbatch] = Passing(inputs, outputs, held, swapped=swapped)
@@ -196,33 +202,34 @@ class WaitingStage(Stage):
         passing = self.passing.pop(microbatch)
         if on_repeat is not None and not self.splits and f"{self.index}{RECOMPUTE}" in self.waits.seconds:
             on_repeat()
-            self.waits.wait(self.index, RECOMPUTE)
+            with self.waits.waiting(self.index, RECOMPUTE):
+                pass
             on_repeat()
-        self._add_gradients(BACKWARD)
-        self.waits.wait(self.index, BACKWARD)
-        del passing
-        return self._of_inputs_made()
+        with self.waits.waiting(self.index, BACKWARD):
+            self._add_gradients(BACKWARD)
+            del passing
+            return self._of_inputs_made()
 
     def repeat(self, microbatch: int) -> None:
         """Wait for as long as a micro-batch's forward is repeated, and keep what it had forgotten."""
-        untouched(self.shadow.inside[RECOMPUTE])
-        passing = self.passing[microbatch]
-        passing.result = passing.result, untouched(self.shadow.kept.get(RECOMPUTE, 0))
-        self.waits.wait(self.index, RECOMPUTE)
+        with self.waits.waiting(self.index, RECOMPUTE):
+            untouched(self.shadow.inside[RECOMPUTE])
+            passing = self.passing[microbatch]
+            passing.result = passing.result, untouched(self.shadow.kept.get(RECOMPUTE, 0))
 
     def backward_input(self, microbatch: int, gradients: Tensors) -> Tensors:
         """Wait, and return the gradients of a micro-batch's inputs."""
-        passing = self.passing[microbatch]
-        untouched(self.shadow.inside[BACKWARD_INPUT])
-        passing.result = passing.result, gradients
-        self.waits.wait(self.index, BACKWARD_INPUT)
-        return self._of_inputs_made()
+        with self.waits.waiting(self.index, BACKWARD_INPUT):
+            passing = self.passing[microbatch]
+            untouched(self.shadow.inside[BACKWARD_INPUT])
+            passing.result = passing.result, gradients
+            return self._of_inputs_made()
 
     def backward_weight(self, microbatch: int) -> None:
         """Wait, and let go of what the micro-batch has kept."""
-        self._add_gradients(BACKWARD_WEIGHT)
-        self.waits.wait(self.index, BACKWARD_WEIGHT)
-        del self.passing[microbatch]
+        with self.waits.waiting(self.index, BACKWARD_WEIGHT):
+            self._add_gradients(BACKWARD_WEIGHT)
+            del self.passing[microbatch]
 
     def _add_gradients(self, op: str) -> None:
         if self.shadow.gradients and not self.gradients_held:
@@ -234,11 +241,16 @@ class WaitingStage(Stage):
     def _of_inputs_made(self) -> Tensors:
         return tuple(one.empty(_CPU) for one in self.boundary.taken if one.gradient)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that are there now, beside those that always are."""
+        return sum(part.nbytes for part in self.gradients_held)
+
     def update(self, *, usable: bool = True) -> None:
         """Wait, and let go of the gradients."""
-        untouched(self.shadow.inside[OPTIMIZER])
-        self.waits.wait(self.index, OPTIMIZER)
-        self.gradients_held = ()
+        with self.waits.waiting(self.index, OPTIMIZER):
+            untouched(self.shadow.inside[OPTIMIZER])
+            self.gradients_held = ()
 
 
 _CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -30,14 +31,16 @@ class Waits:
         self.middle = min(range(len(quantiles)), key=lambda i: abs(quantiles[i] - 0.5))
         precise_sleep()
 
-    def wait(self, stage: int, op: str) -> None:
-        """Wait for as long as an operation of a stage takes; not at all for one that takes no time."""
-        spread = self.seconds.get(f"{stage}{op}")
-        if spread is None:
-            return
-        seconds = self._drawn(spread) if self.jitter else spread[self.middle]
-        if seconds > 0:
-            time.sleep(seconds)
+    @contextmanager
+    def waiting(self, stage: int, op: str) -> Iterator[None]:
+        """Let what is done inside take as long as an operation of a stage: wait for what is left at its end."""
+        begin, spread = time.monotonic(), self.seconds.get(f"{stage}{op}")
+        yield
+        if spread is not None:
+            seconds = self._drawn(spread) if self.jitter else spread[self.middle]
+            left = begin + seconds - time.monotonic()
+            if left > 0:
+                time.sleep(left)
 
     def _drawn(self, spread: Sequence[float]) -> float:
         """Draw as the simulator does (`planner.costs.priced.Costs.drawn`): never beyond what was measured."""
