@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from executor.devices import own_mapping
 from planner.values.rehearsal import Row
 
 _PR_SET_TIMERSLACK = 29  # from linux/prctl.h
+LATENESS_WAITS, LATENESS_WAIT_S = 50, 2e-3
 _PIECE = 2**30
 """Bytes of one allocation at most: the kernel refuses a single one that is larger than the memory."""
 
@@ -34,13 +36,18 @@ class Waits:
     @contextmanager
     def waiting(self, stage: int, op: str) -> Iterator[None]:
         """Let what is done inside take as long as an operation of a stage: wait for what is left at its end."""
-        begin, spread = time.monotonic(), self.seconds.get(f"{stage}{op}")
+        end = time.monotonic() + self.seconds_of(stage, op)
         yield
-        if spread is not None:
-            seconds = self._drawn(spread) if self.jitter else spread[self.middle]
-            left = begin + seconds - time.monotonic()
-            if left > 0:
-                time.sleep(left)
+        left = end - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+    def seconds_of(self, stage: int, op: str) -> float:
+        """Return how long the next one takes; 0 of an operation that takes no time."""
+        spread = self.seconds.get(f"{stage}{op}")
+        if spread is None:
+            return 0.0
+        return self._drawn(spread) if self.jitter else spread[self.middle]
 
     def _drawn(self, spread: Sequence[float]) -> float:
         """Draw as the simulator does (`planner.costs.priced.Costs.drawn`): never beyond what was measured."""
@@ -55,6 +62,17 @@ class Waits:
 def precise_sleep() -> None:
     """Tell the kernel to wake this thread as soon as its time has come, where it would gather wake-ups for 50 us."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)
+
+
+def lateness() -> float:
+    """Return by how many seconds a wait ends late on this machine: the median of some."""
+    precise_sleep()
+    late = []
+    for _ in range(LATENESS_WAITS):
+        begin = time.monotonic()
+        time.sleep(LATENESS_WAIT_S)
+        late.append(time.monotonic() - begin - LATENESS_WAIT_S)
+    return statistics.median(late)
 
 
 def untouched(size: int) -> tuple[torch.Tensor, ...]:

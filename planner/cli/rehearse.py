@@ -59,6 +59,7 @@ def rehearse(asked: Asked) -> Rehearsed:
     from executor.abilities import able
     from executor.devices import free_bytes
     from executor.rehearse import rehearse as execute
+    from executor.waiting import lateness
     from profiles import shipped
     from profiles.machine import machine
 
@@ -68,7 +69,7 @@ def rehearse(asked: Asked) -> Rehearsed:
     check_runnable(question.plan)
     plan = question.plan
     here = machine("cpu")
-    cluster = stage_hardware(question.cluster, here.cluster, plan, message_scale=asked.message_scale)
+    cluster = stage_hardware(question.cluster, here.cluster, plan, message_scale=asked.message_scale, wake_s=lateness())
     profile = rehearsed_profile(question.profile, jitter=asked.jitter)
     predicted = predict(profile, plan, cluster)
     _check_room(predicted, free_bytes("cpu"), asked.message_scale)

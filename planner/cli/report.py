@@ -145,7 +145,17 @@ def assumptions(predicted: Outcome, profile: Profile, cluster: Cluster) -> tuple
         "Memory counts tensors as torch's allocator hands them out, not the process's code and libraries.",
         "The interval is the step simulated at the 10th and at the 90th percentile of all measured times.",
     ]
-    if len(machine.devices) > 1 and machine.devices[0].shares_cores:
+    if machine.devices[0].waits:
+        sentences.append(
+            "A rehearsal: processes, messages and collectives are real and pass this machine's own links; layers, "
+            "updates and batches are waits of the profile's seconds, which need no core. Nothing is trained."
+        )
+        if machine.message_scale != 1:
+            sentences.append(
+                f"Messages and collectives have {100 * machine.message_scale:g} % of their bytes, in the rehearsal and "
+                "in the prediction beside it: what they take here says nothing of the hardware that the plan is for."
+            )
+    elif len(machine.devices) > 1 and machine.devices[0].shares_cores:
         host = machine.hosts[0]
         crowded = ", ".join(f"{n} busy ones are each {f:.2f} times slower" for n, f in host.slowdown if n > 1)
         sentences.append(

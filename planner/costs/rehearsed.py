@@ -19,10 +19,11 @@ from planner.values.rehearsal import Passed, Rehearsal, Row, Shadow
 from planner.values.trace import KINDS
 
 
-def stage_hardware(target: Cluster, here: Cluster, plan: Plan, *, message_scale: float = 1.0) -> Cluster:
+def stage_hardware(target: Cluster, here: Cluster, plan: Plan, *, message_scale: float, wake_s: float) -> Cluster:
     """Return this machine with the devices that a plan is for: they wait at their own speed, and send over its links.
 
-    `here` is this machine as it was measured. Waiting needs no core; what really happens does.
+    `here` is this machine as it was measured. Waiting needs no core; what really happens does, and going on behind a
+    wait, `wake_s` late.
     """
     host = here.hosts[0].name
     devices = tuple(
@@ -33,6 +34,7 @@ def stage_hardware(target: Cluster, here: Cluster, plan: Plan, *, message_scale:
         here,
         name=f"{target.name}, rehearsed here",
         devices=devices,
+        hosts=tuple(msgspec.structs.replace(one, wake_s=wake_s) for one in here.hosts),
         links=tuple(link for link in here.links if link.between == (host, host)),
         elastic=False,
         message_scale=message_scale,

@@ -149,7 +149,8 @@ class Run:
     def device(self, device: int) -> Walk:
         """Walk one row; what it waits for at a `yield` sends it on."""
         env, serve, resume = self.env, self.cores[device].serve, self.resumes[device]
-        passing, posting = self.costs.devices[device].waits, self.posting
+        passing, posting, costs = self.costs.devices[device].waits, self.posting, self.costs
+        wake = next(host.wake_s for host in costs.cluster.hosts if host.name == costs.devices[device].host)
         posts, waits, needs, seconds, done = self.posts, self.waits, self.needs, self.seconds, self.done
         start, ready, end, also = self.start, self.ready, self.end, self.also
         foreseen, unfinished, updates, waiting = self.foreseen, self.unfinished, self.costs.updates, self.waiting
@@ -192,8 +193,11 @@ class Run:
             if own > 0:
                 if i in updates:
                     self.update(i, own, resume)
-                elif passing and not posting[i]:  # nobody computes
+                elif passing and not posting[i]:  # nobody computes, but who has waited has to get a core again
                     self.nothing.serve(own, resume)
+                    if wake and costs.contended:
+                        yield
+                        serve(wake, resume)
                 else:
                     serve(own, resume)
                 yield

@@ -15,6 +15,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     `price_per_hour` is the whole machine's, beside what its devices cost, in any currency.
     `memory_bytes_per_s` is what all of the host's updates and copies to and from its memory read and write together; by
     default two DDR4-3200 channels', as desktops have them: servers say theirs.
+    Who waits for a time instead of computing goes on `wake_s` late, and needs a core for that.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     slowdown: tuple[tuple[int, float], ...] = ((1, 1.0),)
     memory_bytes_per_s: float = 51.2e9
+    wake_s: float = 0.0
     price_per_hour: float = 0.0
 
     def speed(self, active: int, threads: int) -> float:
