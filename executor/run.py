@@ -16,6 +16,7 @@ from executor.compiling import check_compiler
 from executor.ending import ask, asked
 from executor.evaluations import begin_with as begin_with_evaluations
 from executor.evaluations import evaluated
+from executor.examining import examine
 from executor.following import Watch, following
 from executor.initial import FILE as INITIAL
 from executor.launch import launch
@@ -107,6 +108,10 @@ def run(
     try:
         with following(folder, ranks, watches, say):
             _launched(str(path.resolve()), ranks, folder, max_restarts, say)
+    except PlanError as error:
+        if error.what == DIVERGED:
+            examine(error, job, folder)
+        raise
     finally:
         (folder / INITIAL).unlink(missing_ok=True)
     holders = tuple(sorted({rows[0] for rows in plan.holders}))

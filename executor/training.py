@@ -24,6 +24,7 @@ from executor.checkpointing import Checkpointing
 from executor.devices import Backend
 from executor.ending import Ending
 from executor.evaluations import Evaluations
+from executor.nonfinite import watch
 from executor.rank import Rank, Stamped, nothing
 from executor.rates import Rates
 from executor.recording import RankStep, events, recorded_by, recording_of
@@ -93,6 +94,9 @@ class Training:
         self.ending, self.start = Ending(folder, backend, start), start
         self.steps_file, self.recorded_file = file_of(folder, self.rank), recording_of(folder, self.rank)
         self.pending: list[_Done] = []
+        self.folder = folder
+        self.examined: int | None = None
+        """The step in which every layer's output is looked at; it is the last one then."""
         self.written = start
         self.have = len(recorded_by(folder, self.rank)) if start else 0
 
@@ -111,6 +115,8 @@ class Training:
         if self.rates is not None:
             self.me.updated = self.rates.step
         while done < steps and not ended:
+            if done == self.examined:
+                watch(self.me, self.folder, self.rank)
             rate = math.nan if self.rates is None else self.rates.current
             self.me.step(stamping=done in window)
             end = self.backend.stamp()
@@ -121,7 +127,7 @@ class Training:
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
                 flushed = time.monotonic()
-            ended = done < steps and self.ending.here(done)
+            ended = done - 1 == self.examined or (done < steps and self.ending.here(done))
             judged = evaluations is not None and not ended and evaluations.due(done)
             kept = checkpointing is not None and checkpointing.due(done, last=ended or done == steps)
             if judged or kept:

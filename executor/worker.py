@@ -47,7 +47,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `folder` receives their results; a peer is waited for `patience_s` at most.
 
     A checkpoint is written behind every so many steps (`checkpoint_every`, 0: never). The run goes on from the newest
-    one in its folder, or else in that of another run that it is to `resume`.
+    one in its folder, or else in that of another run that it is to `resume`. It ends behind the step
+    `examine`, in which it looks for the first layer that makes what is no number.
 
     `workers` are the processes that make batches of `data()` ready for each rank that loads; as many as the model
     file's DataLoader has, where nothing is said.
@@ -66,6 +67,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     checkpoint_every: int = 0
     resume: str = ""
+    examine: int | None = None
 
 
 @record
@@ -109,6 +111,7 @@ def main(path: str) -> None:
         announce(folder, extent)
     where = f"{job.model}, plan {job.plan}"
     training = Training(me, rates, backend, folder, offset=offset, where=where, start=start)
+    training.examined = job.examine
     evaluations = None
     if evaluator is not None:
         told = folder if rank == 0 else None

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from executor import checkpoint_files, checkpoints
+from executor import checkpoint_files, checkpoints, nonfinite
 from executor.checkpointing import Checkpointing, forget_behind, found_by_all
 from executor.checkpoints import Manifest
 from executor.devices import Backend, open_device
@@ -192,3 +192,17 @@ def test_pieces_of_a_parameter_are_put_together_and_cut_otherwise() -> None:
     assert torch.equal(part(saved, torch.empty(3), 2, whole), torch.tensor([2.0, 3.0, 4.0]))
     assert torch.equal(part({0: whole}, torch.empty(3), 3, whole), whole[1])
     assert part({0: torch.tensor(7.0)}, torch.empty(3), 3, whole) == 7
+
+
+def test_the_first_layer_that_makes_no_number_is_found(alone: Backend, tmp_path: Path) -> None:
+    file = load(MODEL)
+    me = Rank(file, cut(file, file.build(SEED)), planned(MODEL, 1), alone, 0, seed=SEED)
+    with torch.no_grad():
+        me.stages[0].named["4.weight"][0, 0] = torch.inf
+    nonfinite.watch(me, tmp_path, 0)
+    me.step()
+    me.feed.close()
+    found = nonfinite.first(tmp_path)
+    assert found is not None
+    assert (found.microbatch, found.layer) == (0, "4")
+    assert found.why.startswith("its weights are no numbers")

@@ -42,8 +42,10 @@ def test_a_loss_that_is_no_number_stops_a_run(tmp_path: Path, monkeypatch: pytes
         microbatches=2,
         batch=4,
     )
-    with pytest.raises(PlanError, match="the loss is no number any more"):
-        run(path, plan, device="cpu", steps=1, seed=0, folder=tmp_path, capacity_bytes=(1e9,))
+    with pytest.raises(PlanError, match="the loss is no number any more") as raised:
+        run(path, plan, device="cpu", steps=1, seed=0, folder=tmp_path, capacity_bytes=(1e9,), max_restarts=3)
+    assert "so it is the loss itself" in raised.value.why
+    assert not (tmp_path / "examined").exists()
 
 
 @pytest.mark.parametrize(("example", "batch", "steps"), [("gpt", 16, 24), ("digits", 64, 24), ("loader", 64, 24)])
