@@ -41,7 +41,9 @@ class Checkpointing:
         """Write a checkpoint, all ranks together. Where one cannot, it is noted and the run goes on without it."""
         home = self.folder / checkpoints.FOLDER
         part = checkpoints.begun(home, done)
-        failed = self._anywhere(not self._written(part, done))
+        with self.me.whole():
+            written = self._written(part, done)
+        failed = self._anywhere(not written)
         if self.rank == 0 and not failed:
             try:
                 checkpoint_files.join(part, dist.get_world_size())

@@ -163,6 +163,12 @@ class Stage:
         """Have all parameters whole for a while, on all ranks that hold the stage at the same time."""
         return nullcontext() if self.gathering is None else self.gathering.whole()
 
+    def take_over(self) -> None:
+        """Keep this rank's shards of what has been written into its parameters while they were whole."""
+        for unit in self.shards.units if self.shards is not None else ():
+            if unit.values is not None:
+                unit.own.copy_(unit.flat.shard(unit.values))
+
     def watch_waits(self, on_wait: Callable[[], None]) -> None:
         """Have a function called before and after whatever waits for other ranks while a stage computes."""
         for own in (self.shards, self.gathering):

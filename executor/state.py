@@ -103,14 +103,11 @@ def restore(me: Rank, rates: Rates, rank: int, found: Sound, steps: int) -> None
         rests = [torch.load(path, weights_only=True) for path in sorted(found.path.glob("rank*.pt"), key=_number)]
     except Exception as error:
         raise _another(found.path, str(error).strip().splitlines()[0]) from error
-    parts = [_saved(stage) for stage in me.stages.values()]
-    for part in ({name: t.detach() for name, t in me.unheld.items()}, *parts):
-        for name, tensor in part.items():
-            known = index.state_dict_metadata.get(f"model.{name}")
-            if getattr(known, "size", None) != tensor.shape:
-                has = tuple(getattr(known, "size", ()))
-                raise _another(found.path, f"{name} is {has if known else 'not in it'}, here {tuple(tensor.shape)}")
-        checkpoint_files.read(found.path, {"model": part})
+    _restore_model({name: tensor.detach() for name, tensor in me.unheld.items()}, found.path, index)
+    with me.whole(), torch.no_grad():
+        for stage in me.stages.values():
+            _restore_model(_saved(stage), found.path, index)
+            stage.take_over()
     own = {i: stage for i, stage in me.stages.items() if stage.optimizer is not None}
     replayed = bool(rates.schedulers) and steps != manifest.steps  # made for another number of steps: see below
     for stage in own.values():
@@ -167,6 +164,16 @@ def _states(stage: Stage) -> dict[str, dict[str, Any]]:
         return {}
     state = stage.optimizer.state
     return {name: state[parameter] for name, parameter in stage.updated.items() if state.get(parameter)}
+
+
+def _restore_model(part: Mapping[str, torch.Tensor], path: Path, index: Metadata) -> None:
+    """Fill tensors of the model, by name. Raises `PlanError` (exit 4) where the checkpoint has not these."""
+    for name, tensor in part.items():
+        known = index.state_dict_metadata.get(f"model.{name}")
+        if getattr(known, "size", None) != tensor.shape:
+            has = tuple(getattr(known, "size", ()))
+            raise _another(path, f"{name} is {has if known else 'not in it'}, here {tuple(tensor.shape)}")
+    checkpoint_files.read(path, {"model": part})
 
 
 def _restore_groups(stage: Stage, rests: Sequence[Mapping[str, Any]]) -> None:
