@@ -18,10 +18,14 @@ from planner.costs.rehearsed import rehearsal_of, rehearsed_profile, stage_hardw
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store
 from planner.values.outcome import Comparison, Outcome
+from planner.values.rehearsal import Rehearsal
 from planner.values.trace import KINDS
 
 STEPS = 8
 """Without `--steps`: three of them are a warm-up, and a step that waits is much like the next."""
+
+ROOM = 0.8
+"""Share of the free memory that messages may take."""
 
 
 class Asked(NamedTuple):
@@ -72,11 +76,12 @@ def rehearse(asked: Asked) -> Rehearsed:
     cluster = stage_hardware(question.cluster, here.cluster, plan, message_scale=asked.message_scale, wake_s=lateness())
     profile = rehearsed_profile(question.profile, jitter=asked.jitter)
     predicted = predict(profile, plan, cluster)
-    _check_room(predicted, free_bytes("cpu"), asked.message_scale)
+    rehearsal = rehearsal_of(Placed(profile, plan, cluster), jitter=asked.jitter)
+    _check_room(predicted, rehearsal, free_bytes("cpu"))
     folder = store.new_run(plan)
     output.progress.print(f"rehearsing {plan}: {len(plan.devices)} processes that wait, {asked.steps} steps …")
     measured = execute(
-        rehearsal_of(Placed(profile, plan, cluster), jitter=asked.jitter),
+        rehearsal,
         plan,
         steps=asked.steps,
         seed=asked.seed,
@@ -119,19 +124,19 @@ def show_rehearsed(found: Rehearsed) -> None:
     output.results.print(f"report {found.page}: open it in a browser")
 
 
-def _check_room(predicted: Outcome, free: int, scale: float) -> None:
-    """Raise `PlanError` (exit 5) where the messages under way, which alone are in memory, are more than there is."""
-    moved = [KINDS.index("communication")] + ([KINDS.index("gradients")] if predicted.plan.replicas > 1 else [])
-    need = sum(
-        max(0.0, *(p.bytes[i] for p in predicted.trace.memory if p.device == d)) * (scale if i != moved[0] else 1)
-        for d in range(len(predicted.trace.devices))
-        for i in moved
-    )
-    if need > 0.8 * free:
+def _check_room(predicted: Outcome, rehearsal: Rehearsal, free: int) -> None:
+    """Raise `PlanError` (exit 5) where what is really sent, which alone is in memory, is more than there is."""
+    held = [rehearsal.stages[stage] for own in predicted.plan.stages_of for stage in own]
+    collected = sum(sum(stage.reduced) + sum(stage.gathered) for stage in held) if predicted.plan.replicas > 1 else 0
+    most = dict.fromkeys(range(len(predicted.trace.devices)), 0.0)
+    for point in predicted.trace.memory:
+        most[point.device] = max(most[point.device], point.bytes[KINDS.index("communication")])
+    need = sum(most.values()) + collected
+    if need > ROOM * free:
         raise PlanError(
             what="the messages do not fit into this machine's memory",
             where=f"rehearsal of {predicted.plan}",
-            why=f"{size(need)} of them are under way at once, and {size(free)} are free",
-            fix=f"--message-scale {0.1 * scale * free / need:.1g}",
+            why=f"{size(need)} of messages and collectives are there at once, and {size(free)} are free",
+            fix=f"--message-scale {0.1 * rehearsal.message_scale * free / need:.1g}",
             code=DEVICE,
         )

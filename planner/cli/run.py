@@ -244,7 +244,7 @@ def _check_goes_together(rehearsal: bool, rehearsing: dict[str, bool], training:
     """Raise `PlanError` (exit 2) for an option of a rehearsal without one, or of a training in one."""
     if rehearsal:
         wrong = next((name for name, given in training.items() if given is not None), None)
-        why, fix = "a rehearsal waits instead of computing: nothing is trained", "leave it out, or --rehearse"
+        why, fix = "a rehearsal waits instead of computing: nothing is trained", f"leave out {wrong}"
     else:
         wrong = next((name for name, given in rehearsing.items() if given), None)
         why, fix = "it says how a rehearsal waits and sends", "plan run best --rehearse"
@@ -324,6 +324,7 @@ def _check_has_model(path: Path) -> None:
             what="a plan of a shipped profile cannot be run",
             where=f"profile '{path.stem}'",
             why="a shipped profile has no model file: it was transcribed from somebody else's measurements",
-            fix="plan profile model.py   (profiles a model of your own; then plan simulate and plan run)",
+            fix="plan run best --rehearse   (waits instead of computing), or plan profile model.py   (profiles a model "
+            "of your own; then plan simulate and plan run)",
             code=ARTEFACT,
         )
