@@ -39,6 +39,8 @@ from planner.orders.operations import (
     RELEASE,
     SEND_BACKWARD,
     TABLE,
+    UNSHARD_BACKWARD,
+    UNSHARD_FORWARD,
 )
 from planner.programs.waits import MESSAGES, Linked
 from planner.values.plan import asynchronous
@@ -90,7 +92,12 @@ class MemoryModel:
         of = self.of[stage]
         received, received_gradient = float(self.inputs[stage]), float(self.output_gradients[stage])
         sent = float(self.input_gradients[stage])
-        gathered = of.gathered if "parameters" in self.shards else 0.0
+        sharded, splits = "parameters" in self.shards and self.holders[stage] > 1, self.placed.schedule.splits
+        # A gather is posted before its forward or backward, which then needs so much more.
+        ahead = [posted * (sharded and not splits) for posted in of.posted]
+        before, behind = (sharded * whole - first for whole, first in zip(of.gathered, ahead, strict=True))
+        self._set(stage, UNSHARD_FORWARD, communication=ahead[0])
+        self._set(stage, UNSHARD_BACKWARD, communication=ahead[1])
         whole = of.reduced if "gradients" in self.shards else 0.0
         repeated = of.saved - of.kept
         # A gradient that comes from a stage of the same device is no message; it is kept like those of the layers.
@@ -102,27 +109,28 @@ class MemoryModel:
         rolling = asynchronous(self.plan)  # what is kept is there all the time, then
         self._set(stage, LOAD, inside=inputs + targets - kept * rolling, input=0.0 if rolling else kept)
         if trains:
-            self._set(stage, FORWARD, inside=of.forward_peak + gathered, activations=of.kept)
+            inside = of.forward_peak + before
+            self._set(stage, FORWARD, inside=inside, activations=of.kept, communication=-ahead[0])
         else:
             self._set(stage, FORWARD, inside=of.forward_peak, communication=-received)
         # What is recomputed lives inside the backward, as torch's checkpoint has it: RECOMPUTE itself holds nothing.
         # Where backwards are halved it repeats for both halves, also where one is whole.
         back = of
-        if self.placed.schedule.splits:
+        if splits:
             back = of_stage(self.placed, stage, forgetful=False)
-            self._set(stage, RECOMPUTE, inside=of.repeat_peak + gathered, activations=repeated)
+            self._set(stage, RECOMPUTE, inside=of.repeat_peak + behind, activations=repeated)
         self._set(
             stage,
             BACKWARD,
-            inside=back.backward_peak + gathered + whole,
-            inside_first=back.backward_first_peak + gathered + whole,
+            inside=back.backward_peak + behind + whole,
+            inside_first=back.backward_first_peak + behind + whole,
             activations=-back.kept,
-            communication=sent - received - received_gradient,
+            communication=sent - received - received_gradient - ahead[1],
         )
         self._set(
             stage,
             BACKWARD_INPUT,
-            inside=of.input_peak + gathered,
+            inside=of.input_peak + behind,
             activations=between,
             communication=sent,
         )

@@ -26,8 +26,9 @@ class StageMemory:
     `backward_peak` of a whole backward that repeats what it needs as it goes, `input_peak` and `weight_peak` of the two
     halves of one that finds everything there, `repeat_peak` of repeating all that checkpoints forgot; `between` are
     gradients that the first half keeps for the second. Where no input has a gradient the second half is the whole
-    backward. `gathered` is the most that two neighbouring blocks' parameters need, `reduced` what one block's gradients
-    need: sharded ones are whole only for a moment.
+    backward. `gathered` is the most that the parameters of blocks need that are whole at once, in a forward and in a
+    backward, `posted` what of that is there before it begins, `reduced` what one block's gradients need: sharded ones
+    are whole only for a moment.
     """
 
     parameters: float
@@ -49,7 +50,8 @@ class StageMemory:
     weight_first_peak: float
     weight_peak: float
     repeat_peak: float
-    gathered: float
+    gathered: tuple[float, float]
+    posted: tuple[float, float]
     reduced: float
 
 
@@ -72,7 +74,7 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
     sent_gradient = profile.crossing_bytes(layers.start, samples, gradients=True) if layers.start else 0.0
     input_peak, between = plain.input_half() if sent_gradient else (0.0, 0.0)
     weight = plain.weight_peak if sent_gradient else plain.backward_peak
-    gathered = [sum(profile.layers[i].parameter_bytes for i in block) for block in blocks(profile, layers)]
+    gathered, posted = _gathered(profile, layers, checkpoints)
     reduced = [sum(profile.layers[i].gradient_bytes for i in block) for block in blocks(profile, layers)]
     return StageMemory(
         parameters=float(sum(o.parameter_bytes for o in own) - sum(t.parameter_bytes for t in twice)),
@@ -94,9 +96,40 @@ def stage_memory(profile: Profile, layers: range, samples: int, checkpoints: Seq
         weight_first_peak=weight(first=True),
         weight_peak=weight(first=False),
         repeat_peak=forgetful.repeats_peak(checkpoints),
-        gathered=float(max(a + b for a, b in zip(gathered, [*gathered[1:], 0], strict=True))),
+        gathered=gathered,
+        posted=posted,
         reduced=float(max(reduced)),
     )
+
+
+def _gathered(
+    profile: Profile, layers: range, checkpoints: Sequence[range]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The most that is gathered at once in a forward and in a backward, and what of it is posted before each.
+
+    While one block is used the next one is on its way; what blocks share is whole all the time, and the blocks of
+    layers that are repeated together stay until all of these have had their backward.
+    """
+    own = blocks(profile, layers)
+    block_of = {i: number for number, block in enumerate(own) for i in block}
+    name = {profile.layers[i].name: i for i in layers}
+    sizes, common = [float(sum(profile.layers[i].parameter_bytes for i in block)) for block in own], 0.0
+    for (_, *names), size in zip(profile.tied, profile.tied_bytes, strict=False):
+        holders = [block_of[name[n]] for n in names if n in name]
+        several = len(set(holders)) > 1
+        common += size.parameter_bytes * several
+        for number in holders if several else holders[1:]:
+            sizes[number] -= size.parameter_bytes
+    until = list(range(len(own)))
+    for run in checkpoints:
+        for number in range(block_of[run[0]], block_of[run[-1]] + 1):
+            until[number] = min(until[number], until[block_of[run[0]]])
+    forward = max(a + b for a, b in zip(sizes, [*sizes[1:], 0.0], strict=True))
+    backward = max(
+        sum(sizes[n] for n in range(at, len(own)) if until[n] <= at) + (sizes[at - 1] if at else 0.0)
+        for at in range(len(own))
+    )
+    return (common + forward, common + backward), (common + sizes[0], common + sizes[-1])
 
 
 class _Walk:
