@@ -18,6 +18,7 @@ from planner.orders.operations import (
     RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
+    REDUCE_ASYNC,
     REDUCE_GRAD,
     REDUCE_NORM,
     REDUCE_TIED,
@@ -30,7 +31,7 @@ from planner.orders.operations import (
     UNSHARD_FORWARD,
 )
 from planner.programs.lowering import unroll
-from planner.values.plan import Plan, asynchronous
+from planner.values.plan import Plan
 
 PERFORMS = {
     LOAD: "load",
@@ -47,6 +48,7 @@ PERFORMS = {
     SEND_BACKWARD: "send_backward",
     RECV_BACKWARD: "receive",
     REDUCE_GRAD: "reduce_gradients",
+    REDUCE_ASYNC: "reduce_beside",
     REDUCE_TIED: "add_up_gradients",
     NORM_GRAD: "measure_norm",
     REDUCE_NORM: "agree_on_norm",
@@ -67,14 +69,18 @@ def missing(plan: Plan) -> tuple[str, ...]:
 
     Operations of the plan's program that no rank performs, and what a rank's own structure rules out.
     """
-    shards = synchronisation.get(plan.synchronisation).shards
+    overlap, agreed = schedules.get(plan.schedule).asynchronous, synchronisation.get(plan.synchronisation)
     limits = {
         "steps without a backward": not schedules.get(plan.schedule).trains,
-        "steps that overlap, without a flush": asynchronous(plan),
+        "steps that overlap at a server": agreed.asynchronous,
+        "shards of parameters that have versions": overlap and bool(agreed.shards or agreed.server),
+        "replicas that take turns with micro-batches of which a step has no whole turns": overlap
+        and any(plan.microbatches % turns for turns in plan.turns),
         "tensors split over devices": plan.tensor > 1,
         "an optimizer on the host": plan.host_optimizer,
-        "swapping activations beside sharded parameters": plan.offload and "parameters" in shards,
-        HALVES_OF_SHARDS: "parameters" in shards and schedules.get(plan.schedule).splits,
+        "swapping activations beside sharded parameters": plan.offload and "parameters" in agreed.shards,
+        "swapping activations while parameters change": plan.offload and overlap,
+        HALVES_OF_SHARDS: "parameters" in agreed.shards and schedules.get(plan.schedule).splits,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
     present = codes.extent(flat).present

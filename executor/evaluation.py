@@ -27,6 +27,7 @@ from torch import nn
 
 from executor.batch import Drawn
 from executor.boundaries import Described
+from executor.course import Course
 from executor.evaluated import Evaluated, cut_evaluated, dealt
 from executor.hollow import places
 from executor.layer import as_tuple
@@ -42,8 +43,9 @@ from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders import codes
 from planner.orders.action import Action
 from planner.orders.operations import FORWARD, RECV_FORWARD, SEND_FORWARD
+from planner.programs.lowering import unroll
 from planner.programs.program import Program
-from planner.values.evaluation import Evaluation
+from planner.values.evaluation import Evaluation, forward_only
 from planner.values.plan import Plan
 
 SEED = 0
@@ -88,10 +90,10 @@ class Evaluator:
         for module in self.modules.values():
             on(module, self.device)
         self.loss = on(loss, self.device) if isinstance(loss, nn.Module) and judging else loss
-        self.program = _forwards(me.program, plan.microbatches)
+        self.program = _forwards(plan, me.course)
         self.rank = dist.get_rank()
         self.row = self.program.rows[self.rank]
-        self.mailbox = Mailbox(self.program, me.groups.all, self.device)
+        self.mailbox = Mailbox(self.program, me.groups.evaluating, self.device)
         self.first, self.share = me.replica * me.microbatches, me.microbatches
         self.origin = self._holder(0, 0)
         self.validation = None
@@ -264,8 +266,18 @@ class Evaluator:
         )
 
 
-def _forwards(program: Program, microbatches: int) -> Program:
-    """Return a program's forwards of the first so many micro-batches, with their messages, in its order."""
+def _forwards(plan: Plan, course: Course) -> Program:
+    """Return the forwards of one step of a plan, with their messages, in the order of its training's.
+
+    Where steps overlap, a step's forwards are those of a pipeline that does nothing else.
+    """
+    alone = forward_only(plan)
+    if course.rolling is not None and alone is not None:
+        return _kept(unroll(alone), plan.microbatches)
+    return _kept(course.program, plan.microbatches)
+
+
+def _kept(program: Program, microbatches: int) -> Program:
     kept = (
         row[codes.has(row, FORWARD, SEND_FORWARD, RECV_FORWARD) & (codes.microbatches(row) < microbatches)]
         for row in program.order

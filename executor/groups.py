@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from executor.torch_adapter import timeout
 from planner.orders import synchronisation
+from planner.programs.rolling import rolls
 from planner.values.plan import Plan
 
 
@@ -17,13 +18,15 @@ class Groups:
     `all` carries the messages, apart from the collectives. `replicas` says of which pipeline each row is, and
     `pipeline` joins the rows of this rank's. `holding` joins those that hold each stage, for its gradients: one group
     per stage, as what is done in a group is done by all in one order; `gathering` does so for sharded parameters.
-    `judging` joins those that have losses.
+    `judging` joins those that have losses. `evaluating` carries the messages of evaluations, between which some of the
+    training may be under way.
     """
 
     def __init__(self, plan: Plan) -> None:
         shards = synchronisation.get(plan.synchronisation).shards
         rows = range(len(plan.groups))
         self.all = group_of(rows)
+        self.evaluating = group_of(rows) if rolls(plan) else self.all
         self.replicas = tuple(row * plan.pipelines // len(rows) for row in rows)
         own = self.replicas[dist.get_rank()]
         pipelines = [among(row for row in rows if self.replicas[row] == r) for r in range(plan.pipelines)]

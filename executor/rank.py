@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from executor.averaging import Averaging, zero
 from executor.batch import Drawn, tensors, to
 from executor.boundaries import Described, boundaries
 from executor.compiling import compile_now
+from executor.course import Course
 from executor.devices import Backend
 from executor.elementwise import check_elementwise
 from executor.feed import open_feed
 from executor.groups import Groups, among
 from executor.initial import Weights, extra_states
 from executor.layers import LayeredModel
-from executor.mailbox import Mailbox
+from executor.mailbox import Arrived, Mailbox
 from executor.model_file import ModelFile
 from executor.noise import UPDATE, Noise
 from executor.norm import AllGradients
@@ -35,19 +37,20 @@ from executor.stage import Sources, Stage, Tensors
 from executor.swapping import Swapped, open_tier
 from executor.torch_adapter import pytree
 from planner.orders import schedules, synchronisation
-from planner.orders.action import Action, Row
+from planner.orders.action import Action
 from planner.orders.operations import (
     BACKWARD,
     FORWARD,
     OFFLOAD,
     OPERATIONS,
+    OPTIMIZER,
     RECV_BACKWARD,
     RECV_FORWARD,
     REDUCE_GRAD,
     SEND_BACKWARD,
     SEND_FORWARD,
 )
-from planner.programs.lowering import lower
+from planner.programs.program import RECEIVES
 from planner.values.plan import Plan
 
 
@@ -55,7 +58,8 @@ from planner.values.plan import Plan
 class Stamped:
     """An action with the device's stamps: begun, its wait over, done.
 
-    `repeats` bracket recomputes inside it, `waits` what it waits for other ranks.
+    `repeats` bracket recomputes inside it, `waits` what it waits for other ranks. `arrived` are the messages that it
+    has waited for; `reduced` is when what it has waited for was handed over.
     """
 
     action: Action
@@ -64,6 +68,8 @@ class Stamped:
     end: Any
     repeats: tuple[Any, ...] = ()
     waits: tuple[Any, ...] = ()
+    arrived: tuple[Arrived, ...] = ()
+    reduced: Any = None
 
 
 class Rank:
@@ -113,11 +119,10 @@ class Rank:
         """Take a row of the plan's program and a place in its groups: all that a rank is before it holds stages."""
         self.plan, self.backend = plan, backend
         self.all_gradients = None
-        self.program = lower(plan, in_turn=backend.in_turn)
-        self.row: Row = self.program.rows[rank]
+        self.course = Course(plan, rank, backend.in_turn)
         self.groups = Groups(plan)
         self.replica = self.groups.replicas[rank]
-        self.mailbox = Mailbox(self.program, self.groups.all, backend.device)
+        self.mailbox = Mailbox(self.course.program, self.groups.all, backend.device, self.course.named)
         self.microbatches = plan.microbatches // plan.pipelines
         self.drawn: Drawn | None = None
         self.inputs: dict[int, Tensors] = {}
@@ -125,14 +130,17 @@ class Rank:
         self.unsent: dict[tuple[int, int], Tensors] = {}
         self.losses: dict[int, torch.Tensor] = {}
         """Every micro-batch's part of the last step's mean loss, where the last stage is."""
-        self.seed, self.steps = seed, 0
+        self.seed = seed
+        self.handed: list[Any] = []
         self.stamped: list[Stamped] = []
         self.stamping = True
+        self.updating: Callable[[int], object] = nothing
+        """Called before every update with the step that it belongs to."""
         self.updated: Callable[[int], object] = nothing
-        """Called behind every update of a stage: a run sets its next step's learning rate there."""
+        """Called behind a stage's last update of a step: a run sets the next step's learning rate there."""
         self.repeats: list[Any] = []
         self.waited: list[Any] = []
-        self.swapped = {(a.stage, microbatch(a)) for a in self.row if a.op == OFFLOAD}
+        self.swapped = {(a.stage, a.microbatch) for a in self.course.row if a.op == OFFLOAD}
         self.tier = open_tier(backend.device) if self.swapped else None
         self.leaving: list[tuple[int, int]] = []
 
@@ -141,11 +149,19 @@ class Rank:
         plan, device = self.plan, self.backend.device
         ranges = plan.layer_ranges([layer.name for layer in layered.layers])
         passing = boundaries(self.file, layered, ranges, plan.samples, device)
-        found, splits = {}, schedules.get(plan.schedule).splits
+        found, schedule = {}, schedules.get(plan.schedule)
+        each = schedule.updates == "microbatch"
         for index in plan.stages_of[rank]:
             module = layered.stage(ranges[index], plan.checkpoints(index))
             loss, group = layered.loss if not module.outputs else None, self.groups.holding[index]
-            found[index] = Stage(index, module, passing[index], loss, group, splits=splits)
+            versions = plan.versions(index) if schedule.asynchronous else 0
+            found[index] = stage = Stage(
+                *(index, module, passing[index], loss, group),
+                splits=schedule.splits,
+                versions=versions,
+                beside=each and group is not None,
+            )
+            stage.scale = float(plan.microbatches) if each else None
         sources = Sources(self.file, layered)
         if self.weights is not None:
             self.unheld = {name: self.weights.real(tensor) for name, tensor in self.unheld.items()}
@@ -157,6 +173,8 @@ class Rank:
         for index, stage in found.items():
             sharding = self._sharding(layered, index, ranges[index]) if stage.group is not None else None
             stage.settle(sources, taken, device, plan.bucket_bytes, sharding)
+            if stage.versions is not None:
+                stage.versions.following = partial(self.course.following, index)
         return found
 
     def _sharding(self, layered: LayeredModel, stage: int, layers: range) -> Sharding | None:
@@ -168,7 +186,7 @@ class Rank:
         blocks = layered.blocks(layers) if "gradients" in shards else (layers,)
         places = tuple(whole[block.start - layers.start : block.stop - layers.start] for block in blocks)
         tied = {name for group in self.plan.tied for name in _tied(self.plan, layered, group)}
-        reductions = sum(action.op == REDUCE_GRAD and action.stage == stage for action in self.row)
+        reductions = sum(action.op == REDUCE_GRAD and action.stage == stage for action in self.course.row)
         gathering = self.groups.gathering[stage] if self.groups.gathering else None
         return Sharding(shards, places, frozenset(tied), reductions, gathering)
 
@@ -195,6 +213,15 @@ class Rank:
         """Whether it takes batches from the data: inputs for the first stage, or targets for the last."""
         return any(stage.is_first or stage.is_last for stage in self.stages.values())
 
+    def begin(self, steps: int) -> None:
+        """Begin a run of so many steps. Where steps overlap, the last of them leaves nothing under way."""
+        self.course.begin(steps)
+        self.mailbox.walk(self.course.program)
+        for stage in self.stages.values():
+            stage.begin()
+            if stage.versions is not None:
+                stage.versions.reads = self.course.reads(stage.index)
+
     def step(
         self,
         recorder: AllocationRecorder | None = None,
@@ -204,29 +231,34 @@ class Rank:
     ) -> None:
         """Perform one step: every action of the row, in order, stamped unless nobody wants to know.
 
-        `recorder` marks each action's range; `watch` is called with the action before and after it.
+        Of steps that overlap it is what the rank does from the end of one to the end of the next. `recorder` marks each
+        action's range; `watch` is called with the action before and after it.
         """
         self.stamped, self.stamping, self.drawn = [], stamping, None
         self.losses = {}
-        for action in self.row:
+        for action in self.course.next():
             if watch:
                 watch(action, "before")
-            with recorder.marked(str(action)) if recorder else self._named(action):
+            with recorder.marked(str(self.course.named(action))) if recorder else self._named(action):
                 self._perform(action)
             if watch:
                 watch(action, "after")
-        self.mailbox.finish()
         for stage in self.stages.values():
             self.losses |= stage.losses
-            stage.forget()
-        self.inputs, self.targets = {}, {}
-        self.steps += 1
+            stage.losses = {}
+        if self.course.over:
+            self.mailbox.finish()
+            for stage in self.stages.values():
+                stage.forget()
+            self.inputs, self.targets = {}, {}
+        self.course.done += 1
 
     def _perform(self, action: Action) -> None:
         start = self._stamp()
-        self.mailbox.arrive(action)
+        arrived = tuple(self.mailbox.arrive(action))
+        reduced = self._reduced(action)
         if OPERATIONS[action.op].needs and (action.stage, action.microbatch) in self.swapped:
-            self.stages[action.stage].swapped(microbatch(action)).wait()
+            self.stages[action.stage].swapped(self.microbatch(action)).wait()
         ready = self._stamp()
         self.mailbox.let_go(action)
         if self.leaving:
@@ -235,7 +267,25 @@ class Rank:
         ended = getattr(self, PERFORMS[action.op])(action)
         end = self._stamp() if ended is None else ended
         if self.stamping:
-            self.stamped.append(Stamped(action, start, ready, end, tuple(self.repeats), tuple(self.waited)))
+            if action.op in RECEIVES:
+                self.mailbox.posted(action, end)
+            self.stamped.append(
+                Stamped(action, start, ready, end, tuple(self.repeats), tuple(self.waited), arrived, reduced)
+            )
+
+    def _reduced(self, action: Action) -> Any:
+        """Wait for the reduction that an update needs; return when it was begun."""
+        beside = self.stages[action.stage].beside if action.op == OPTIMIZER else None
+        if beside is None:
+            return None
+        beside.arrive()
+        return self.handed.pop(0)
+
+    def microbatch(self, action: Action) -> int:
+        """Return an action's micro-batch, which it has, with the number that nothing else under way has."""
+        found = self.course.named(action).microbatch
+        assert found is not None, action
+        return found
 
     def _stamp(self) -> Any:
         return self.backend.stamp() if self.stamping else None
@@ -256,27 +306,31 @@ class Rank:
 
         A rank that holds the first stage and the last takes one share for both.
         """
-        stage = self.stages[action.stage]
+        stage, first = self.stages[action.stage], self.replica * self.microbatches
+        if action.microbatch is None:
+            every = (a for a in self.course.row if (a.op, a.stage) == (FORWARD, stage.index))
+            held = {_number(action): _number(action) - first for action in every}
+        else:
+            own = self.course.taken(stage.index, self.microbatch(action))
+            held, self.drawn = {m: self.course.place(m)[1] - first for m in own}, None
         self.drawn = drawn = self.drawn or self.feed.take()
-        first = self.replica * self.microbatches
-        held = [microbatch(a) for a in self.row if a.op == FORWARD and a.stage == action.stage]
         inputs, targets = self.parted(drawn.inputs, drawn.targets)
         if stage.is_first:
             chunks = list(zip(*(tensor.chunk(self.microbatches) for tensor in inputs), strict=True))
-            self.inputs = {m: tuple(to(part, self.backend.device) for part in chunks[m - first]) for m in held}
+            self.inputs |= {m: tuple(to(part, self.backend.device) for part in chunks[i]) for m, i in held.items()}
         if stage.is_last:
             parts = split(targets, self.microbatches)
-            self.targets = {m: self._moved(parts[m - first]) for m in held}
+            self.targets |= {m: self._moved(parts[i]) for m, i in held.items()}
             whole = drawn.split(self.microbatches)
-            self.averaging.begin({m: whole[m - first] for m in held})
+            self.averaging.begin({m: whole[i] for m, i in held.items()})
 
     def _moved(self, tree: Any) -> Any:
         return pytree.tree_map(lambda value: to(value, self.backend.device), tree)
 
     def forward(self, action: Action) -> None:
         """One micro-batch through a stage's layers; on the last stage also its loss, as its share of the step's."""
-        stage, m = self.stages[action.stage], microbatch(action)
-        noise = Noise(self.seed, self.steps, m, self.backend.device)
+        stage, m = self.stages[action.stage], self.microbatch(action)
+        noise = Noise(self.seed, *self.course.place(m), self.backend.device)
         inputs = self._arrived(stage, m)
         staying: Tensors = ()
         if self.tier is not None:
@@ -284,6 +338,9 @@ class Rank:
         swapped = self._swapped(stage, m, staying, compiled=self.file.compiled)
         judged = (lambda result: self._judged(stage, m, result)) if stage.is_last else None
         stage.forward(m, inputs, noise, judged, swapped)
+        if self.course.rolling is not None:  # elsewhere they are let go of with the step
+            self.inputs.pop(m, None)
+            self.targets.pop(m, None)
 
     def _swapped(self, stage: Stage, m: int, staying: Tensors = (), *, compiled: bool = False) -> Swapped | None:
         """Return what a micro-batch keeps on its way to the host, where it is swapped; `staying` does not go there."""
@@ -293,18 +350,18 @@ class Rank:
 
     def offload(self, action: Action) -> None:
         """Begin to copy to the host what a micro-batch keeps for its backward."""
-        self.stages[action.stage].swapped(microbatch(action)).offload()
+        self.stages[action.stage].swapped(self.microbatch(action)).offload()
 
     def release(self, action: Action) -> None:
         """Let go of it; of what was sent, as soon as that is known to have been received."""
-        self.stages[action.stage].swapped(microbatch(action)).release()
+        self.stages[action.stage].swapped(self.microbatch(action)).release()
         if action.stage + 1 not in self.stages:  # the next stage here reads it
-            self.leaving.append((action.stage, microbatch(action)))
+            self.leaving.append((action.stage, self.microbatch(action)))
             self._leave()
 
     def fetch(self, action: Action) -> None:
         """Begin to copy it back."""
-        self.stages[action.stage].swapped(microbatch(action)).fetch()
+        self.stages[action.stage].swapped(self.microbatch(action)).fetch()
 
     def _leave(self) -> None:
         """Let go of what micro-batches have sent that are on the host."""
@@ -351,24 +408,24 @@ class Rank:
         stage = self.stages[action.stage]
         if not stage.splits:
             return self._stamp()
-        stage.repeat(microbatch(action))
+        stage.repeat(self.microbatch(action))
         return None
 
     def backward(self, action: Action) -> None:
         """The whole backward of a micro-batch."""
-        stage, m = self.stages[action.stage], microbatch(action)
+        stage, m = self.stages[action.stage], self.microbatch(action)
         gradients = self._returned(stage, m)
         self._keep(stage, m, stage.backward(m, gradients, self._on_repeat()))
 
     def backward_input(self, action: Action) -> None:
         """The half of a micro-batch's backward that the stage before is waiting for."""
-        stage, m = self.stages[action.stage], microbatch(action)
+        stage, m = self.stages[action.stage], self.microbatch(action)
         gradients = self._returned(stage, m)
         self._keep(stage, m, stage.backward_input(m, gradients))
 
     def backward_weight(self, action: Action) -> None:
         """The other half, for the stage's parameters."""
-        self.stages[action.stage].backward_weight(microbatch(action))
+        self.stages[action.stage].backward_weight(self.microbatch(action))
 
     def _on_repeat(self) -> Callable[[], None] | None:
         return (lambda: self.repeats.append(self._stamp())) if self.plan.recomputes else None
@@ -380,11 +437,11 @@ class Rank:
 
     def send_forward(self, action: Action) -> None:
         """Post the send of a stage's outputs."""
-        self.mailbox.send(action, self.stages[action.stage].passing[microbatch(action)].outputs)
+        self.mailbox.send(action, self.stages[action.stage].passing[self.microbatch(action)].outputs)
 
     def send_backward(self, action: Action) -> None:
         """Post the send of the gradients of a stage's inputs."""
-        self.mailbox.send(action, self.unsent.pop((action.stage, microbatch(action))))
+        self.mailbox.send(action, self.unsent.pop((action.stage, self.microbatch(action))))
 
     def receive(self, action: Action) -> None:
         """Post a receive."""
@@ -422,6 +479,13 @@ class Rank:
         assert gathering is not None, action
         gathering.leave()
 
+    def reduce_beside(self, action: Action) -> None:
+        """Begin to average a stage's gradients over the ranks that hold it; the update behind waits for that."""
+        beside = self.stages[action.stage].beside
+        assert beside is not None, action
+        beside.hand_over()
+        self.handed.append(self._stamp())
+
     def add_up_gradients(self, action: Action) -> None:
         """Add up the gradients of parameters that stages share, `action` naming the first of these stages."""
         self.shared[action.stage].add_up()
@@ -443,9 +507,19 @@ class Rank:
         """
         stage = self.stages[action.stage]
         usable = self.all_gradients is None or self.all_gradients.ready(action.stage)
-        Noise(self.seed, self.steps, UPDATE, self.backend.device).at(action.stage)
+        step, place, last = self._updates(action)
+        Noise(self.seed, step, UPDATE + place, self.backend.device).at(action.stage)
+        self.updating(step - self.course.first)
         stage.update(usable=usable)
-        self.updated(action.stage)
+        if last:
+            self.updated(action.stage)
+
+    def _updates(self, action: Action) -> tuple[int, int, bool]:
+        """Return the step that an update belongs to, its place in it, and whether it is the stage's last one there."""
+        if action.microbatch is None:
+            return self.course.done, 0, True
+        m = self.microbatch(action)
+        return *self.course.place(m), len(self.course.taken(action.stage, m)) == 1
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
@@ -458,14 +532,16 @@ class Rank:
             if not stage.is_first and stage.index - 1 not in self.stages
             for passing in stage.passing.values()
         ]
+        begun = [p.inputs for stage in self.stages.values() if stage.is_first for p in stage.passing.values()]
         return {
             "parameters": sum(stage.parameter_bytes for stage in self.stages.values()),
+            "versions": sum(own.versions.nbytes for own in self.stages.values() if own.versions is not None),
             "buffers": sum(b.nbytes for module in modules for b in module.buffers()),
             "gradients": sum(stage.gradient_bytes for stage in self.stages.values()),
             "optimizer": sum(t.nbytes for entry in state for t in entry.values() if isinstance(t, torch.Tensor)),
             "communication": sum(stage.gathering.bytes for stage in self.stages.values() if stage.gathering is not None)
             + _stored((self.mailbox.held(), arrived, sending, list(self.unsent.values()))),
-            "input": _stored((self.inputs, self.targets)),
+            "input": _stored((self.inputs, self.targets, begun)),
         }
 
     def state(self) -> dict[str, Any]:
@@ -489,7 +565,7 @@ class Rank:
         return {name: value for stage in self.stages.values() for name, value in stage.gradients().items()}
 
 
-def nothing(stage: int) -> None:
+def nothing(_: int) -> None:
     """Do nothing."""
 
 
@@ -542,7 +618,6 @@ def _extra(
     return {name: lambda name=name: made[name] for name in every} | own
 
 
-def microbatch(action: Action) -> int:
-    """Return an action's micro-batch, which it has."""
+def _number(action: Action) -> int:
     assert action.microbatch is not None, action
     return action.microbatch

@@ -10,7 +10,7 @@ from executor.allocator import AllocationRecorder
 from executor.devices import Backend
 from executor.rank import Rank, Stamped
 from planner.orders.action import Action
-from planner.programs.program import RECEIVES
+from planner.orders.operations import REDUCE_ASYNC
 from planner.values.trace import COMPUTE, KINDS, LINK, Event, MemoryPoint
 
 
@@ -54,7 +54,6 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
     posting of its receive to the end of that wait.
     """
     found: list[Event] = []
-    posted: dict[Action, float] = {}
 
     def seconds(stamp: object) -> float:
         return backend.seconds(stamp) + offset
@@ -68,14 +67,12 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
             repeated = sum(times[1::2]) - sum(times[::2])
             start = ready = repeat.ready + repeated
             found.append(msgspec.structs.replace(repeat, end=start))
-        elif action.op in RECEIVES:
-            posted[action] = end
-        for receive in me.mailbox.takes.get(action, ()):
-            if receive not in posted:
-                continue
-            since = posted.pop(receive)
-            size = sum(one.nbytes for one in me.passed(receive))
+        for receive, stamp, size in stamped.arrived:
+            since = seconds(stamp)
             found.append(Event(rank, LINK, str(receive), since, since, max(since, ready), size))
+        if stamped.reduced is not None:
+            since, reduction = seconds(stamped.reduced), str(action._replace(op=REDUCE_ASYNC))
+            found.append(Event(rank, LINK, reduction, since, since, max(since, ready)))
         # What is waited for inside, as for gathered parameters, is shown in front, as it is priced.
         waits = [seconds(stamp) for stamp in stamped.waits]
         ready += sum(waits[1::2]) - sum(waits[::2])
@@ -86,29 +83,43 @@ def events(me: Rank, stamps: list[Stamped], rank: int, backend: Backend, offset:
 def memory_step(me: Rank, rank: int, backend: Backend, offset: float) -> RankMemory:
     """Perform one more step and record its memory: between actions by kind, inside them at their worst.
 
-    What is known by name is counted; the rest is activations, of which the first step's first action has none.
+    What is known by name is counted; the rest is activations, of which the first step's first action has none. Where
+    steps overlap, so many are performed that they fill and drain the pipeline; what is returned is one when it is full.
     """
+    rolling = me.course.rolling
+    count, full = (rolling.least + 1, rolling.filling + 1) if rolling is not None else (1, 0)
     known: dict[str, dict[str, int]] = {}
+    timed: tuple[Event, ...] = ()
+    names: list[tuple[str, str]] = []
+
+    def name(action: Action) -> str:
+        return str(me.course.named(action))
 
     def watch(action: Action, when: str) -> None:
         if when == "before":
-            known[str(action)] = me.bytes_by_kind()
+            known[name(action)] = me.bytes_by_kind()
+            names.append((name(action), str(action)))
 
+    me.begin(count)
     with AllocationRecorder(backend) as recorder:
-        me.step(recorder, watch)
+        for step in range(count):
+            begin = len(names)
+            me.step(recorder, watch)
+            if step == full:
+                timed = events(me, me.stamped, rank, backend, offset)
+                wanted = range(begin, len(names))
     points: list[MemoryPoint] = []
     live = 0
-    timed = events(me, me.stamped, rank, backend, offset)
     times = {e.action: e for e in timed if e.lane == COMPUTE}
-    static = sum(known[str(me.row[0])].values())
-    for action in me.row:
-        name = str(action)
-        peak, kept = recorder.span(name)
-        event = times[name]
-        kinds = dict.fromkeys(KINDS, 0.0) | {k: float(v) for k, v in known[name].items()}
-        kinds["activations"] = max(0.0, static + live - sum(known[name].values()))
-        for time_, inside in ((event.ready, 0), ((event.ready + event.end) / 2, peak)):
-            values = kinds | {"transient": float(inside)}
-            points.append(MemoryPoint(rank, time_, tuple(values[k] for k in KINDS)))
+    static = sum(known[names[0][0]].values())
+    for place, (own, action) in enumerate(names):
+        peak, kept = recorder.span(own)
+        if place in wanted:
+            event = times[action]
+            kinds = dict.fromkeys(KINDS, 0.0) | {k: float(v) for k, v in known[own].items()}
+            kinds["activations"] = max(0.0, static + live - sum(known[own].values()))
+            for time_, inside in ((event.ready, 0), ((event.ready + event.end) / 2, peak)):
+                values = kinds | {"transient": float(inside)}
+                points.append(MemoryPoint(rank, time_, tuple(values[k] for k in KINDS)))
         live += kept
     return RankMemory(events=timed, memory=tuple(points))

@@ -99,12 +99,12 @@ class Buckets:
     def _take(self, used: list[bool], numbers: int = 0) -> list[torch.Tensor]:
         """Make buckets of those that are used and have none, the first of all with room for numbers."""
         outside, wanted = set(self.outside), dict(zip(self.parameters, used, strict=True))
-        groups = list(_filled((p for p in reversed(self.parameters) if p in outside and wanted[p]), self.bucket_bytes))
+        groups = list(filled((p for p in reversed(self.parameters) if p in outside and wanted[p]), self.bucket_bytes))
         self.outside = tuple(p for p in self.outside if not wanted[p])
         if numbers and not groups:
             groups = [[]]
         kind = self.parameters[0]
-        made = [_bucket(own, numbers if own is groups[0] else 0, kind) for own in groups]
+        made = [bucket(own, numbers if own is groups[0] else 0, kind) for own in groups]
         for flat, views in made:
             self.flats.append(flat)
             self.views |= views
@@ -155,7 +155,7 @@ class Shared:
                 other.copy_(first)
 
 
-def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:
+def filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iterator[list[torch.nn.Parameter]]:
     """Group parameters until each group has `bucket_bytes` (0: all of them) of one dtype, in the order given."""
     filled: list[torch.nn.Parameter] = []
     for parameter in parameters:
@@ -168,11 +168,11 @@ def _filled(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int) -> Iter
         yield filled
 
 
-def _bucket(
-    parameters: list[torch.nn.Parameter], more: int, like: torch.Tensor
+def bucket(
+    parameters: list[torch.nn.Parameter], more: int, like: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[torch.nn.Parameter, torch.Tensor]]:
     """Return a tensor of which the parameters' gradients are parts from now on, with room for some `more` numbers."""
-    like = parameters[0] if parameters else like
+    like = parameters[0] if parameters or like is None else like
     sizes = [p.numel() for p in parameters]
     flat = torch.zeros(sum(sizes) + more, dtype=like.dtype, device=like.device)
     views = {}

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from executor.beside import Beside
 from executor.boundaries import Boundary, Described
 from executor.devices import Backend
 from executor.flats import gather, reduce_scatter
 from executor.groups import among
 from executor.noise import Noise
-from executor.rank import Rank, microbatch
+from executor.rank import Rank
 from executor.reduction import add_up
 from executor.stage import Judged, Passing, Stage, Tensors
 from executor.stage_module import StageModule
@@ -52,6 +53,7 @@ class RehearsedRank(Rank):
                 self.waits,
                 self.groups.holding[index],
                 splits=schedules.get(plan.schedule).splits,
+                beside=schedules.get(plan.schedule).updates == "microbatch",
             )
             for index in plan.stages_of[rank]
         }
@@ -82,9 +84,9 @@ class RehearsedRank(Rank):
 
     def forward(self, action: Action) -> None:
         """Let a micro-batch pass through a stage that waits."""
-        stage, m = self.stages[action.stage], microbatch(action)
+        stage, m = self.stages[action.stage], self.microbatch(action)
         self._await_gathers(action.stage, FORWARD, m)
-        noise = Noise(self.seed, self.steps, m, self.backend.device)
+        noise = Noise(self.seed, *self.course.place(m), self.backend.device)
         inputs = () if stage.is_first else self._arrived(stage, m)
         stage.forward(m, inputs, noise, swapped=self._swapped(stage, m))
 
@@ -159,6 +161,7 @@ class WaitingStage(Stage):
         group: dist.ProcessGroup | None,
         *,
         splits: bool,
+        beside: bool = False,
     ) -> None:
         names = [tuple(value.name for value in values) for values in (shadow.taken, shadow.made)]
         boundary = Boundary(tuple(map(_described, shadow.taken)), tuple(map(_described, shadow.made)))
@@ -169,6 +172,8 @@ class WaitingStage(Stage):
         """What the stage's holders reduce: as many bytes in as many collectives, without gradients in them."""
         self.gathers = [torch.zeros(_floats(size, ranks)) for size in shadow.gathered] if group is not None else []
         self.gradients_held: Tensors = ()
+        if beside and group is not None:
+            self.beside = _ReducedBeside(self.flats, group)
 
     def begin_gathers(self) -> list[dist.Work]:
         """Begin to gather as many bytes as the stage's parameters have."""
@@ -251,6 +256,26 @@ class WaitingStage(Stage):
         with self.waits.waiting(self.index, OPTIMIZER):
             untouched(self.shadow.inside[OPTIMIZER])
             self.gradients_held = ()
+
+
+class _ReducedBeside(Beside):
+    """As many bytes as gradients have, averaged while a stage waits for something else."""
+
+    nbytes = 0
+
+    def __init__(self, flats: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self.flats, self.group = flats, group
+        self.works: list[list[dist.Work]] = []
+
+    def hand_over(self) -> None:
+        """Begin to reduce."""
+        copies = [torch.zeros_like(flat) for flat in self.flats]
+        self.works.append([dist.all_reduce(flat, group=self.group, async_op=True) for flat in copies])
+
+    def arrive(self) -> None:
+        """Wait for what was begun first."""
+        for work in self.works.pop(0):
+            work.wait()
 
 
 _CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from executor.beside import Beside
 from executor.boundaries import Boundary
 from executor.compiling import compile_layers
 from executor.gathering import COMMON, Gathering
@@ -36,6 +37,7 @@ from executor.surroundings import on
 from executor.swapping import Swapped, let_go
 from executor.torch_adapter import halves, whole_backward
 from executor.updating import own_optimizer
+from executor.versions import Versions
 from planner.basis.errors import RUN_FAILED, PlanError
 from planner.orders.operations import BACKWARD, FORWARD
 
@@ -77,6 +79,9 @@ class Stage:
 
     `loss` is the last stage's, from its result and targets. `group` joins the ranks that hold the stage, where there
     are several. Its backwards are done in two halves where the schedule `splits` them.
+
+    Where parameters change while micro-batches are under way it keeps so many `versions` of them, 0 elsewhere.
+    Gradients may be reduced `beside` computing.
     """
 
     def __init__(
@@ -88,18 +93,22 @@ class Stage:
         group: dist.ProcessGroup | None,
         *,
         splits: bool = False,
+        versions: int = 0,
+        beside: bool = False,
     ) -> None:
-        self.splits = splits
+        self.splits, self.most_versions, self.is_beside = splits, versions, beside
         self.index, self.module, self.boundary, self.loss, self.group = index, module, boundary, loss, group
         self._before = [id(tensor) for _, _, tensor in places([module])]
         self.passing: dict[int, Passing] = {}
         self.losses: dict[int, torch.Tensor] = {}
         """Every micro-batch's part of the step's mean loss, on the last stage."""
-        self.scale: torch.Tensor | None = None
-        """What losses are multiplied by for their backward, in float16."""
+        self.scale: torch.Tensor | float | None = None
+        """What losses are multiplied by for their backward: in float16, and where each micro-batch has an update."""
         self.buckets: Buckets | None = None
         self.shards: Shards | None = None
         self.gathering: Gathering | None = None
+        self.beside: Beside | None = None
+        self.versions: Versions | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.places: dict[int, tuple[nn.Module, str]] = {}
         self.saved: dict[str, tuple[nn.Module, str]] = {}
@@ -135,7 +144,12 @@ class Stage:
                 self.shards = Shards(self._blocks(sharding), self.group, sharding.shards, sharding.reductions)
                 self.gathering = self._gathering(sharding, self.shards)
             reduced = self._replicated().values()
-            self.buckets = Buckets(reduced, self.group, bucket_bytes) if reduced or sharding is None else None
+            if self.is_beside:
+                self.beside = Beside(reduced, self.group, bucket_bytes)
+            elif reduced or sharding is None:
+                self.buckets = Buckets(reduced, self.group, bucket_bytes)
+        if self.most_versions:
+            self.versions = Versions(tuple(self.trained.values()), self.most_versions)
         self.optimizer = own_optimizer(sources.file, sources.layered.model, self.updated)
 
     def _blocks(self, sharding: Sharding) -> list[dict[str, nn.Parameter]]:
@@ -184,7 +198,9 @@ class Stage:
 
     @property
     def updated(self) -> dict[str, nn.Parameter]:
-        """What this rank updates: the parameters that are trained, or its pieces of them."""
+        """What this rank updates: the parameters that are trained, or its pieces of them, or the newest version."""
+        if self.versions is not None:
+            return dict(zip(self.trained, self.versions.own, strict=True))
         return {**self._replicated(), **(self.shards.pieces if self.shards is not None else {})}
 
     @property
@@ -245,6 +261,8 @@ class Stage:
         What is kept for its backward goes to `swapped`, where it is to be copied to the host. Raises `PlanError` (exit
         6) when what is to be sent on is not what the next stage expects.
         """
+        if self.versions is not None:
+            self.versions.forward(microbatch)
         flags = (one.gradient for one in self.boundary.taken)
         inputs = tuple(value.requires_grad_(flag) for value, flag in zip(inputs, flags, strict=True))
         self.module.noise, self.module.forgotten = noise, [] if self.splits else None
@@ -301,6 +319,8 @@ class Stage:
 
         `gradients` are those of the outputs that have any. `on_repeat` is called before and after what is recomputed.
         """
+        if self.versions is not None:
+            self.versions.backward(microbatch)
         passing = self.passing.pop(microbatch)
         self.module.on_repeat = on_repeat
         if self.gathering is not None:
@@ -372,8 +392,12 @@ class Stage:
         user's optimizer leaves out: they would count in the next step's norm.
         """
         if self.optimizer is not None and usable:
-            self.optimizer.step()
-        for reduced in (self.buckets, self.shards):
+            if self.versions is None:
+                self.optimizer.step()
+            else:
+                mean = self.beside.take() if self.beside is not None else None
+                self.versions.renew(self.optimizer.step, mean or {p: p.grad for p in self.versions.parameters})
+        for reduced in (self.buckets, self.shards, self.beside):
             if reduced is not None:
                 reduced.clear()
         if self.group is None:
@@ -391,10 +415,16 @@ class Stage:
     def gradient_bytes(self) -> int:
         """Bytes of gradients that are there now."""
         own = sum(p.grad.nbytes for p in self._replicated().values() if p.grad is not None)
+        own += self.beside.nbytes if self.beside is not None else 0
         return own + (self.shards.gradient_bytes if self.shards is not None else 0)
 
+    def begin(self) -> None:
+        """Begin with nothing under way."""
+        if self.versions is not None:
+            self.versions.begin()
+
     def forget(self) -> None:
-        """Forget what micro-batches have left behind."""
+        """Forget what micro-batches of a step that is over have left behind."""
         self.passing.clear()
         self.losses = {}
 

@@ -130,7 +130,7 @@ def restore(me: Rank, rates: Rates, rank: int, found: Sound, steps: int) -> None
         module = getattr(get, "__self__", None)  # none where no stage of the rank holds it
         if module is not None and name in extra:
             module.set_extra_state(extra[name])
-    me.steps = manifest.step
+    me.course.done = manifest.step
     me.feed.start(manifest.step)
     if manifest.plan == me.plan:
         for i, buffers in rests[rank]["buffers"].items():

@@ -91,10 +91,10 @@ class Training:
     ) -> None:
         self.me, self.rates, self.backend, self.offset, self.where = me, rates, backend, offset, where
         self.rank = dist.get_rank()
-        self.ending, self.start = Ending(folder, backend, start), start
+        self.folder, self.start = folder, start
         self.steps_file, self.recorded_file = file_of(folder, self.rank), recording_of(folder, self.rank)
         self.pending: list[_Done] = []
-        self.folder = folder
+        self.used: dict[int, float] = {}
         self.examined: int | None = None
         """The step in which every layer's output is looked at; it is the last one then."""
         self.written = start
@@ -110,15 +110,17 @@ class Training:
 
         Raises `PlanError` (exit 6) when the loss is no number any more; the steps before are written.
         """
+        self.me.begin(steps - self.start)
+        ending = Ending(self.folder, self.backend, self.start, self.me.course.notice)
         window, flushed = recorded(steps, self.start, self.have), time.monotonic()
-        begin, done, ended = self.backend.stamp(), self.start, False
+        begin, done, stopped, ended = self.backend.stamp(), self.start, False, False
         if self.rates is not None:
-            self.me.updated = self.rates.step
+            self.me.updating, self.me.updated = self._note_rate, self.rates.step
         while done < steps and not ended:
             if done == self.examined:
                 watch(self.me, self.folder, self.rank)
-            rate = math.nan if self.rates is None else self.rates.current
             self.me.step(stamping=done in window)
+            rate = self._rate(done - self.start)
             end = self.backend.stamp()
             losses, stamped = list(self.me.losses.values()), self.me.stamped
             norm = self.me.all_gradients.found if self.me.all_gradients is not None else None
@@ -127,9 +129,15 @@ class Training:
             if time.monotonic() - flushed > FLUSH_S:
                 self.flush()
                 flushed = time.monotonic()
-            ended = done - 1 == self.examined or (done < steps and self.ending.here(done))
+            if done < steps and not stopped:
+                behind = ending.here(done)
+                if behind is not None:
+                    self.me.course.end(behind - self.start)
+                    steps, stopped = self.start + self.me.course.steps, True
+            ended = done - 1 == self.examined or (stopped and done >= steps)
             judged = evaluations is not None and not ended and evaluations.due(done)
-            kept = checkpointing is not None and checkpointing.due(done, last=ended or done == steps)
+            whole = self.me.course.rolling is None or done == steps  # nothing is under way that would be forgotten
+            kept = checkpointing is not None and whole and checkpointing.due(done, last=ended or done == steps)
             if judged or kept:
                 self.flush()
                 if evaluations is not None and judged:
@@ -137,9 +145,20 @@ class Training:
                 if checkpointing is not None and kept:
                     checkpointing.save(done)
                 begin, flushed = self.backend.stamp(), time.monotonic()
-        self.me.updated = nothing
+        self.me.updating = self.me.updated = nothing
+        ending.close()
         self.flush()
         return done
+
+    def _note_rate(self, step: int) -> None:
+        if self.rates is not None:
+            self.used.setdefault(step, self.rates.current)
+
+    def _rate(self, done: int) -> float:
+        """The rate of a step's updates, the first of which may come in the next step only: of an average beside it."""
+        found = self.used.get(done, math.nan if self.rates is None else self.rates.current)
+        self.used = {step: rate for step, rate in self.used.items() if step > done}
+        return found
 
     def flush(self) -> None:
         """Write what has been done since the last time."""

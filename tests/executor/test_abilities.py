@@ -12,7 +12,7 @@ from executor.abilities import HALVES_OF_SHARDS, PERFORMS, missing
 from planner.orders.operations import OPS
 from planner.placement.pipeline import Question
 from planner.placement.strategies import get
-from planner.values.plan import Plan
+from planner.values.plan import Plan, Stage
 from tests.factory import devices, profile
 
 
@@ -46,6 +46,9 @@ def test_a_plan_is_judged_without_torch() -> None:
         "chimera",
         "zb-h1",
         "zb-v",
+        "pipedream",
+        "pipedream-vertical",
+        "pipedream-2bw",
     ],
 )
 def test_what_can_be_run(strategy: str) -> None:
@@ -59,17 +62,23 @@ def test_what_can_be_run(strategy: str) -> None:
     ("strategy", "words"),
     [
         ("parameter-server", ("pulling parameters (PULL)", "pushing gradients (PUSH)")),
-        ("pipedream", ("steps that overlap, without a flush",)),
     ],
 )
 def test_what_cannot_be_run_yet(strategy: str, words: tuple[str, ...]) -> None:
     assert set(words) <= set(missing(spread(strategy)))
 
 
-def test_reductions_beside_computing_cannot_be_run_yet() -> None:
-    words = "reducing gradients beside computing (REDUCE_ASYNC)"
-    assert words in missing(spread("pipedream", 4, 8, replicas=2))
-    assert words not in missing(spread("pipedream-2bw", 4, 8, replicas=2))
+def test_replicas_without_a_flush_share_whole_steps_and_parameters() -> None:
+    for strategy in ("pipedream", "pipedream-2bw"):
+        plan = spread(strategy, 4, 8, replicas=2)
+        assert missing(plan) == ()
+        sharded = msgspec.structs.replace(plan, synchronisation="zero-1")
+        assert "shards of parameters that have versions" in missing(sharded)
+    stages = tuple(Stage(layers=(f"layer{s}",), devices=own) for s, own in enumerate((("d0",), ("d1", "d2"))))
+    turns = Plan(strategy="pipedream", schedule="pipedream", stages=stages, microbatches=4, batch=12)
+    assert missing(turns) == ()
+    odd = msgspec.structs.replace(turns, microbatches=3)
+    assert missing(odd) == ("replicas that take turns with micro-batches of which a step has no whole turns",)
 
 
 def test_savings_that_cannot_be_run_yet() -> None:
