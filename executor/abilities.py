@@ -77,7 +77,7 @@ def missing(plan: Plan) -> tuple[str, ...]:
         "replicas that take turns with micro-batches of which a step has no whole turns": overlap
         and any(plan.microbatches % turns for turns in plan.turns),
         "tensors split over devices": plan.tensor > 1,
-        "an optimizer on the host": plan.host_optimizer,
+        "updates on the host of parameters that have versions": plan.host_optimizer and overlap,
         "swapping activations beside sharded parameters": plan.offload and "parameters" in agreed.shards,
         "swapping activations while parameters change": plan.offload and overlap,
         HALVES_OF_SHARDS: "parameters" in agreed.shards and schedules.get(plan.schedule).splits,

@@ -172,7 +172,7 @@ class Rank:
         taken = set[int]()
         for index, stage in found.items():
             sharding = self._sharding(layered, index, ranges[index]) if stage.group is not None else None
-            stage.settle(sources, taken, device, plan.bucket_bytes, sharding)
+            stage.settle(sources, taken, device, plan.bucket_bytes, sharding, on_host=plan.host_optimizer)
             if stage.versions is not None:
                 stage.versions.following = partial(self.course.following, index)
         return found
@@ -524,7 +524,8 @@ class Rank:
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes that are known by name between two actions."""
         modules = [stage.module for stage in self.stages.values()]
-        state = [entry for optimizer in self.optimizers.values() for entry in optimizer.state.values()]
+        optimizers = () if self.plan.host_optimizer else self.optimizers.values()  # on the host there is their state
+        state = [entry for optimizer in optimizers for entry in optimizer.state.values()]
         sending = [sent for action, (_, sent) in self.mailbox.sending.items() if action.op == SEND_BACKWARD]
         arrived = [
             passing.inputs

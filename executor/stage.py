@@ -25,6 +25,7 @@ from executor.boundaries import Boundary
 from executor.compiling import compile_layers
 from executor.gathering import COMMON, Gathering
 from executor.hollow import places
+from executor.host_update import HostUpdate
 from executor.layer import as_tuple
 from executor.layers import LayeredModel
 from executor.model_file import ModelFile
@@ -110,6 +111,7 @@ class Stage:
         self.beside: Beside | None = None
         self.versions: Versions | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.host_update: HostUpdate | None = None
         self.places: dict[int, tuple[nn.Module, str]] = {}
         self.saved: dict[str, tuple[nn.Module, str]] = {}
         self.named: dict[str, nn.Parameter] = {}
@@ -121,11 +123,14 @@ class Stage:
         device: torch.device,
         bucket_bytes: int,
         sharding: Sharding | None = None,
+        *,
+        on_host: bool = False,
     ) -> None:
         """Take its place on the device, now that its tensors have values: all ranks that hold it, at the same time.
 
         A parameter that an earlier stage of this rank holds, too, is copied: each stage has its own gradients, which
-        are added up where the program says so. What is `taken` is noted by its identity.
+        are added up where the program says so. What is `taken` is noted by its identity. `on_host` it is updated on the
+        host.
         """
         self._part(taken)
         if sources.file.compiled:
@@ -150,7 +155,11 @@ class Stage:
                 self.buckets = Buckets(reduced, self.group, bucket_bytes)
         if self.most_versions:
             self.versions = Versions(tuple(self.trained.values()), self.most_versions)
-        self.optimizer = own_optimizer(sources.file, sources.layered.model, self.updated)
+        updated = self.updated
+        if on_host:
+            self.host_update = HostUpdate(updated)
+            updated = self.host_update.masters
+        self.optimizer = own_optimizer(sources.file, sources.layered.model, updated)
 
     def _blocks(self, sharding: Sharding) -> list[dict[str, nn.Parameter]]:
         """The parameters that are sharded, by block; in front of the blocks those that several of them hold."""
@@ -392,7 +401,9 @@ class Stage:
         user's optimizer leaves out: they would count in the next step's norm.
         """
         if self.optimizer is not None and usable:
-            if self.versions is None:
+            if self.host_update is not None:
+                self.host_update.step(self.optimizer)
+            elif self.versions is None:
                 self.optimizer.step()
             else:
                 mean = self.beside.take() if self.beside is not None else None

@@ -81,10 +81,13 @@ def test_replicas_without_a_flush_share_whole_steps_and_parameters() -> None:
     assert missing(odd) == ("replicas that take turns with micro-batches of which a step has no whole turns",)
 
 
-def test_savings_that_cannot_be_run_yet() -> None:
+def test_savings() -> None:
     plan = spread("gpipe", m=8)
-    for change, words in (({"host_optimizer": True}, "an optimizer on the host"),):
-        assert words in missing(msgspec.structs.replace(plan, **change))
+    for change in ({"offload": True}, {"host_optimizer": True}, {"offload": True, "recompute": True}):
+        assert missing(msgspec.structs.replace(plan, **change)) == ()
+    sharded = msgspec.structs.replace(spread("gpipe", 4, 8, replicas=2), synchronisation="zero-3")
+    (words,) = missing(msgspec.structs.replace(sharded, offload=True))
+    assert words == "swapping activations beside sharded parameters"
 
 
 def test_sharded_parameters_are_not_read_in_halves_of_a_backward() -> None:
