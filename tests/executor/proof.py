@@ -44,6 +44,8 @@ SAVINGS = ("none", "stages", "layers", "blocks", "swap", "stages+swap", "layers+
 BATCH, MICROBATCHES, STEPS, SEED = 16, 8, 5, 11
 TOLERANCE = 1e-6
 """Relative to the largest of a tensor, where sums have another order."""
+ROUNDED = 2.0**-9
+"""The same of weights behind several steps in bf16: one whose last bit differs may be rounded to another number."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -294,7 +296,8 @@ def prove(cases: list[Case], k: int, folder: Path) -> list[Found]:
 
 def _compared(case: Case, ranks: list[dict[str, Any]]) -> Found:
     expected = plain(case.model, case.plan.replicas)
-    equal, worst, where = True, 0.0, ""
+    equal, close, worst, where = True, True, 0.0, ""
+    rounded = cut_model(case.model).file.precision == "bf16"
     seen, weights = set(), dict[str, Any]()
     own = all(
         len(holders) == 1 for holders in case.plan.holders
@@ -302,26 +305,23 @@ def _compared(case: Case, ranks: list[dict[str, Any]]) -> Found:
     for found in ranks:
         mine = {name.partition(":")[2]: gradient for name, gradient in found["gradients"].items()}
         pairs = [(name, gradient, expected.gradients[name]) for name, gradient in mine.items()]
+        gradients = len(pairs)
         pairs += [
             (n, value, expected.state[n]) for n, value in found["state"].items() if n in expected.gradients or own
         ]
         seen |= mine.keys()
         weights |= found["state"]
-        for name, got, wanted in pairs:
+        for at, (name, got, wanted) in enumerate(pairs):
             equal &= torch.equal(got, wanted)
             apart = float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30))
+            close &= apart <= (TOLERANCE if at < gradients or not rounded else ROUNDED)
             if not apart <= worst:
                 worst, where = apart, name
     complete = seen == set(expected.gradients) and weights.keys() == expected.state.keys()
     loss = sum(found["loss"] for found in ranks)
     near = abs(loss - expected.loss) <= 1e-5 * abs(expected.loss)
-    right = complete and near and (equal if ordered(case.plan, case.model) else worst <= allowed(case))
+    right = complete and near and (equal if ordered(case.plan, case.model) else close)
     why = (
         "" if right else f"{where} {'' if complete else 'incomplete '}{'' if near else f'loss {loss} {expected.loss}'}"
     )
     return Found(case, equal, worst, right, why)
-
-
-def allowed(case: Case) -> float:
-    """The largest relative difference of a tensor that another order of sums explains."""
-    return TOLERANCE
