@@ -22,6 +22,7 @@ from planner.cli.report import write_page
 from planner.cli.resuming import resumed
 from planner.cli.runnable import check_runnable
 from planner.cli.training import Progress
+from planner.orders import schedules
 from planner.simulate.predict import simulate as predict
 from planner.store import Run, Store, is_table
 from planner.values.evaluation import forward_only
@@ -165,6 +166,7 @@ def run(
             code=ARTEFACT,
         )
     warn_beyond(measured_profile, [wanted.samples])
+    _check_whole_steps(wanted, checkpoint_every)
     from executor.initial import check_room
     from executor.run import partial
     from executor.run import run as execute
@@ -269,6 +271,17 @@ def _stopped(measured: Outcome, data: dict[str, Any]) -> PlanError:
         code=INTERRUPTED,
         details=data,
     )
+
+
+def _check_whole_steps(plan: Plan, checkpoint_every: int) -> None:
+    """Raise `PlanError` (exit 2) where checkpoints are asked for between steps that overlap."""
+    if checkpoint_every and schedules.get(plan.schedule).asynchronous:
+        raise PlanError(
+            what="a run without flush has no checkpoints",
+            where=f"--checkpoint-every {checkpoint_every}, plan {plan}",
+            why="behind each of its steps micro-batches of the next are under way, with older weights",
+            fix="--checkpoint-every 0; the weights behind the last step are saved, also after Ctrl-C",
+        )
 
 
 def _beyond(comparison: Comparison, check: float, data: dict[str, Any]) -> PlanError | None:
