@@ -6,7 +6,9 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable
@@ -75,6 +77,9 @@ def launch(
 
     handlers = {number: signal.getsignal(number) for number in _AGENTS_SIGNALS}
     before = logging.root.manager.disable
+    errors, temporary = logs / "errors", tempfile.tempdir
+    errors.mkdir(exist_ok=True)
+    tempfile.tempdir = str(errors)  # torch leaves a pickled exception of every rank that fails among temporary files
     logging.disable(logging.ERROR)  # the agent's own words about ranks that fail; `_failed` says it once
     try:
         for number in _ENDS:
@@ -89,6 +94,8 @@ def launch(
     except SignalException as error:
         raise KeyboardInterrupt from error
     finally:
+        tempfile.tempdir = temporary
+        shutil.rmtree(errors, ignore_errors=True)
         logging.disable(before)
         for number, handler in handlers.items():  # the agent leaves its own behind
             signal.signal(number, handler)

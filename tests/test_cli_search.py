@@ -15,14 +15,16 @@ import pytest
 
 from executor import abilities
 from executor.abilities import able
-from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, USAGE
+from planner.basis.errors import ARTEFACT, DEVICE, INTERRUPTED, NOTHING_FITS, USAGE, PlanError
 from planner.cli.line import LINE
 from planner.cli.main import invoke
+from planner.cli.opened import on_devices_of
 from planner.cli.run import _asked as commands
 from planner.orders.operations import BACKWARD_INPUT, BACKWARD_WEIGHT
 from planner.search.search import Search
 from planner.search.space import Candidate
 from planner.store import Store
+from planner.values import plan_file
 from tests import factory
 from tests.test_cli import by_hand, failing
 
@@ -476,6 +478,11 @@ def test_a_plan_for_other_hardware_is_mapped_and_said_to_be(capsys: pytest.Captu
     path = edited(tmp_path, "gpipe-k2-m4", ('"d0"', '"gpu0"'), ('"d1"', '"gpu1"'))
     assert invoke(["simulate", path]) == 0
     assert "devices mapped, gpu0 to d0, gpu1 to d1" in capsys.readouterr().err
+    ranking = Store().load_ranking()
+    wanted = plan_file.read(Path(path))
+    with pytest.raises(PlanError, match="unknown device 'gpu0'") as raised:  # as a run asks
+        on_devices_of(wanted, ranking.cluster, mapped=False)
+    assert raised.value.code == DEVICE
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from planner.basis.errors import ARTEFACT, PlanError, unknown
+from planner.basis.errors import ARTEFACT, DEVICE, PlanError, unknown
 from planner.basis.sources import digest
 from planner.cli import output
 from planner.search.ranking import Ranking, check_least
@@ -211,11 +211,12 @@ def is_of_own_machine(store: Store, ranking: Ranking) -> bool:
     return ranking.cluster == store.load_profile(store.profile_path(ranking.profile)).machine
 
 
-def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
+def on_devices_of(plan: Plan, cluster: Cluster, *, mapped: bool = True) -> Plan:
     """Return the plan on a cluster's own devices; where it is for other hardware, on the first ones in their order.
 
-    That is said on stderr. Raises `PlanError` (exit 5) when the cluster has fewer, and (exit 2) with the nearest name
-    for a device that it does not have beside others that it has, and for an unknown host as a server.
+    That is said on stderr, or, where nothing is to be `mapped`, refused (exit 5). Raises `PlanError` (exit 5) when the
+    cluster has fewer, and (exit 2) with the nearest name for a device that it does not have beside others that it has,
+    and for an unknown host as a server.
     """
     taken = cluster.take(len(plan.device_names)).devices
     where = f"plan {plan}, cluster '{cluster.name}'"
@@ -232,6 +233,9 @@ def on_devices_of(plan: Plan, cluster: Cluster) -> Plan:
     strangers = [name for name in plan.device_names if name not in every]
     if 0 < len(strangers) < len(plan.device_names):
         raise unknown("device", strangers[0], sorted(every), where=where, fix="name the cluster's devices in the plan")
+    if strangers and not mapped:
+        fix = "name its devices in the plan, or see what another machine would do: plan run --rehearse"
+        raise unknown("device", strangers[0], sorted(every), where=where, fix=fix, code=DEVICE)
     renamed = dict(zip(plan.device_names, (device.name for device in taken), strict=True))
     stages = tuple(
         msgspec.structs.replace(stage, devices=tuple(renamed[name] for name in stage.devices)) for stage in plan.stages

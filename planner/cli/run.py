@@ -179,7 +179,7 @@ def run(
     require_same(measured_profile, now, path)
     layers = measured_profile.counted_once().layers
     check_room(sum(layer.parameter_bytes + layer.buffer_bytes for layer in layers), measured_profile.model_path)
-    chosen = on_devices_of(wanted, measured_profile.machine)
+    chosen = on_devices_of(wanted, measured_profile.machine, mapped=False)
     predicted = predict(measured_profile, chosen, measured_profile.machine)
     asked = _asked(store, plan, wanted, path)
     curves = Curves(tensorboard, chosen.batch) if tensorboard is not None else None
