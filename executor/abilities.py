@@ -15,6 +15,8 @@ from planner.orders.operations import (
     OPERATIONS,
     OPS,
     OPTIMIZER,
+    PULL,
+    PUSH,
     RECOMPUTE,
     RECV_BACKWARD,
     RECV_FORWARD,
@@ -53,6 +55,8 @@ PERFORMS = {
     NORM_GRAD: "measure_norm",
     REDUCE_NORM: "agree_on_norm",
     OPTIMIZER: "optimize",
+    PULL: "pull",
+    PUSH: "push",
     UNSHARD_FORWARD: "gather",
     UNSHARD_BACKWARD: "gather_backward",
     RESHARD_FORWARD: "let_go",
@@ -61,6 +65,7 @@ PERFORMS = {
 """The operations that a rank performs, each with the method of `executor.rank.Rank` that does it."""
 
 
+SERVERS_APART = "servers that are not just the devices that hold a stage"
 HALVES_OF_SHARDS = "sharded parameters in a backward of two halves"
 
 
@@ -80,6 +85,8 @@ def missing(plan: Plan) -> tuple[str, ...]:
         "updates on the host of parameters that have versions": plan.host_optimizer and overlap,
         "swapping activations beside sharded parameters": plan.offload and "parameters" in agreed.shards,
         "swapping activations while parameters change": plan.offload and overlap,
+        SERVERS_APART: bool(agreed.server) and not _all_alike(plan),
+        "clipping gradients, or scaling a loss, on servers": bool(agreed.server) and plan.norm,
         HALVES_OF_SHARDS: "parameters" in agreed.shards and schedules.get(plan.schedule).splits,
     }
     flat, _ = codes.flatten(unroll(plan, replicas=1).order)
@@ -89,6 +96,12 @@ def missing(plan: Plan) -> tuple[str, ...]:
         *(words for words, found in limits.items() if found),
         *(f"{OPERATIONS[op].words} ({op})" for op in asked if op not in PERFORMS),
     )
+
+
+def _all_alike(plan: Plan) -> bool:
+    """Whether every device holds all stages and serves its part of them."""
+    every = range(len(plan.groups))
+    return set(plan.servers) == set(plan.device_names) and all(set(own) == set(every) for own in plan.holders)
 
 
 def able(plan: Plan) -> bool:

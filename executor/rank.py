@@ -32,7 +32,7 @@ from executor.precision import SCALED
 from executor.reduction import Shared
 from executor.saving import SavedAs
 from executor.scaling import Scaling
-from executor.sharding import Sharding
+from executor.sharding import SERVED, Sharding
 from executor.stage import Sources, Stage, Tensors
 from executor.swapping import Swapped, open_tier
 from executor.torch_adapter import pytree
@@ -44,6 +44,7 @@ from planner.orders.operations import (
     OFFLOAD,
     OPERATIONS,
     OPTIMIZER,
+    PUSH,
     RECV_BACKWARD,
     RECV_FORWARD,
     REDUCE_GRAD,
@@ -167,7 +168,8 @@ class Rank:
             self.unheld = {name: self.weights.real(tensor) for name, tensor in self.unheld.items()}
             parts = [part for stage in found.values() for part in (stage.module, stage.loss)]
             self.weights.load(layered, parts, device)
-        if synchronisation.get(plan.synchronisation).shards:
+        agreed = synchronisation.get(plan.synchronisation)
+        if agreed.shards or agreed.server:
             check_elementwise(self.file, layered.model, plan.synchronisation)
         taken = set[int]()
         for index, stage in found.items():
@@ -179,14 +181,15 @@ class Rank:
 
     def _sharding(self, layered: LayeredModel, stage: int, layers: range) -> Sharding | None:
         """How a stage is sharded; None where it is not."""
-        shards = synchronisation.get(self.plan.synchronisation).shards
+        agreed = synchronisation.get(self.plan.synchronisation)
+        shards = ("optimizer", SERVED) if agreed.server else agreed.shards
         if not shards:
             return None
         whole = range(len(layers))
         blocks = layered.blocks(layers) if "gradients" in shards else (layers,)
         places = tuple(whole[block.start - layers.start : block.stop - layers.start] for block in blocks)
         tied = {name for group in self.plan.tied for name in _tied(self.plan, layered, group)}
-        reductions = sum(action.op == REDUCE_GRAD and action.stage == stage for action in self.course.row)
+        reductions = sum(action.op in (REDUCE_GRAD, PUSH) and action.stage == stage for action in self.course.row)
         gathering = self.groups.gathering[stage] if self.groups.gathering else None
         return Sharding(shards, places, frozenset(tied), reductions, gathering)
 
@@ -472,6 +475,17 @@ class Rank:
         gathering = self.stages[action.stage].gathering
         assert gathering is not None, action
         gathering.post(BACKWARD, action.microbatch, backwards=True)
+
+    def pull(self, action: Action) -> None:
+        """Take the parameters of a stage as its servers have them."""
+        stage = self.stages[action.stage]
+        assert stage.shards is not None, action
+        stage.shards.gather()
+
+    def push(self, action: Action) -> None:
+        """Give a stage's gradients to its servers, and update what this rank serves of it when all have come."""
+        self.stages[action.stage].reduce()
+        self.optimize(action)
 
     def let_go(self, action: Action) -> None:
         """Let go of all parameters but this rank's shards."""

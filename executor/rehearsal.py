@@ -110,6 +110,16 @@ class RehearsedRank(Rank):
         """Begin to gather as many bytes as a stage's parameters have."""
         self.gathering[action.stage, BACKWARD, action.microbatch] = self.waiting[action.stage].begin_gathers()
 
+    def pull(self, action: Action) -> None:
+        """Gather as many bytes as a stage's parameters have."""
+        for work in self.waiting[action.stage].begin_gathers():
+            work.wait()
+
+    def push(self, action: Action) -> None:
+        """Reduce as many bytes as a stage's gradients have to their servers."""
+        self.reduce_gradients(action)
+        self.waiting[action.stage].gradients_held = ()
+
     def let_go(self, action: Action) -> None:
         """Let go of nothing: what was gathered was nothing."""
 

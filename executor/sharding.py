@@ -22,6 +22,9 @@ from torch import nn
 
 from executor.flats import Flat, by_kind
 
+SERVED = "served"
+"""Beside the kinds of what is sharded: each rank serves its shard, apart from the copy that it computes with."""
+
 
 class Sharding(NamedTuple):
     """How a stage is sharded: the kinds of what is (`shards`), its layers' blocks by their place in it, the parameters
@@ -48,7 +51,9 @@ class Unit:
                 view.copy_(parameter)
         self.values: torch.Tensor | None = None
         """All parameters; None while only this rank's shard is there."""
-        self.own = flat.shard(whole).clone() if "parameters" in shards else flat.shard(whole)
+        self.apart = "parameters" in shards or SERVED in shards
+        """Whether the shard is there beside what is whole."""
+        self.own = flat.shard(whole).clone() if self.apart else flat.shard(whole)
         self.open(whole)
         self.trained = self.parameters[0].requires_grad
         self.gradients: torch.Tensor | None = None
@@ -215,7 +220,12 @@ class Shards:
 
     def gather(self) -> None:
         """Give all ranks the parameters that each has updated."""
-        works = [work for unit in self.trained if unit.values is not None for work in unit.flat.gather(unit.values)]
+        works: list[dist.Work] = []
+        for unit in self.trained:
+            if unit.values is not None:
+                if unit.apart:
+                    unit.flat.shard(unit.values).copy_(unit.own)
+                works += unit.flat.gather(unit.values)
         for work in works:
             work.wait()
 
@@ -232,8 +242,13 @@ class Shards:
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of this rank's shards of the parameters."""
-        return sum(unit.own.nbytes for unit in self.units)
+        """Bytes of this rank's shards of the parameters, where they are not parts of what is whole."""
+        return sum(unit.own.nbytes for unit in self.units if unit.apart)
+
+    @property
+    def served(self) -> bool:
+        """Whether this rank computes with a copy of what the ranks serve."""
+        return any(unit.apart and unit.values is not None for unit in self.trained)
 
     @property
     def gradient_bytes(self) -> int:

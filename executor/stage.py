@@ -184,6 +184,8 @@ class Stage:
 
     def whole(self) -> AbstractContextManager[None]:
         """Have all parameters whole for a while, on all ranks that hold the stage at the same time."""
+        if self.shards is not None and self.shards.served:
+            self.shards.gather()
         return nullcontext() if self.gathering is None else self.gathering.whole()
 
     def take_over(self) -> None:
@@ -418,7 +420,8 @@ class Stage:
     def parameter_bytes(self) -> int:
         """Bytes of the parameters that are always there."""
         if self.shards is None or self.gathering is None:
-            return sum(p.nbytes for p in self.named.values())
+            served = self.shards.shard_bytes if self.shards is not None else 0
+            return sum(p.nbytes for p in self.named.values()) + served
         sharded = {name for unit in self.shards.units for name in unit.flat.named}
         return sum(p.nbytes for name, p in self.named.items() if name not in sharded) + self.shards.shard_bytes
 

@@ -101,6 +101,7 @@ def _shadow(placed: Placed, memory: MemoryModel, prices: PriceList, stage: int) 
     def inside(found: np.ndarray[tuple[int], np.dtype[np.float64]]) -> dict[str, int]:
         return {op: round(float(found[stage * len(OPS) + NUMBER[op]])) for op in OPS}
 
+    agreed = placed.synchronisation
     tied = next((group for group in placed.plan.tied if group[0] == stage), ())
     return Shadow(
         taken=passed(placed.profile.crossing(layers.start)) if layers.start else (),
@@ -111,7 +112,7 @@ def _shadow(placed: Placed, memory: MemoryModel, prices: PriceList, stage: int) 
         batch=changes(LOAD, "input"),
         gradients=round(float(memory.gradients[stage])),
         reduced=tuple(max(1, round(size)) for size in prices.reduced_bytes(stage)),
-        gathered=tuple(max(1, round(size)) for size in prices.gathered_bytes(stage) if placed.synchronisation.shards),
+        gathered=tuple(max(1, round(size)) for size in prices.gathered_bytes(stage) if agreed.shards or agreed.server),
         tied=round(prices.tied_bytes(tied)) if tied else 0,
     )
 
