@@ -28,6 +28,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "get_param_groups",
         "_get_grad_fn_or_grad_acc",
     ),
+    "torch._C._distributed_c10d": (
+        "ProcessGroup._get_backend",
+        "ProcessGroup._device_types",
+        "Backend.Options._timeout",
+    ),
     "torch.distributed.elastic.multiprocessing": (
         "DefaultLogsSpecs",
         "Std",
