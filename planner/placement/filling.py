@@ -109,7 +109,10 @@ def stage_bytes(profile: Profile, plan: Plan, own: Holding) -> Table:
     leaves[last] += inputs + targets + resident * (sizes.sent[-1] + _loss(profile, plan.samples).saved)
     table: Table = partition.spans(weights, enters, leaves) + _passing(profile, plan, part("optimizer"))
     if "parameters" in agreed.shards:
-        table = table + _whole_blocks(profile, "parameter_bytes", 2)
+        # What is used, what has been gathered for the next pass, and what blocks share; checkpoints are whole together.
+        used = partition.spans(layers.parameters) if plan.recomputes else _whole_blocks(profile, "parameter_bytes", 2)
+        shared = float(sum(size.parameter_bytes for size in profile.tied_bytes))
+        table = table + used + _whole_blocks(profile, "parameter_bytes", 1) + shared
     if "gradients" in agreed.shards:
         times = 2 if schedule.splits else 1
         table = table + times * _whole_blocks(profile, "gradient_bytes", 1)
@@ -222,26 +225,35 @@ def _whole_blocks(profile: Profile, field: str, count: int) -> Table:
     import numpy as np
 
     def make() -> Table:
-        sizes = [float(getattr(layer, field)) for layer in profile.layers]
-        more = max(
-            (size / layer.parameter_bytes for layer, size in zip(profile.layers, sizes, strict=True) if size),
-            default=1.0,
-        )
-        worth, large = more * WORTH_A_COLLECTIVE, more * LARGE
-        parts = [(sum(sizes[i] for i in run), run, cut) for run, cut in unjoined(profile)]
-        most_of = [max(size, large) if cut else size for size, _, cut in parts]
-        most: list[float] = []
-        for b, (_, run, _) in enumerate(parts):
-            next_one = before = 0.0
-            for (size, *_), whole in zip(parts[b + 1 :], most_of[b + 1 :], strict=True) if count > 1 else ():
-                next_one, before = max(next_one, before + whole), before + size
-                if before >= worth:
-                    break
-            most += [most_of[b] + next_one + 2 * worth] * len(run)
-        found: Table = np.minimum(partition.spans(sizes), largest(most))
+        found: Table = np.minimum(_spans(profile, field), largest(_blocks_at(profile, field, count)))
         return found
 
     return memoised(profile, ("whole blocks", field, count), make)
+
+
+def _spans(profile: Profile, field: str) -> Table:
+    return partition.spans([float(getattr(layer, field)) for layer in profile.layers])
+
+
+def _blocks_at(profile: Profile, field: str, count: int) -> list[float]:
+    """The most that the block of every layer needs, with the next one where two count, wherever a run begins."""
+    sizes = [float(getattr(layer, field)) for layer in profile.layers]
+    more = max(
+        (size / layer.parameter_bytes for layer, size in zip(profile.layers, sizes, strict=True) if size),
+        default=1.0,
+    )
+    worth, large = more * WORTH_A_COLLECTIVE, more * LARGE
+    parts = [(sum(sizes[i] for i in run), run, cut) for run, cut in unjoined(profile)]
+    most_of = [max(size, large) if cut else size for size, _, cut in parts]
+    most: list[float] = []
+    for b, (_, run, _) in enumerate(parts):
+        next_one = before = 0.0
+        for (size, *_), whole in zip(parts[b + 1 :], most_of[b + 1 :], strict=True) if count > 1 else ():
+            next_one, before = max(next_one, before + whole), before + size
+            if before >= worth:
+                break
+        most += [most_of[b] + next_one + 2 * worth] * len(run)
+    return most
 
 
 def repeated_blocks(profile: Profile, plan: Plan) -> dict[int, range]:

@@ -155,4 +155,6 @@ def test_tables_are_close_to_the_memory_model(model: str, saved: tuple[str, ...]
         pytest.skip("not offered") if model == "vgg16" else pytest.fail("this frees something")
     for table, peak in zip(filled(q, plan), peaks(costs, plan, q), strict=True):
         print(plan, table / peak)
-        assert peak <= table <= (1.75 if plan.recompute_blocks else 1.5) * peak
+        # What zero-3 gathers for the next pass counts as the largest block, wherever that lies.
+        room = 1.75 if plan.recompute_blocks else 1.6 if agreed == "zero-3" else 1.5
+        assert peak <= table <= room * peak

@@ -168,7 +168,8 @@ def test_an_empty_folder_is_enough(here: Path, capsys: pytest.CaptureFixture[str
     assert (data["cluster"], data["profile"]) == ("dgx1-v100", "resnet50")
     error = failing(capsys, ARTEFACT, "run", "gpipe-k8-m32")
     assert "no model file" in error["why"]
-    assert error["fix"].startswith("plan profile model.py")
+    assert error["fix"].startswith("plan run best --rehearse")
+    assert "plan profile model.py" in error["fix"]
 
 
 def test_names_that_nobody_knows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
